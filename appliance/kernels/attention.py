@@ -1,0 +1,97 @@
+"""What every paged-attention implementation shares: the metadata of a step, the interface, and the plain torch reference.
+
+KV cache of one layer: [num_pages, 2, page_size, num_kv_heads, head_dim]; index 1 is K (0) or V (1). The same layout
+serves FlashInfer ("NHD"), the Triton kernels and the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step's sequences. Device tensors may be longer than the step (CUDA-graph padding): padding sequences have
+    seq_len 0 and padding tokens have slot_mapping -1; their outputs are undefined but finite."""
+
+    num_seqs: int  # rows of seq_lens and page_table, padding included
+    num_tokens: int  # rows of q, padding included
+    max_query_len: int  # longest run of new tokens of a sequence; 1: a pure decode step
+    max_seq_len: int  # longest sequence, new tokens included
+    query_start: Tensor  # int32 [num_seqs + 1], on the device: sequence i has q rows [query_start[i], query_start[i+1])
+    seq_lens: Tensor  # int32 [num_seqs], on the device: tokens in the cache after this step's K/V are written
+    page_table: Tensor  # int32 [num_seqs, max_pages], on the device; entries past a sequence's pages are undefined
+    slot_mapping: Tensor  # int64 [num_tokens], on the device: page * page_size + offset of each new token, -1: none
+    # Host copies for implementations that plan on the CPU (FlashInfer); not padded.
+    query_start_host: np.ndarray  # int32 [n + 1]
+    seq_lens_host: np.ndarray  # int32 [n]
+    page_table_host: np.ndarray  # int32 [n, max_pages]
+
+
+class Attention(Protocol):
+    """A paged-attention implementation. `plan` is called once a step before the forward pass, outside any CUDA graph;
+    `attend` once a layer, inside the graph where there is one. Neither synchronizes with the device."""
+
+    name: str
+
+    def plan(self, metadata: AttentionMetadata) -> None: ...
+
+    def attend(
+        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+    ) -> Tensor:
+        """q [num_tokens, num_heads, head_dim] over the pages of each sequence, causal, K/V of this step already written.
+
+        `window`: a token at position p sees positions (p - window, p]. Returns [num_tokens, num_heads, head_dim], q's
+        dtype; accumulates in float32.
+        """
+        ...
+
+
+def gather_pages(kv_cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """K and V, each [length, num_kv_heads, head_dim], of a sequence whose page table row is `pages`."""
+    page_size = kv_cache.shape[2]
+    used = kv_cache[pages[: (length + page_size - 1) // page_size].long()]  # [pages, 2, page_size, heads, dim]
+    flat = used.transpose(0, 1).reshape(2, -1, *kv_cache.shape[3:])
+    return flat[0, :length], flat[1, :length]
+
+
+class ReferenceAttention:
+    """Paged attention in plain torch, one sequence at a time, float32 inside. Runs on any device."""
+
+    name = "reference"
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        pass
+
+    def attend(
+        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+    ) -> Tensor:
+        out = torch.zeros_like(q)
+        for i in range(len(metadata.seq_lens_host)):
+            begin, end = int(metadata.query_start_host[i]), int(metadata.query_start_host[i + 1])
+            length = int(metadata.seq_lens_host[i])
+            keys, values = gather_pages(kv_cache, metadata.page_table[i], length)
+            out[begin:end] = _causal(q[begin:end], keys, values, scale, window)
+        return out
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """q [n, heads, dim] are the last n positions of k, v [length, kv_heads, dim]."""
+    n, length = q.shape[0], k.shape[0]
+    groups = q.shape[1] // k.shape[1]
+    qf = q.float().transpose(0, 1).unflatten(0, (k.shape[1], groups))  # [kv_heads, groups, n, dim]
+    kf = k.float().permute(1, 2, 0).unsqueeze(1)  # [kv_heads, 1, dim, length]
+    scores = qf @ kf * scale
+    query_pos = torch.arange(length - n, length, device=q.device)[:, None]
+    key_pos = torch.arange(length, device=q.device)[None, :]
+    hidden = key_pos > query_pos
+    if window is not None:
+        hidden |= key_pos <= query_pos - window
+    scores.masked_fill_(hidden, float("-inf"))
+    out = scores.softmax(-1) @ v.float().transpose(0, 1).unsqueeze(1)  # [kv_heads, groups, n, dim]
+    return out.flatten(0, 1).transpose(0, 1).to(q.dtype)
