@@ -1,0 +1,64 @@
+"""What every test needs: a CPU-friendly environment, and loud skips of what needs a GPU.
+
+The environment is set at import, before any test module can import torch or triton (triton reads TRITON_INTERPRET once).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+# Start-up and settings tests must not depend on the developer's shell.
+for _name in [name for name in os.environ if name.startswith(("APPLIANCE_", "NIM_"))]:
+    del os.environ[_name]
+
+# Each pytest worker and each child process it starts: this machine class has two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network says so by unsetting it
+
+
+def _gpu_count() -> int:
+    """NVIDIA GPUs that NVML sees; asks the driver only, so neither torch nor a CUDA context is involved."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, or a driver that fails: all mean "run as on a machine without a GPU"
+        return 0
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+GPU_COUNT = _gpu_count()
+if GPU_COUNT == 0:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in the interpreter, on the CPU
+    assert "triton" not in sys.modules, "triton was imported before conftest could choose the interpreter"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if GPU_COUNT:
+        return
+    skip = pytest.mark.skip(reason="gpu test: no NVIDIA GPU here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(1 for report in skipped if "gpu test: no NVIDIA GPU here" in str(report.longrepr))
+    if count:
+        terminalreporter.write_line(f"{count} gpu tests skipped: no NVIDIA GPU here", yellow=True, bold=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torch_threads() -> None:
+    """Two threads at most, if torch is in use at all (the control-plane tests never import it)."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(2)
