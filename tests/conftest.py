@@ -1,6 +1,6 @@
 """What every test needs: a CPU-friendly environment, and loud skips of what needs a GPU.
 
-The environment is set at import, before any test module can import torch or triton (triton reads TRITON_INTERPRET once).
+The environment is set at import, before any test module can import torch or triton (which read it once).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import pytest
 for _name in [name for name in os.environ if name.startswith(("APPLIANCE_", "NIM_"))]:
     del os.environ[_name]
 
-# Each pytest worker and each child process it starts: this machine class has two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("MKL_NUM_THREADS", "2")
+# Threads of torch, also in child processes: the smallest machine has two cores, and xdist workers share them.
+_threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+os.environ.setdefault("OMP_NUM_THREADS", _threads)
+os.environ.setdefault("MKL_NUM_THREADS", _threads)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network says so by unsetting it
 
@@ -55,10 +56,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum(1 for report in skipped if "gpu test: no NVIDIA GPU here" in str(report.longrepr))
     if count:
         terminalreporter.write_line(f"{count} gpu tests skipped: no NVIDIA GPU here", yellow=True, bold=True)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _torch_threads() -> None:
-    """Two threads at most, if torch is in use at all (the control-plane tests never import it)."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(2)
