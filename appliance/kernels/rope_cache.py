@@ -1,0 +1,150 @@
+"""Rotary position embedding fused with the write of new keys and values into the paged KV cache.
+
+Knows the cache layout of `kernels/attention.py` and the rotate-half (NeoX) pairing; knows nothing of how the cosines
+were scaled (`layers/rotary.py` prepares the table) or of which pages belong to whom (the slot mapping says where).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from appliance.kernels._triton import tl, triton
+
+
+def rope_and_write(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """Rotates q in place and returns it; writes rotated k and plain v to the cache.
+
+    q [n, heads, d], k and v [n, kv_heads, d], any strides with a contiguous last dimension (views of one fused qkv
+    tensor); k and v keep their values. positions int64 [n], rows of cos_sin. cos_sin float32 [max_pos, d]: cosines
+    of the d/2 frequencies, then sines. kv_cache [pages, 2, page_size, kv_heads, d], any float dtype (converted).
+    slot_mapping int64 [n]: page * page_size + offset, -1: token is not written. Slots of a call are distinct.
+    Rotation as in Su et al., "RoFormer" (2021), §3.4.2, in float32.
+    """
+    if q.is_cuda:
+        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping)
+    return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping)
+
+
+def rope_and_write_reference(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """`rope_and_write` in plain torch, any device."""
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, d/2]
+    q.copy_(_rotate(q, cos, sin))
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    page, offset = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
+    kv_cache[page, 0, offset] = _rotate(k, cos, sin)[written].to(kv_cache.dtype)
+    kv_cache[page, 1, offset] = v[written].to(kv_cache.dtype)
+    return q
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [n, heads, d], cos and sin float32 [n, 1, d/2]; returns float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    cache_ptr,
+    slots_ptr,
+    q_token_stride,
+    q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    cache_page_stride,
+    cache_kv_stride,
+    cache_token_stride,
+    cache_head_stride,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    page_size: tl.constexpr,
+    q_blocks: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """One program: one token, HEADS query heads (program_id(1) < q_blocks) or HEADS key/value heads (the rest)."""
+    half: tl.constexpr = head_dim // 2
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    lane = tl.arange(0, HALF)
+    in_half = lane < half
+    row = cos_sin_ptr + tl.load(positions_ptr + token) * head_dim
+    cos = tl.load(row + lane, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(row + half + lane, mask=in_half, other=0.0)[None, :]
+    if block < q_blocks:
+        head = block * HEADS + tl.arange(0, HEADS)
+        mask = (head < num_heads)[:, None] & in_half[None, :]
+        first = q_ptr + token * q_token_stride + head[:, None] * q_head_stride + lane[None, :]
+        x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
+        tl.store(first, (x1 * cos - x2 * sin).to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(first + half, (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty), mask=mask)
+    else:
+        slot = tl.load(slots_ptr + token)
+        head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
+        mask = (head < tl.where(slot >= 0, num_kv_heads, 0))[:, None] & in_half[None, :]
+        key = k_ptr + token * k_token_stride + head[:, None] * k_head_stride + lane[None, :]
+        value = v_ptr + token * v_token_stride + head[:, None] * v_head_stride + lane[None, :]
+        x1 = tl.load(key, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(key + half, mask=mask, other=0.0).to(tl.float32)
+        v1 = tl.load(value, mask=mask, other=0.0)
+        v2 = tl.load(value + half, mask=mask, other=0.0)
+        place = (slot // page_size) * cache_page_stride + (slot % page_size) * cache_token_stride
+        out = cache_ptr + place + head[:, None] * cache_head_stride + lane[None, :]
+        dtype = cache_ptr.dtype.element_ty
+        tl.store(out, (x1 * cos - x2 * sin).to(dtype), mask=mask)
+        tl.store(out + half, (x2 * cos + x1 * sin).to(dtype), mask=mask)
+        tl.store(out + cache_kv_stride, v1.to(dtype), mask=mask)
+        tl.store(out + cache_kv_stride + half, v2.to(dtype), mask=mask)
+
+
+def rope_and_write_triton(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """`rope_and_write` as one Triton kernel; launches only, so it can be captured in a CUDA graph."""
+    n, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    if n == 0:
+        return q
+    # Few tokens: many small programs, for latency. Many tokens: larger ones, for bandwidth.
+    heads_per_program = 4 if n <= 64 else 8
+    q_blocks = triton.cdiv(num_heads, heads_per_program)
+    grid = (n, q_blocks + triton.cdiv(num_kv_heads, heads_per_program))
+    _rope_kernel[grid](
+        q,
+        k,
+        v,
+        positions,
+        cos_sin,
+        kv_cache,
+        slot_mapping,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        *kv_cache.stride()[:4],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=kv_cache.shape[2],
+        q_blocks=q_blocks,
+        HEADS=heads_per_program,
+        HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=2 if heads_per_program == 4 else 4,
+    )
+    return q
