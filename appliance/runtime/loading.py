@@ -1,0 +1,77 @@
+"""From an engine directory to a model on a device, and the sizes of what surrounds it. Shared by all torch backends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from appliance.errors import HardwareError, SettingsError
+from appliance.types import EngineOptions, ModelConfig
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass
+class PhaseTimer:
+    """Seconds per start-up phase, in the order in which they first ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+ProgressFn = Callable[[str, str, float], None]  # (phase, detail, percent)
+
+
+def kv_page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers: K and V of `page_size` tokens."""
+    return config.num_hidden_layers * 2 * page_size * num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def allocate_kv_cache(
+    config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim], zeroed: attention may read (and mask)
+    entries that nothing has written, and 0 x NaN is not 0."""
+    shape = (num_pages, 2, page_size, num_kv_heads, config.head_dim)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+
+def choose_max_model_len(options: EngineOptions, config: ModelConfig, num_pages: int) -> int:
+    """The context limit in tokens: what was asked for, else the model's own limit or what the pages can hold.
+
+    SettingsError if more was asked for than the model was made for, HardwareError if more than fits.
+    """
+    fits = num_pages * options.page_size
+    if not options.max_model_len:
+        return min(config.max_position_embeddings, fits)
+    if options.max_model_len > config.max_position_embeddings:
+        raise SettingsError(
+            f"max_model_len is {options.max_model_len}, but the model was made for at most "
+            f"{config.max_position_embeddings} tokens",
+            hint=f"set --max-model-len to {config.max_position_embeddings} or less",
+        )
+    if options.max_model_len > fits:
+        raise HardwareError(
+            f"max_model_len is {options.max_model_len}, but free memory holds a KV cache of only {fits} tokens",
+            hint=f"set --max-model-len to {fits} or less, or free GPU memory",
+        )
+    return options.max_model_len

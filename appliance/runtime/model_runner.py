@@ -1,0 +1,187 @@
+"""Runs step plans on one device: inputs, forward pass (replayed or eager), sampling, results.
+
+Knows no scheduling and no weights' storage form. `execute` only enqueues device work; `PendingStep.result` is the one
+place that waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan, StepResult
+from appliance.kernels.attention import Attention
+from appliance.layers.attention import ForwardContext
+from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
+from appliance.runtime.input_batch import InputBatch, StepInputs
+from appliance.runtime.results import PendingStep, PromptLogprobs, to_host
+from appliance.runtime.sampler import Sampler
+from appliance.types import SamplingParams
+
+_PROMPT_LOGPROB_ROWS = 512  # logits of this many prompt rows at a time: 128k vocabulary x 512 x 4 bytes = 262 MB
+
+
+class DecoderModel(Protocol):
+    """What the runner needs of a model (`layers/decoder.py` is one)."""
+
+    def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """Sizes fixed at load."""
+
+    max_num_seqs: int
+    max_model_len: int  # tokens
+    max_num_batched_tokens: int
+    page_size: int  # tokens
+    vocab_size: int
+
+
+class ModelRunner:
+    """One device's share of every step.
+
+    `kv_caches`: one tensor per layer, layout in kernels/attention.py. Not thread-safe; all device work goes to the
+    stream that is current when `execute` is called.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_caches: list[Tensor],
+        attention: Attention,
+        limits: RunnerLimits,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._kv_caches = kv_caches
+        self._attention = attention
+        self._limits = limits
+        self._device = device
+        self._batch = InputBatch(
+            limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens, limits.page_size, device
+        )
+        self._sampler = Sampler(limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1, device)
+        self._graphs: DecodeGraphs | None = None
+        self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Enqueue one step. Plans must come in the order in which the core made them."""
+        if self._uploaded is not None:
+            # Planners of attention kernels copy from host buffers of their own: the previous step's copies must be out
+            # of them. They run before that step's first kernel, so this does not wait for the step itself.
+            self._uploaded.synchronize()
+        self._batch.apply(plan)
+        for new in plan.new:
+            self._sampler.set_slot(
+                new.slot, new.params, new.seed, new.suppressed_token_ids, num_prompt_tokens=new.num_prompt_tokens
+            )
+        decode = all(s.length == 1 for s in plan.scheduled)
+        bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode else None
+        inputs = self._batch.step_inputs(plan.scheduled, bucket)
+        self._attention.plan(inputs.metadata)
+        sampling = self._sampler.prepare([s.slot for s in plan.scheduled])
+        if self._uploaded is not None:
+            self._uploaded.record()
+        prompt_logprobs: list[PromptLogprobs | None] = [None] * len(plan.scheduled)
+        if bucket is not None and self._graphs is not None:
+            logits = self._graphs.replay(bucket)[: inputs.num_seqs]
+        else:
+            hidden = self._hidden(inputs)
+            prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
+            if not any(s.samples for s in plan.scheduled):
+                return PendingStep(plan, None, prompt_logprobs, self._record())
+            logits = self._model.logits(hidden if decode else hidden.index_select(0, inputs.last_rows))
+        n = inputs.num_seqs
+        slots, positions = inputs.slots[:n], inputs.next_positions[:n]
+        sampled = self._sampler.sample(logits, slots, positions, self._batch.token_table, sampling)
+        self._batch.token_table.index_put_(
+            (inputs.write_slots[:n], positions), sampled.token_ids.to(torch.int32), accumulate=False
+        )
+        return PendingStep(plan, to_host(sampled), prompt_logprobs, self._record())
+
+    def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
+        """Capture decode steps of every bucket, largest first. `progress(done, total)` after each."""
+        self._graphs = None
+        graphs = DecodeGraphs(self._logits, self._dummy_decode)
+        sizes = decode_buckets(self._limits.max_num_seqs)
+        with torch.inference_mode():
+            for done, size in enumerate(reversed(sizes), start=1):
+                graphs.capture(size)
+                progress(done, len(sizes))
+        self._graphs = graphs
+
+    def profile(self) -> None:
+        """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards. Needs a
+        KV cache of at least max_num_batched_tokens tokens; leaves rubbish in it."""
+        limits = self._limits
+        tokens = min(limits.max_num_batched_tokens, limits.max_model_len)
+        pages = list(range(-(-tokens // limits.page_size)))
+        params = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.1, presence_penalty=0.1, logprobs=5)
+        rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        base, extra = divmod(limits.max_num_batched_tokens, rows)
+        plan = StepPlan(step_id=-1)
+        for slot in range(rows):
+            # Every row reads and writes the same pages: this measures memory, not meaning.
+            length = min(base + (1 if slot < extra else 0), limits.max_model_len)
+            plan.new.append(NewSequence(slot, [0] * length, length, params, 0, (), pages))
+            plan.scheduled.append(ScheduledSequence(slot, 0, length, [], samples=True))
+        plan.scheduled.sort(key=lambda s: s.length > 1)
+        self.execute(plan).result()
+
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        return self._model.logits(self._hidden(inputs))
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        self._batch.gather_page_table(inputs)
+        token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
+        ctx = ForwardContext(
+            positions=inputs.positions,
+            kv_caches=self._kv_caches,
+            metadata=inputs.metadata,
+            attention=self._attention,
+        )
+        return self._model(token_ids, ctx)
+
+    def _dummy_decode(self, size: int) -> StepInputs:
+        """Inputs of `size` decodes of the padding slot: they read and write the first entry of page 0, which is free
+        while graphs are captured."""
+        slot = self._batch.padding_slot
+        inputs = self._batch.step_inputs([ScheduledSequence(slot, 0, 1, [], samples=True)] * size, size)
+        self._attention.plan(inputs.metadata)
+        return inputs
+
+    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[PromptLogprobs | None]:
+        """Log probabilities of prompt tokens start+1 .. start+length of the sequences that asked for them."""
+        found: list[PromptLogprobs | None] = []
+        query_start = inputs.metadata.query_start_host
+        for i, item in enumerate(plan.scheduled):
+            params = self._sampler.params_of(item.slot)
+            prompt_end = int(self._batch.num_prompt_tokens[item.slot])
+            count = min(item.length, prompt_end - 1 - item.start)
+            if not item.prompt_logprobs or count <= 0:
+                found.append([] if item.prompt_logprobs else None)
+                continue
+            begin = int(query_start[i])
+            targets = self._batch.token_table[item.slot, item.start + 1 : item.start + 1 + count].long()
+            parts = []
+            for at in range(0, count, _PROMPT_LOGPROB_ROWS):
+                end = min(at + _PROMPT_LOGPROB_ROWS, count)
+                logits = self._model.logits(hidden[begin + at : begin + end])
+                parts.append(self._sampler.prompt_logprobs(logits, targets[at:end], params.prompt_logprobs or 0))
+            found.append([to_host(part) for part in parts])
+        return found
+
+    def _record(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
