@@ -1,0 +1,332 @@
+"""Every setting, declared once: flags, environment variables and the keys of a `--config` file derive from `Settings`.
+
+The only reader of os.environ. Knows names, types, ranges and where each value came from; does not know what the values
+are used for. Precedence: command line > environment > --config YAML > profile > default.
+"""
+
+# ruff: noqa: RUF009 — the rows are made by a function on purpose
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from appliance.errors import SettingsError
+from appliance.settings_table import Spec, row, specs_of
+from appliance.settings_table import add_flags as add_table_flags
+from appliance.types import KvCacheDtype, Objective, Precision
+
+Source = Literal["command line", "environment", "config file", "profile", "default"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from; `detail` is the flag, the variable, the file or the profile's name."""
+
+    source: Source
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.detail})" if self.detail else self.source
+
+
+DEFAULT = Origin("default")
+
+
+_model = partial(row, group="model and storage")
+_select = partial(row, group="profile selection")
+_engine = partial(row, group="engine (changing these rebuilds nothing)")
+_server = partial(row, group="server")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All values of one start. Nobody writes to it after `load`; `with_profile` makes a new one."""
+
+    model: str = _model(
+        "builtin", "hub id (org/name, hf://org/name), directory, or 'builtin'", also="NIM_MODEL_PATH NIM_MODEL_NAME"
+    )
+    served_model_name: tuple[str, ...] = _model(
+        (), "names of the model in the API, comma-separated; default: from the model", also="NIM_SERVED_MODEL_NAME"
+    )
+    chat_template: Path | None = _model(
+        None, "Jinja file instead of the model's chat template", also="NIM_CHAT_TEMPLATE"
+    )
+    cache: Path | None = _model(
+        None,
+        "directory for engines and downloads; default /opt/nim/.cache if writable, else ~/.cache/appliance",
+        also="APPLIANCE_CACHE_PATH NIM_CACHE_PATH",
+    )
+    engine_source: str | None = _model(
+        None, "where ready engines are fetched from before building: any fsspec URL (directory, s3://, hf://, https://)"
+    )
+    offline: bool = _model(False, "open no outside socket", also="NIM_DISABLE_MODEL_DOWNLOAD HF_HUB_OFFLINE")
+    hf_token: str | None = _model(None, "Hugging Face token for private models", also="HF_TOKEN", secret=True)
+
+    profile: str | None = _select(None, "profile to use, by name or id; default: chosen", also="NIM_MODEL_PROFILE")
+    tags: str | None = _select(None, "choose among profiles by tags: precision=fp8,tp=1", also="NIM_TAGS_SELECTOR")
+    objective: Objective = _select("throughput", "what to optimize for")
+    precision: Precision | None = _select(None, "precision of the weights; default: the profile's")
+    kv_cache_dtype: KvCacheDtype = _select("auto", "precision of the KV cache")
+    tp_size: int | None = _select(None, "tensor-parallel size", also="NIM_TENSOR_PARALLEL_SIZE", limits=(1, 64))
+    pp_size: int | None = _select(None, "pipeline-parallel size", also="NIM_PIPELINE_PARALLEL_SIZE", limits=(1, 64))
+    require_gpu: bool = _select(False, "fail instead of serving on the CPU when no GPU can be used")
+
+    max_model_len: int | None = _engine(
+        None, "context limit in tokens; default: the model's", also="NIM_MAX_MODEL_LEN", limits=(16, 16_777_216)
+    )
+    max_num_seqs: int = _engine(256, "sequences running at once", limits=(1, 4096))
+    max_num_batched_tokens: int = _engine(8192, "tokens computed in one step", limits=(16, 1_048_576))
+    memory_fraction: float = _engine(
+        0.9, "share of free GPU memory for weights and KV cache", also="NIM_KVCACHE_PERCENT", limits=(0.05, 1.0)
+    )
+    prefix_caching: bool = _engine(True, "reuse the KV cache of common prefixes", also="NIM_ENABLE_KV_CACHE_REUSE")
+    cuda_graphs: bool = _engine(True, "replay decode steps as CUDA graphs", also="!NIM_DISABLE_CUDA_GRAPH")
+    attention: Literal["auto", "flashinfer", "triton", "reference"] = _engine("auto", "attention kernels")
+    verify_digests: bool = _engine(True, "check every engine file against its digest at load")
+    seed: int = _engine(0, "of requests that name no seed", limits=(0, 2**31 - 1))
+
+    host: str = _server("0.0.0.0", "address to listen on")
+    port: int = _server(8000, "port of the HTTP API", also="NIM_SERVER_PORT", limits=(1, 65535))
+    health_port: int | None = _server(
+        None, "further port with the same routes, for probes", also="NIM_HEALTH_PORT", limits=(1, 65535)
+    )
+    api_keys: tuple[str, ...] = _server((), "keys that clients must send, comma-separated; default: open", secret=True)
+    max_waiting_requests: int = _server(1024, "waiting requests before new ones get 429", limits=(1, 1_000_000))
+    drain_seconds: float = _server(30.0, "how long SIGTERM waits for running requests", limits=(0, 86_400))
+    restart_budget: int = _server(3, "engine restarts allowed within 10 minutes", limits=(0, 1000))
+    ssl_mode: Literal["DISABLED", "TLS", "MTLS"] = _server("DISABLED", "TLS for the API", also="NIM_SSL_MODE")
+    ssl_certs_path: Path | None = _server(None, "server certificate (PEM)", also="NIM_SSL_CERTS_PATH")
+    ssl_key_path: Path | None = _server(None, "server key (PEM)", also="NIM_SSL_KEY_PATH")
+    ssl_ca_certs_path: Path | None = _server(
+        None, "authorities that sign client certificates (MTLS)", also="NIM_SSL_CA_CERTS_PATH"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _server("INFO", "least level", also="NIM_LOG_LEVEL")
+    log_json: bool | None = _server(
+        None, "log JSON lines; default: only where stderr is no terminal", also="NIM_JSONL_LOGGING"
+    )
+
+    origins: Mapping[str, Origin] = field(default_factory=dict, repr=False, compare=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)  # one plain line each, for the log
+
+    def origin(self, name: str) -> Origin:
+        assert name in specs(), name
+        return self.origins.get(name, DEFAULT)
+
+    def with_profile(self, profile: str, values: Mapping[str, object]) -> Settings:
+        """The profile's values where nobody chose one. Values are parsed like those of a config file."""
+        origin = Origin("profile", profile)
+        chosen = {
+            name: specs()[name].parse(value, f"profile {profile}, {name}")
+            for name, value in values.items()
+            if self.origin(name).source == "default"
+        }
+        return replace(self, **chosen, origins={**self.origins, **dict.fromkeys(chosen, origin)})
+
+    def shown(self, name: str) -> str:
+        """The value as `serve --dry-run` and logs print it; secrets only as set or not."""
+        value = getattr(self, name)
+        if specs()[name].secret:
+            return "(set)" if value else "(not set)"
+        if value is None or value == ():
+            return "-"
+        if isinstance(value, bool):
+            return str(value).lower()
+        return ",".join(value) if isinstance(value, tuple) else str(value)
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.cache or default_cache_dir()
+
+
+@cache
+def specs() -> dict[str, Spec]:
+    """The table by name, in order of declaration."""
+    return specs_of(Settings)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """A flag per setting (all, or the named ones), and --config."""
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with settings by name")
+    add_table_flags(parser, [specs()[name] for name in (specs() if names is None else names)])
+
+
+# ---------------------------------------------------------------- loading
+
+# Names that users of such appliances set and that do nothing here yet. True: the results would differ from what was
+# asked for, so it is fatal; False: said loudly, and the start goes on.
+NOT_SUPPORTED: dict[str, tuple[bool, str]] = {
+    "NIM_PEFT_SOURCE": (True, "LoRA adapters are not supported yet"),
+    "NIM_PEFT_REFRESH_INTERVAL": (True, "LoRA adapters are not supported yet"),
+    "NIM_MAX_GPU_LORAS": (False, "LoRA adapters are not supported yet"),
+    "NIM_MAX_CPU_LORAS": (False, "LoRA adapters are not supported yet"),
+    "NIM_MAX_LORA_RANK": (False, "LoRA adapters are not supported yet"),
+    "NIM_ENABLE_AUTO_TOOL_CHOICE": (True, "tool calls are not supported yet"),
+    "NIM_TOOL_CALL_PARSER": (True, "tool calls are not supported yet"),
+    "NIM_TOOL_PARSER_PLUGIN": (True, "tool calls are not supported yet"),
+    "NIM_GUIDED_DECODING_BACKEND": (True, "guided decoding is not supported yet"),
+    "NIM_FORCE_TRUST_REMOTE_CODE": (True, "code of a checkpoint is never run here"),
+    "NIM_ENABLE_OTEL": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
+    "NIM_OTEL_TRACES_EXPORTER": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
+    "NIM_OTEL_METRICS_EXPORTER": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
+    "NIM_OTEL_EXPORTER_OTLP_ENDPOINT": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
+}
+# What Kubernetes sets in every pod for a Service whose name starts with "appliance" or "nim".
+_SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?$")
+
+
+def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """All settings from flags (as argparse gives them), the environment and the config file.
+
+    Raises SettingsError for a bad value, an unknown key of the config file, or a name that is not supported yet and
+    would change results. Unknown variables are warnings: they may belong to something else in the container.
+    """
+    flags = flags or {}
+    environ = {k: v for k, v in (os.environ if environ is None else environ).items() if not _is_service_link(k, v)}
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    config = flags.get("config") or environ.get("APPLIANCE_CONFIG")
+    for key, raw in (_read_config(Path(str(config))) if config else {}).items():
+        values[key] = specs()[key].parse(raw, f"{config}, {key}")
+        origins[key] = Origin("config file", str(config))
+    warnings = _environment_warnings(environ)
+    for spec in specs().values():
+        given = [name for name in spec.variables if environ.get(name.lstrip("!"), "").strip()]
+        if given:
+            values[spec.name] = _from_variable(spec, given[0], environ)
+            origins[spec.name] = Origin("environment", given[0].lstrip("!"))
+        warnings += [
+            f"{name.lstrip('!')} is overridden by {given[0].lstrip('!')}"
+            for name in given[1:]
+            if _from_variable(spec, name, environ) != values[spec.name]
+        ]
+        if spec.name in flags:
+            values[spec.name] = spec.parse(flags[spec.name], spec.flag)
+            origins[spec.name] = Origin("command line", spec.flag)
+    settings = Settings(**values, origins=origins, warnings=tuple(warnings))
+    _check_together(settings)
+    return settings
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    if not name.startswith(("APPLIANCE_", "NIM_")):
+        return False
+    return bool(_SERVICE_LINK.search(name)) or (name.endswith("_PORT") and "://" in value)
+
+
+def _from_variable(spec: Spec, name: str, environ: Mapping[str, str]) -> Any:
+    bare = name.lstrip("!")
+    value = spec.parse(environ[bare], bare)
+    return not value if name.startswith("!") else value
+
+
+def _environment_warnings(environ: Mapping[str, str]) -> list[str]:
+    """One line per variable that is not ours or not supported yet. SettingsError for what would change results."""
+    known = {name.lstrip("!") for spec in specs().values() for name in spec.variables} | {"APPLIANCE_CONFIG"}
+    warnings = []
+    for name in sorted(environ):
+        if not name.startswith(("APPLIANCE_", "NIM_")) or name in known or not environ[name].strip():
+            continue
+        if name not in NOT_SUPPORTED:
+            warnings.append(f"{name} is not a setting and does nothing{_nearest(name, known)}")
+        elif environ[name].strip().lower() not in ("0", "false", "no", "off"):
+            fatal, reason = NOT_SUPPORTED[name]
+            if fatal:
+                raise SettingsError(f"{name} is set, but {reason}", hint=f"unset {name}")
+            warnings.append(f"{name} is set, but {reason}")
+    return warnings
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" or nothing. The prefix is left out of the comparison: all names share it."""
+    prefix = re.match(r"APPLIANCE_|NIM_|", name)
+    assert prefix is not None
+    bare = {re.sub(r"^(APPLIANCE_|NIM_)", "", other): other for other in sorted(known)}
+    bare |= {other.removeprefix(prefix[0]): other for other in known if prefix[0] and other.startswith(prefix[0])}
+    match = difflib.get_close_matches(name.removeprefix(prefix[0]), list(bare), n=1, cutoff=0.6)
+    return f"; did you mean {bare[match[0]]}?" if match else ""
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    """The mapping in a config file, keys in underscore form, nulls left out. SettingsError if it is not one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"--config {path} cannot be read: {reason}", hint="give a YAML file of settings") from None
+    if not isinstance(content, dict | None):
+        raise SettingsError(f"--config {path}: expected settings by name, found a {type(content).__name__}")
+    found = {}
+    for key, value in (content or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in specs():
+            raise SettingsError(
+                f"--config {path}: unknown setting {str(key)!r}{_nearest(name, specs())}",
+                hint="`serve --dry-run` lists all settings",
+            )
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _check_together(settings: Settings) -> None:
+    """Rules over several settings."""
+    needed = {"DISABLED": (), "TLS": ("certs", "key"), "MTLS": ("certs", "key", "ca_certs")}[settings.ssl_mode]
+    for part in needed:
+        name = f"ssl_{part}_path"
+        path = getattr(settings, name)
+        if path is None:
+            raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set {specs()[name].variable}")
+        if not path.is_file():
+            raise SettingsError(f"{name}: there is no file {path}")
+    if settings.chat_template is not None and not settings.chat_template.is_file():
+        raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
+
+
+# ---------------------------------------------------------------- the rest of the environment
+
+
+def default_cache_dir() -> Path:
+    """/opt/nim/.cache where this user can write it (the image), the user's cache directory otherwise."""
+    image = Path("/opt/nim/.cache")
+    if image.is_dir() and os.access(image, os.W_OK | os.X_OK):
+        return image
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "appliance"
+    except RuntimeError:
+        raise SettingsError("no cache directory: this user has no home", hint="set APPLIANCE_CACHE") from None
+
+
+def cuda_visible_devices() -> str | None:
+    """As CUDA reads it: None is all, empty is none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """Of engine and builder processes: this one's, minus API keys, plus what libraries read at import."""
+    environment = {k: v for k, v in os.environ.items() if k != specs()["api_keys"].variable}
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if settings.offline:
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return environment
+
+
+def export_hub_environment(settings: Settings) -> None:
+    """Let huggingface_hub see `offline` and `hf_token`, which it reads from the environment when it is imported."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if settings.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if settings.hf_token:
+        os.environ["HF_TOKEN"] = settings.hf_token
