@@ -1,0 +1,114 @@
+"""Disk facts and moves that survive a crash: free space, who may write where, fsync, atomic replace.
+
+Knows nothing of engines; its errors say what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from appliance.errors import CacheNotWritableError, NoSpaceError
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or its closest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user can still write on the file system of `path` (which need not exist yet)."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def gib(count: int) -> str:
+    """A size for people: "14.9 GiB", "3.2 MiB"."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def no_space(path: Path, needed: int, free: int, what: str) -> NoSpaceError:
+    return NoSpaceError(
+        f"{what} needs {gib(needed)} on the file system of {path}, {gib(free)} are free",
+        hint=f"free {gib(max(needed - free, 0))} there, or choose another cache directory with --cache",
+    )
+
+
+def not_writable(path: Path, error: OSError | None = None) -> CacheNotWritableError:
+    """The error for a directory this user cannot write, with the exact commands that fix it."""
+    at = nearest_existing(path)
+    uid, gid = os.getuid(), os.getgid()
+    info = at.stat()
+    reason = f": {error.strerror}" if error is not None and error.strerror else ""
+    facts = f"{at} belongs to {info.st_uid}:{info.st_gid} with mode {stat.S_IMODE(info.st_mode):o}"
+    return CacheNotWritableError(
+        f"the cache directory {path} cannot be written by user {uid}:{gid}{reason} ({facts})",
+        hint=(
+            f"do one of: `sudo chown -R {uid}:{gid} {at}` on the host; start the container with "
+            f"`--user {info.st_uid}:{info.st_gid}`; mount a writable directory with `-v DIR:{path}`; "
+            "or choose another directory with --cache"
+        ),
+    )
+
+
+def ensure_writable(path: Path) -> None:
+    """Create the directory if needed and prove that a file can be made in it. Raises CacheNotWritableError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-"):
+            pass
+    except OSError as error:
+        raise not_writable(path, error) from error
+
+
+def fsync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Make every file and directory name below `directory`, itself included, durable."""
+    for root, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            fsync_path(Path(root) / name)
+        fsync_path(Path(root))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a small file so that a reader or a crash sees the old or the new content, never a part."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory or file if it is there; what another process removed meanwhile is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())

@@ -1,0 +1,131 @@
+"""engine.json: what an engine is, what it was made from, and the digest of each of its files.
+
+The manifest carries a digest of itself, so a damaged one is noticed like any other file. Knows nothing of where engines
+are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from appliance.engines.disk import write_atomically
+from appliance.engines.key import KeyInputs
+from appliance.errors import EngineDamagedError
+from appliance.types import ModelConfig, Precision, Struct
+
+MANIFEST_NAME = "engine.json"
+SCHEMA_VERSION = 1
+
+
+class EngineFile(Struct):
+    name: str  # relative to the engine directory, with "/"
+    size: int  # bytes
+    digest: str  # engines.digest
+
+
+class SelfCheck(Struct):
+    """One thing that the builder checked on the finished files."""
+
+    name: str  # e.g. "layers.0.mlp.down against its checkpoint tensors"
+    passed: bool
+    value: float | None = None  # what was measured
+    limit: float | None = None  # the largest value that passes
+    note: str = ""
+
+
+class BuildSummary(Struct):
+    """What a person wants to know of a build afterwards."""
+
+    seconds: float
+    source: str  # name of the checkpoint, for people: last part of its path
+    source_bytes: int
+    engine_bytes: int
+    peak_memory: int  # bytes of resident memory of the building process, highest
+    device: str  # where weights were converted: "cpu", "cuda:0"
+    notes: tuple[str, ...] = ()
+
+
+class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole of engine.json. Every field is written, also where it has its default."""
+
+    schema_version: int
+    key: str  # engine_key(key_inputs)
+    key_inputs: KeyInputs
+    model: ModelConfig
+    precision: Precision
+    scheme: str
+    dtype: str
+    tp_size: int
+    pp_size: int
+    backend: str
+    backend_version: str
+    builder_version: str
+    compute_capability: tuple[int, int] | None
+    created: str  # UTC, ISO 8601
+    files: tuple[EngineFile, ...]  # all but engine.json
+    tactics: dict[str, Any]  # kernel choices timed on this GPU: operation and shape -> choice
+    self_check: tuple[SelfCheck, ...]
+    build: BuildSummary
+    digest: str = ""  # of this manifest with this field empty
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def rank_files(self) -> tuple[str, ...]:
+        """Weight files, by rank."""
+        return tuple(f"rank-{rank}.safetensors" for rank in range(self.tp_size * self.pp_size))
+
+
+def _self_digest(manifest: EngineManifest) -> str:
+    blank = msgspec.structs.replace(manifest, digest="")
+    return hashlib.sha256(msgspec.json.encode(blank, order="deterministic")).hexdigest()
+
+
+def seal(manifest: EngineManifest) -> EngineManifest:
+    """The manifest with its own digest filled in."""
+    return msgspec.structs.replace(manifest, digest=_self_digest(manifest))
+
+
+def decode_manifest(data: bytes, where: str) -> EngineManifest:
+    """Parse and check engine.json. Raises EngineDamagedError naming `where`."""
+    try:
+        version = msgspec.json.decode(data).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise EngineDamagedError(
+                f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}",
+                hint="it was written by another version of the appliance; it is built anew",
+            )
+        manifest = msgspec.json.decode(data, type=EngineManifest)
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise EngineDamagedError(f"{where} is damaged: {error}", hint="the engine is built anew") from error
+    if manifest.digest != _self_digest(manifest):
+        raise EngineDamagedError(f"{where} is damaged: it does not match its own digest", hint="it is built anew")
+    for file in manifest.files:
+        name = PurePosixPath(file.name)
+        if name.is_absolute() or ".." in name.parts or str(name) != file.name or file.name == MANIFEST_NAME:
+            raise EngineDamagedError(f"{where} names a file outside of its engine: {file.name!r}")
+    return manifest
+
+
+def read_manifest(engine_dir: Path) -> EngineManifest:
+    """Raises EngineDamagedError if there is none, or a damaged one."""
+    path = engine_dir / MANIFEST_NAME
+    try:
+        return decode_manifest(path.read_bytes(), str(path))
+    except OSError as error:
+        raise EngineDamagedError(
+            f"{path} cannot be read: {error.strerror}", hint="is this the directory of an engine?"
+        ) from error
+
+
+def write_manifest(engine_dir: Path, manifest: EngineManifest) -> EngineManifest:
+    """Seal and write durably; returns what was written."""
+    sealed = seal(manifest)
+    write_atomically(engine_dir / MANIFEST_NAME, msgspec.json.format(msgspec.json.encode(sealed), indent=1))
+    return sealed
