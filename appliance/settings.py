@@ -12,6 +12,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -140,6 +141,10 @@ class Settings:
         if isinstance(value, bool):
             return str(value).lower()
         return ",".join(value) if isinstance(value, tuple) else str(value)
+
+    @property
+    def json_logging(self) -> bool:
+        return not sys.stderr.isatty() if self.log_json is None else self.log_json
 
     @property
     def cache_dir(self) -> Path:
@@ -318,9 +323,21 @@ def child_environment(settings: Settings) -> dict[str, str]:
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["APPLIANCE_LOG_LEVEL"] = settings.log_level  # read back by `child_logging`
+    environment["APPLIANCE_LOG_JSON"] = str(settings.json_logging)
     if settings.offline:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return environment
+
+
+def child_logging() -> tuple[str, bool]:
+    """Level and JSON lines or not, for `logs.configure` in a child process: what the parent decided."""
+    table = specs()
+    level = os.environ.get("APPLIANCE_LOG_LEVEL", "INFO")
+    as_json = os.environ.get("APPLIANCE_LOG_JSON", "false")
+    return table["log_level"].parse(level, "APPLIANCE_LOG_LEVEL"), table["log_json"].parse(
+        as_json, "APPLIANCE_LOG_JSON"
+    )
 
 
 def export_hub_environment(settings: Settings) -> None:
