@@ -1,0 +1,150 @@
+"""FlashInfer attention against the reference (on a GPU), and its page lists (anywhere)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
+from appliance.kernels.flashinfer import FlashInferAttention, available, page_lists
+
+PAGE, PAGES, KV_HEADS, HEADS, DIM = 16, 400, 2, 8, 128
+
+
+def test_page_lists():
+    table = np.array([[5, 6, 7], [8, -1, -1], [9, 3, -1], [-1, -1, -1]], dtype=np.int32)
+    indptr, indices, last = page_lists(table, np.array([33, 16, 17, 0], dtype=np.int32), 16, 6)
+    assert indptr.tolist() == [0, 3, 4, 6, 6, 6, 6]
+    assert indices.tolist() == [5, 6, 7, 8, 9, 3]
+    assert last.tolist() == [1, 16, 1, 1, 1, 1]
+    assert indptr.dtype == indices.dtype == last.dtype == np.int32
+
+
+def test_page_lists_of_padding_only():
+    indptr, indices, last = page_lists(np.zeros((0, 4), np.int32), np.zeros(0, np.int32), 16, 2)
+    assert indptr.tolist() == [0, 0, 0]
+    assert len(indices) == 0
+    assert last.tolist() == [1, 1]
+
+
+def test_available_names_the_reason():
+    assert "float32" in available(128, torch.float32)
+    assert "head size" in available(80, torch.bfloat16)
+
+
+def make_step(query_lens, seq_lens, num_seqs=None, seed=0):
+    """Metadata on the GPU of a step with random pages; num_seqs > len(seq_lens) pads (decode only)."""
+    rng = np.random.default_rng(seed)
+    n = len(seq_lens)
+    num_seqs = num_seqs or n
+    lens = np.array(seq_lens, dtype=np.int32)
+    starts = np.zeros(n + 1, dtype=np.int32)
+    np.cumsum(query_lens, out=starts[1:])
+    width = int(-(-lens.max() // PAGE))
+    table = rng.permutation(PAGES)[: n * width].reshape(n, width).astype(np.int32)
+    padding = num_seqs - n
+    padded_starts = np.concatenate([starts, starts[-1] + 1 + np.arange(padding, dtype=np.int32)])
+    num_tokens = int(starts[-1]) + padding
+
+    def gpu(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+    return AttentionMetadata(
+        num_seqs=num_seqs,
+        num_tokens=num_tokens,
+        max_query_len=max(query_lens),
+        max_seq_len=int(lens.max()),
+        query_start=gpu(padded_starts),
+        seq_lens=gpu(np.pad(lens, (0, padding))),
+        page_table=gpu(np.pad(table, ((0, padding), (0, 0)))),
+        slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device="cuda"),
+        query_start_host=starts,
+        seq_lens_host=lens,
+        page_table_host=table,
+    )
+
+
+@pytest.fixture(scope="module")
+def attention():
+    if (reason := available()) is not None:
+        pytest.skip(reason)
+    return FlashInferAttention(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        page_size=PAGE,
+        dtype=torch.bfloat16,
+        max_num_seqs=8,
+        max_model_len=2048,
+        device="cuda",
+        windows=(None, 40),
+        graph_batch_sizes=(4, 8),
+    )
+
+
+def make_tensors(num_tokens, seed=1):
+    torch.manual_seed(seed)
+    qkv = torch.randn(num_tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    q = qkv[:, : HEADS * DIM].unflatten(-1, (HEADS, DIM))  # strided, as the models pass it
+    cache = torch.randn(PAGES, 2, PAGE, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    return q, cache
+
+
+def check(got, want, rows):
+    torch.testing.assert_close(got[:rows], want[:rows], rtol=2e-2, atol=2e-2)
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens"),
+    [
+        ([1, 1, 1], [1, 17, 900]),  # decode
+        ([5, 64, 200], [5, 300, 200]),  # prefill, with and without cached tokens
+        ([1, 1, 3, 130], [16, 77, 3, 150]),  # mixed
+        ([1, 1, 1, 7], [40, 41, 39, 1000]),
+    ],
+)
+def test_matches_reference(attention, query_lens, seq_lens, window):
+    meta = make_step(query_lens, seq_lens)
+    q, cache = make_tensors(meta.num_tokens)
+    attention.plan(meta)
+    got = attention.attend(q, cache, meta, DIM**-0.5, window)
+    check(got, ReferenceAttention().attend(q, cache, meta, DIM**-0.5, window), meta.num_tokens)
+
+
+@pytest.mark.gpu
+def test_graph_is_replayed_with_new_lengths(attention):
+    """Captured once at 4 rows; replays follow lengths, pages and the number of padding rows."""
+    q, cache = make_tensors(4)
+    first = make_step([1, 1], [3, 30], num_seqs=4)
+    attention.plan(first)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for window in (None, 40):
+            attention.attend(q, cache, first, DIM**-0.5, window)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = {window: attention.attend(q, cache, first, DIM**-0.5, window) for window in (None, 40)}
+    for seed, lens in enumerate(([1], [1200, 5], [700, 64, 65], [16, 17, 1500, 1])):
+        meta = make_step([1] * len(lens), lens, num_seqs=4, seed=seed)
+        attention.plan(meta)
+        graph.replay()
+        for window, out in outs.items():
+            check(out, ReferenceAttention().attend(q, cache, meta, DIM**-0.5, window), len(lens))
+
+
+@pytest.mark.gpu
+def test_unplanned_window_and_wrong_scale_are_refused(attention):
+    meta = make_step([1], [4])
+    q, cache = make_tensors(1)
+    attention.plan(meta)
+    with pytest.raises(ValueError, match="window 7"):
+        attention.attend(q, cache, meta, DIM**-0.5, 7)
+    with pytest.raises(ValueError, match="scale"):
+        attention.attend(q, cache, meta, 1.0, None)
