@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""The appliance's command; `./entrypoint.py --help` lists what it can do. All of it is in `appliance.cli`.
+
+Started with a Python that lacks the dependencies, it goes on with the one that `make install` made beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> int:
+    environment = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")  # noqa: PTH — any old Python runs this
+    python = os.path.join(environment, "bin", "python")
+    can_switch = os.access(python, os.X_OK) and os.path.realpath(sys.prefix) != os.path.realpath(environment)
+    if sys.version_info < (3, 11):  # noqa: UP036 — likewise
+        if can_switch:
+            os.execv(python, [python, *sys.argv])
+        print("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0], file=sys.stderr)
+        return 2
+    try:
+        from appliance.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "appliance":
+            raise
+        if can_switch:
+            os.execv(python, [python, *sys.argv])
+        print(f"error: {sys.executable} has no module {error.name}; run `make install` first", file=sys.stderr)
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
