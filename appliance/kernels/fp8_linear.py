@@ -1,0 +1,106 @@
+"""FP8 (e4m3) products with a scale per row of either side: quantization kernels and the product itself.
+
+A row r of a matrix is stored as round(r / scale) with scale = max|r| / 448, in float32; 448 is the largest e4m3 number
+(Micikevicius et al., "FP8 Formats for Deep Learning", 2022). The same serves weights (a row is an output channel) and
+activations (a row is a token, scaled on the fly).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from appliance.kernels._triton import tl, triton
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST_AMAX = 1e-12  # a row of zeros gets a scale above zero, and zeros as values
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, size], rows may be strided -> (float8_e4m3fn [n, size], float32 [n, 1]) with x ≈ values * scales."""
+    return quantize_rows_triton(x) if x.is_cuda else quantize_rows_reference(x)
+
+
+def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` in plain torch, any device."""
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    return (x / scales).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scales_ptr,
+    x_stride,
+    size,
+    FP8_MAX: tl.constexpr,
+    SMALLEST_AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one row, read twice (the second time from the L2 cache)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + lane
+        x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / FP8_MAX
+    tl.store(scales_ptr + row, scale)
+    for start in range(0, size, BLOCK):
+        column = start + lane
+        x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
+        y = tl.clamp(x / scale, -FP8_MAX, FP8_MAX)
+        tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+
+
+def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` as one kernel."""
+    assert x.stride(-1) == 1
+    n, size = x.shape
+    values = torch.empty((n, size), dtype=FP8, device=x.device)
+    scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(size), 4096)
+    _quantize_rows_kernel[(n,)](
+        x,
+        values,
+        scales,
+        x.stride(0),
+        size,
+        FP8_MAX=FP8_MAX,
+        SMALLEST_AMAX=SMALLEST_AMAX,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 16),
+    )
+    return values, scales
+
+
+def fp8_linear(
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(values * scales) @ (weight * weight_scales).T + bias on a GPU with FP8 tensor cores.
+
+    values float8 [n, in], scales float32 [n, 1]; weight float8 [out, in], both row-major, in and out multiples of 16;
+    weight_scales float32 [1, out]; bias [out] or None. Returns `dtype` [n, out]; accumulates in float32 and rounds to
+    bfloat16, the only output that the row-wise scaled product has on all GPUs.
+    """
+    if values.shape[0] == 0:
+        return values.new_empty((0, weight.shape[0]), dtype=dtype)
+    in_product = bias if dtype == torch.bfloat16 else None
+    # weight.t() is the column-major right side that the product asks for.
+    out = torch._scaled_mm(
+        values, weight.t(), scale_a=scales, scale_b=weight_scales, bias=in_product, out_dtype=torch.bfloat16
+    ).to(dtype)
+    return out if bias is in_product else out + bias
+
+
+def fp8_linear_reference(
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`fp8_linear` in plain torch, any device, float32 inside."""
+    product = F.linear(values.float(), weight.float()) * scales * weight_scales
+    return (product if bias is None else product + bias.float()).to(dtype)

@@ -1,0 +1,81 @@
+"""Self-attention of a decoder layer: fused q/k/v product, optional norm per head, rotary embedding with cache write,
+paged attention, output product.
+
+Which implementation attends over the pages, and where they are, comes in with each step's `ForwardContext`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from appliance.distributed import TensorParallel
+from appliance.kernels import attention as paged
+from appliance.kernels.norm import qk_rms_norm_
+from appliance.kernels.rope_cache import rope_and_write
+from appliance.layers.linear import ColumnParallelLinear, RowParallelLinear
+from appliance.layers.norm import HeadRMSNorm
+from appliance.layers.rotary import RotaryEmbedding
+from appliance.quantization.scheme import Activation, PrecisionScheme
+from appliance.types import ModelConfig
+
+
+@dataclass
+class ForwardContext:
+    """What one forward pass needs beside the token ids; the same for every layer."""
+
+    positions: Tensor  # int64 [num_tokens], of each token in its sequence; 0 for padding
+    kv_caches: list[Tensor]  # one per layer, layout in kernels/attention.py; written by the pass
+    metadata: paged.AttentionMetadata
+    attention: paged.Attention  # `plan` already called with this metadata
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of layer `index`; a rank holds an even share of the heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        rotary: RotaryEmbedding,
+        scheme: PrecisionScheme,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+    ) -> None:
+        super().__init__()
+        self.num_heads = tp.share(config.num_attention_heads, "attention heads")
+        self.num_kv_heads = tp.share(config.num_key_value_heads, "key/value heads")
+        self.head_dim = config.head_dim
+        self._index = index
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self._window = config.window_of(index)
+        self.rotary = rotary
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, heads * self.head_dim, bias=config.attention_bias, scheme=scheme, dtype=dtype
+        )
+        self.q_norm = HeadRMSNorm(self.head_dim, dtype) if config.qk_norm else None
+        self.k_norm = HeadRMSNorm(self.head_dim, dtype) if config.qk_norm else None
+        self.o = RowParallelLinear(
+            self.num_heads * self.head_dim,
+            config.hidden_size,
+            bias=config.output_bias,
+            scheme=scheme,
+            dtype=dtype,
+            tp=tp,
+        )
+
+    def forward(self, x: Activation, ctx: ForwardContext) -> Tensor:
+        """x: [n, hidden] as the scheme takes it. Returns [n, hidden]; writes this layer's KV cache."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv_heads, head_dim]
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps)
+        cache = ctx.kv_caches[self._index]
+        q = rope_and_write(q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping)
+        out = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window)
+        return self.o(out.flatten(1))

@@ -1,0 +1,127 @@
+"""The decoder that Llama and its relatives share: pre-norm layers of attention and gated MLP over a residual stream.
+
+What differs between the relatives is in `ModelConfig` (biases, head norms, windows, rotary scaling) or in the model's
+own file (`models/*.py`), which derives from `Decoder`. Knows nothing of batches, pages or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from appliance.distributed import TensorParallel
+from appliance.errors import CheckpointError, EngineDamagedError
+from appliance.layers.attention import Attention, ForwardContext
+from appliance.layers.embedding import Embedding
+from appliance.layers.linear import ColumnParallelLinear, Linear
+from appliance.layers.mlp import GatedMLP
+from appliance.layers.norm import FinalRMSNorm, ResidualRMSNorm
+from appliance.layers.rotary import RotaryEmbedding
+from appliance.quantization.scheme import PrecisionScheme
+from appliance.types import ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm. Takes and returns (x, residual): the stream is their sum."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        rotary: RotaryEmbedding,
+        scheme: PrecisionScheme,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+    ) -> None:
+        super().__init__()
+        self.input_norm = ResidualRMSNorm(config.hidden_size, config.rms_norm_eps, scheme, dtype)
+        self.attention = Attention(config, index, rotary=rotary, scheme=scheme, dtype=dtype, tp=tp)
+        self.post_attention_norm = ResidualRMSNorm(config.hidden_size, config.rms_norm_eps, scheme, dtype)
+        self.mlp = GatedMLP(config, scheme=scheme, dtype=dtype, tp=tp)
+
+    def forward(self, x: Tensor, residual: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        normed, residual = self.input_norm(x, residual)
+        x = self.attention(normed, ctx)
+        normed, residual = self.post_attention_norm(x, residual)
+        return self.mlp(normed), residual
+
+
+class Decoder(nn.Module):
+    """A causal language model. Built under `torch.device("meta")`; then `load`, then `prepare`, then `forward`.
+
+    The names of its parameters are the names of the engine's tensors.
+    """
+
+    def __init__(
+        self, config: ModelConfig, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel | None = None
+    ) -> None:
+        """`dtype` is that of activations and of weights that the scheme does not store otherwise. CheckpointError for
+        a configuration that these layers cannot express, HardwareError if `tp` does not divide the heads."""
+        super().__init__()
+        if config.hidden_act not in ("silu", "swish"):
+            raise CheckpointError(
+                f"activation {config.hidden_act!r} is not supported by {config.architecture}: only silu"
+            )
+        tp = tp or TensorParallel()
+        self.config = config
+        self.dtype = dtype
+        self.tp = tp
+        self.num_kv_heads = tp.share(config.num_key_value_heads, "key/value heads")  # of this rank
+        self.rotary = RotaryEmbedding(config)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, rotary=self.rotary, scheme=scheme, dtype=dtype, tp=tp)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = FinalRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.lm_head = ColumnParallelLinear(
+            config.hidden_size,
+            tp.share(config.vocab_size, "vocabulary entries"),
+            bias=False,
+            scheme=scheme,
+            dtype=dtype,
+        )
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
+        """Take all parameters from an engine's (name, tensor) pairs, in any order, one at a time: moved to `device`;
+        plain floats converted to the model's dtype. EngineDamagedError for a name or shape that does not fit, and for
+        parameters that are left without a tensor."""
+        missing = dict(self.named_parameters())
+        for name, tensor in tensors:
+            wanted = missing.pop(name, None)
+            if wanted is None:
+                raise EngineDamagedError(
+                    f"engine tensor {name!r} is given twice or unknown to {self.config.architecture}"
+                )
+            if tensor.shape != wanted.shape:
+                raise EngineDamagedError(
+                    f"engine tensor {name!r} has shape {list(tensor.shape)}, expected {list(wanted.shape)}"
+                )
+            module, _, attribute = name.rpartition(".")
+            value = tensor.to(device=device, dtype=wanted.dtype)
+            self.get_submodule(module).register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+        if missing:
+            raise EngineDamagedError(f"engine has no tensor for {len(missing)} parameters, the first: {min(missing)}")
+
+    def prepare(self, max_positions: int) -> None:
+        """After `load`: bring weights into the form that the products want, compute the rotary table for positions
+        below `max_positions`. Parameters that a scheme has taken over are no longer listed by the module."""
+        self.rotary.build(max_positions, self.embedding.weight.device)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
+        self.eval()
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """token_ids int64 [n] -> hidden states [n, hidden], final norm applied. Writes the KV caches of `ctx`."""
+        x, residual = self.embedding(token_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, ctx)
+        return self.norm(x, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [m, hidden] -> float32 [m, vocab]."""
+        return self.tp.all_gather(self.lm_head(hidden)).float()

@@ -1,0 +1,77 @@
+"""Linear layers: shares of a weight across tensor-parallel ranks, stored and multiplied as a precision scheme says.
+
+Knows nothing of number formats (the scheme does) nor of what is multiplied. Parameters carry the names of the engine's
+tensors: the scheme's suffixes, and `bias`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from appliance.distributed import TensorParallel
+from appliance.quantization.scheme import Activation, PrecisionScheme
+
+
+def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialized inference parameter on the current default device (meta while a model is being described)."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """x [n, in_features] -> [n, out_features]; both are this rank's share."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, scheme: PrecisionScheme, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self._dtype = dtype
+        self._scheme = scheme
+        self._stored = scheme.tensors(out_features, in_features, dtype)
+        self._prepared: dict[str, Tensor] = {}
+        for suffix, (shape, stored_dtype) in self._stored.items():
+            self.register_parameter(suffix, parameter(shape, stored_dtype))
+        self.register_parameter("bias", parameter((out_features,), dtype) if bias else None)
+
+    def prepare(self) -> None:
+        """After loading: hands the stored tensors to the scheme and keeps only what it returns."""
+        self._prepared = self._scheme.prepare({suffix: getattr(self, suffix).data for suffix in self._stored})
+        for suffix in self._stored:
+            self.register_parameter(suffix, None)
+
+    def forward(self, x: Activation) -> Tensor:
+        return self._product(x, self.bias)
+
+    def _product(self, x: Activation, bias: Tensor | None) -> Tensor:
+        out = self._scheme.apply(self._prepared, x, bias, self._dtype)
+        return out if out.shape[1] == self.out_features else out[:, : self.out_features]
+
+
+class ColumnParallelLinear(Linear):
+    """Output features are split: every rank has all of x and gives its own columns of the result. Fused products (q, k
+    and v; gate and up) are one such layer whose rank share holds the rank's share of each part, in order."""
+
+
+class RowParallelLinear(Linear):
+    """Input features are split: ranks give partial sums that are added up, so the result is whole on every rank."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        scheme: PrecisionScheme,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, scheme=scheme, dtype=dtype)
+        self._tp = tp
+
+    def forward(self, x: Activation) -> Tensor:
+        if self._tp.size == 1:
+            return self._product(x, self.bias)
+        # Every rank holds the whole bias; it must count once.
+        bias = self.bias if self._tp.rank == 0 else None
+        return self._tp.all_reduce(self._product(x, bias))

@@ -1,0 +1,27 @@
+"""The gated feed-forward block (SwiGLU): fused gate-and-up product, silu(gate) * up, down product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from appliance.distributed import TensorParallel
+from appliance.layers.linear import ColumnParallelLinear, RowParallelLinear
+from appliance.quantization.scheme import Activation, PrecisionScheme
+from appliance.types import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """Shazeer, "GLU Variants Improve Transformer" (2020). x [n, hidden] as the scheme takes it -> [n, hidden]."""
+
+    def __init__(self, config: ModelConfig, *, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel) -> None:
+        super().__init__()
+        size = tp.share(config.intermediate_size, "feed-forward columns")
+        self._scheme = scheme
+        self.gate_up = ColumnParallelLinear(
+            config.hidden_size, 2 * size, bias=config.mlp_bias, scheme=scheme, dtype=dtype
+        )
+        self.down = RowParallelLinear(size, config.hidden_size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, tp=tp)
+
+    def forward(self, x: Activation) -> Tensor:
+        return self.down(self._scheme.silu_mul(self.gate_up(x)))

@@ -1,0 +1,51 @@
+"""What a precision scheme is: how a linear layer's weight is stored in an engine and multiplied at run time.
+
+A scheme is one file here with a `PLUGIN` literal and a class `Scheme` derived from `PrecisionScheme`. The model and its
+layers do not know which one is in use. A scheme whose products take quantized input overrides `rms_norm` and
+`silu_mul`, the operations that feed those products, so that quantizing costs no kernel of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from appliance.kernels import activation, norm
+
+# What flows into a linear layer: [n, in] in the model's dtype, or quantized values [n, in] with float32 scales [n, 1].
+Activation = Tensor | tuple[Tensor, Tensor]
+
+
+class PrecisionScheme(ABC):
+    """Stateless; one instance serves all layers of a model."""
+
+    @abstractmethod
+    def tensors(
+        self, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Stored tensors of a linear layer: suffix -> (shape, dtype). `dtype` is the model's own."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Stored tensors of a weight [out, in] (float, already in the engine's dtype), on the weight's device. Rows
+        are independent of each other, so a scheme may be applied to a part of the rows or before ranks split them."""
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors as loaded on their device -> what `apply` wants there. Called once, after loading."""
+        return tensors
+
+    @abstractmethod
+    def apply(self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x @ weight.T + bias: [n, out], in `dtype`, the model's own. `tensors` are prepared; if `prepare` padded the
+        weight, the result has extra columns, which the layer cuts off. Kernel on CUDA, plain torch elsewhere; never
+        synchronizes, so it can be captured in a CUDA graph."""
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:
+        """The input of the next linear layer and the new residual stream; see `kernels.norm.rms_norm`."""
+        return norm.rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Activation:
+        """silu(gate) * up of [n, 2 * size]: the input of the next linear layer; see `kernels.activation.silu_mul`."""
+        return activation.silu_mul(gate_up)
