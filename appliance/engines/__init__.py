@@ -1,0 +1,38 @@
+"""Engines as artifacts: their key, manifest, digests, store, and moving them between machines.
+
+Torch-free; knows nothing of how an engine is built or run.
+"""
+
+from __future__ import annotations
+
+from appliance.engines.key import BUILDER_VERSION, KeyInputs, engine_dtype, engine_key, make_key_inputs, scheme_of
+from appliance.engines.manifest import EngineManifest, read_manifest
+from appliance.engines.meter import ByteMeter, ProgressFn, Snapshot
+from appliance.engines.store import EngineStore, LockHolder, StoredEngine
+from appliance.engines.transfer import EngineNotFoundError, EngineTransferError, fetch, publish
+from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, verify_engine
+
+__all__ = [
+    "BUILDER_VERSION",
+    "ByteMeter",
+    "DamagedFileError",
+    "EngineManifest",
+    "EngineNotFoundError",
+    "EngineStore",
+    "EngineTransferError",
+    "KeyInputs",
+    "LockHolder",
+    "ProgressFn",
+    "Snapshot",
+    "StoredEngine",
+    "Verified",
+    "VerifyLevel",
+    "engine_dtype",
+    "engine_key",
+    "fetch",
+    "make_key_inputs",
+    "publish",
+    "read_manifest",
+    "scheme_of",
+    "verify_engine",
+]

@@ -20,7 +20,7 @@ from appliance.types import Precision, Struct
 BUILDER_VERSION = "1"
 
 
-class KeyInputs(Struct):
+class KeyInputs(Struct, frozen=True):
     """What an engine is made from and for."""
 
     checkpoint_digest: str  # of the content, `checkpoint.digest`

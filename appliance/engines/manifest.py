@@ -21,13 +21,13 @@ MANIFEST_NAME = "engine.json"
 SCHEMA_VERSION = 1
 
 
-class EngineFile(Struct):
+class EngineFile(Struct, frozen=True):
     name: str  # relative to the engine directory, with "/"
     size: int  # bytes
     digest: str  # engines.digest
 
 
-class SelfCheck(Struct):
+class SelfCheck(Struct, frozen=True):
     """One thing that the builder checked on the finished files."""
 
     name: str  # e.g. "layers.0.mlp.down against its checkpoint tensors"
@@ -37,7 +37,7 @@ class SelfCheck(Struct):
     note: str = ""
 
 
-class BuildSummary(Struct):
+class BuildSummary(Struct, frozen=True):
     """What a person wants to know of a build afterwards."""
 
     seconds: float

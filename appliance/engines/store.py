@@ -242,7 +242,7 @@ def _read_holder(fd: int) -> LockHolder | None:
 
 @contextlib.contextmanager
 def _lock_if_free(path: Path) -> Iterator[bool]:
-    """Whether the lock was free; held inside the block if so. A lock of another user that we cannot open is not free."""
+    """Whether the lock was free; held inside the block if so. One that we may not open is not free."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
