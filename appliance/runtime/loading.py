@@ -6,11 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from appliance import registry
+from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
+from appliance.layers.decoder import Decoder
+from appliance.runtime.weights import load_weights
 from appliance.types import EngineOptions, ModelConfig
 
 DTYPES = {
@@ -75,3 +80,38 @@ def choose_max_model_len(options: EngineOptions, config: ModelConfig, num_pages:
             hint=f"set --max-model-len to {fits} or less, or free GPU memory",
         )
     return options.max_model_len
+
+
+def build_model(config: ModelConfig, scheme_name: str, dtype: torch.dtype) -> Decoder:
+    """The architecture's model on the meta device: shapes and dtypes, no memory."""
+    module = registry.load("models", registry.architectures()[config.architecture].name)
+    scheme = registry.load("quantization", scheme_name).Scheme()
+    with torch.device("meta"):
+        model: Decoder = module.Model(config, scheme, dtype)
+    return model
+
+
+@dataclass
+class LoadedModel:
+    model: Decoder
+    config: ModelConfig
+    engine_key: str
+    weight_bytes: int  # on the device
+
+
+def load_engine(
+    options: EngineOptions, device: torch.device, dtype: torch.dtype | None, progress: ProgressFn
+) -> LoadedModel:
+    """Load rank 0 of an engine. `dtype` overrides the engine's own for what is not quantized (the CPU computes in
+    float32). EngineDamagedError if a file does not match its digest or the model."""
+    path = Path(options.engine_dir)
+    manifest = read_manifest(path)
+    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype])
+    load_weights(
+        model,
+        path / manifest.rank_files[0],
+        device,
+        progress=lambda done, total: progress("load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)),
+    )
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return LoadedModel(model, manifest.model, manifest.key, weight_bytes)

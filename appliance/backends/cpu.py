@@ -1,0 +1,105 @@
+"""The CPU backend: plain torch in float32, the reference that every other backend is compared with.
+
+Weights keep their engine's values (bf16, fp8, …) but products run in float32, which is also faster on CPUs without
+half-precision matrix units.
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from appliance.errors import HardwareError, SettingsError
+from appliance.kernels.attention import ReferenceAttention
+from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.loading import (
+    LoadedModel,
+    PhaseTimer,
+    ProgressFn,
+    allocate_kv_cache,
+    choose_max_model_len,
+    kv_page_bytes,
+    load_engine,
+)
+from appliance.runtime.model_runner import ModelRunner, RunnerLimits
+from appliance.types import EngineInfo, EngineOptions
+
+PLUGIN = {
+    "name": "cpu",
+    "device": "cpu",
+    "version": "1",
+    "precisions": ["fp32", "fp16", "bf16", "fp8"],
+    "kv_cache": ["fp32"],
+    "max_tp": 1,
+    "max_pp": 1,
+}
+
+_DEVICE = torch.device("cpu")
+_MEMORY_SHARE = 0.25  # of free memory, for the KV cache when the page count is not given
+
+
+def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
+    """Load the engine's weights into memory, as float32 where they are not quantized."""
+    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    with timer.phase("load_weights"):
+        return load_engine(options, _DEVICE, torch.float32, progress)
+
+
+def assemble(
+    loaded: LoadedModel, options: EngineOptions, progress: ProgressFn, timer: PhaseTimer
+) -> tuple[LocalExecutor, EngineInfo]:
+    """Everything around loaded weights: KV cache, runner, executor."""
+    if options.kv_cache_dtype not in ("auto", "fp32"):
+        raise SettingsError(
+            f"kv_cache_dtype {options.kv_cache_dtype} is not supported by the cpu backend; allowed: auto, fp32"
+        )
+    if options.attention not in ("auto", "reference"):
+        raise SettingsError(
+            f"attention {options.attention!r} is not supported by the cpu backend; allowed: auto, reference"
+        )
+    config, model = loaded.config, loaded.model
+    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, torch.float32)
+    num_pages = options.num_pages or _pages_that_fit(options, config.max_position_embeddings, page_bytes)
+    max_model_len = choose_max_model_len(options, config, num_pages)
+    limits = RunnerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        page_size=options.page_size,
+        vocab_size=config.vocab_size,
+    )
+    with timer.phase("kv_cache"):
+        model.prepare(max_model_len)
+        kv_caches = allocate_kv_cache(
+            config, model.num_kv_heads, num_pages, options.page_size, torch.float32, _DEVICE
+        )
+    runner = ModelRunner(model, kv_caches, ReferenceAttention(), limits, _DEVICE)
+    info = EngineInfo(
+        engine_key=loaded.engine_key,
+        max_model_len=max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_pages=num_pages,
+        page_size=options.page_size,
+        kv_cache_dtype="fp32",
+        attention="reference",
+        device_name=f"CPU, {torch.get_num_threads()} threads",
+        weight_bytes=loaded.weight_bytes,
+        kv_cache_bytes=num_pages * page_bytes,
+        startup_seconds=timer.seconds,
+    )
+    return LocalExecutor(runner, limits, num_pages), info
+
+
+def _pages_that_fit(options: EngineOptions, model_limit: int, page_bytes: int) -> int:
+    """Pages for every slot at full length, or what a share of free memory holds. HardwareError if that is too few."""
+    longest = options.max_model_len or model_limit
+    wanted = options.max_num_seqs * -(-longest // options.page_size)
+    budget = int(psutil.virtual_memory().available * _MEMORY_SHARE)
+    pages = min(wanted, budget // page_bytes)
+    if pages < 2:
+        raise HardwareError(
+            f"{budget / 1e9:.2f} GB of memory for the KV cache hold no two pages of {page_bytes / 1e6:.1f} MB",
+            hint="free memory or choose a smaller model",
+        )
+    return pages

@@ -1,0 +1,200 @@
+"""The CUDA backend: the same model and runner as everywhere, with Triton kernels, paged attention from FlashInfer or our
+own Triton kernels, and decode steps replayed from CUDA graphs.
+
+Sizes the KV cache from the memory that is really free after a step of the largest size has run.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from appliance.errors import HardwareError, SettingsError
+from appliance.kernels.attention import Attention, ReferenceAttention
+from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.loading import (
+    DTYPES,
+    LoadedModel,
+    PhaseTimer,
+    ProgressFn,
+    allocate_kv_cache,
+    choose_max_model_len,
+    kv_page_bytes,
+    load_engine,
+)
+from appliance.runtime.model_runner import ModelRunner, RunnerLimits
+from appliance.types import EngineInfo, EngineOptions
+
+PLUGIN = {
+    "name": "cuda",
+    "device": "gpu",
+    "version": "1",
+    "precisions": ["fp32", "fp16", "bf16", "fp8"],
+    "kv_cache": ["bf16", "fp16", "fp32"],
+    "min_compute_capability": [7, 5],
+    "max_tp": 1,
+    "max_pp": 1,
+}
+
+_GRAPH_RESERVE = 512 << 20  # bytes left for CUDA graphs and late allocations of libraries
+
+
+def _device(options: EngineOptions) -> torch.device:
+    if not torch.cuda.is_available():
+        raise HardwareError("no CUDA device is usable by torch", hint="run `appliance doctor`")
+    names = options.devices or ("0",)
+    if len(names) > 1:
+        raise SettingsError(f"this engine runs on one GPU, {len(names)} were given: {', '.join(names)}")
+    index = int(names[0]) if names[0].isdigit() else _index_of_uuid(names[0])
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _index_of_uuid(uuid: str) -> int:
+    """Torch's index of the GPU with this UUID; a MIG slice is the only device that its process sees."""
+    if uuid.startswith("MIG-"):
+        return 0
+    wanted = uuid.removeprefix("GPU-")
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == wanted:
+            return index
+    raise HardwareError(f"GPU {uuid} is not visible to this process", hint="check CUDA_VISIBLE_DEVICES")
+
+
+def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
+    """Create the CUDA context and copy the engine's weights up."""
+    with timer.phase("cuda_context"):
+        device = _device(options)
+        torch.zeros(1, device=device)
+    with timer.phase("load_weights"):
+        loaded = load_engine(options, device, None, progress)
+        torch.cuda.synchronize()
+    return loaded
+
+
+def assemble(
+    loaded: LoadedModel, options: EngineOptions, progress: ProgressFn, timer: PhaseTimer
+) -> tuple[LocalExecutor, EngineInfo]:
+    """Everything around loaded weights: attention, KV cache sized to the memory left, runner, CUDA graphs."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config, model = loaded.config, loaded.model
+    dtype = _kv_dtype(options, model.dtype)
+    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, dtype)
+    attention = _attention(options, model.dtype, config.num_attention_heads, loaded, device)
+    longest = options.max_model_len or config.max_position_embeddings
+    model.prepare(longest)
+
+    with timer.phase("profile_memory"):
+        num_pages = options.num_pages or _profile_pages(loaded, options, attention, page_bytes, dtype, device)
+    max_model_len = choose_max_model_len(options, config, num_pages)
+    limits = _limits(options, max_model_len, config.vocab_size)
+    with timer.phase("kv_cache"):
+        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
+    runner = ModelRunner(model, kv_caches, attention, limits, device)
+    if options.cuda_graphs:
+        with timer.phase("cuda_graphs"):
+            runner.capture_graphs(
+                lambda done, total: progress("warmup", f"CUDA graph {done} of {total}", 100 * done / total)
+            )
+            torch.cuda.synchronize()
+    info = EngineInfo(
+        engine_key=loaded.engine_key,
+        max_model_len=max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_pages=num_pages,
+        page_size=options.page_size,
+        kv_cache_dtype=str(dtype).removeprefix("torch."),
+        attention=attention.name,
+        device_name=torch.cuda.get_device_name(device),
+        weight_bytes=loaded.weight_bytes,
+        kv_cache_bytes=num_pages * page_bytes,
+        startup_seconds=timer.seconds,
+    )
+    return LocalExecutor(runner, limits, num_pages), info
+
+
+def _limits(options: EngineOptions, max_model_len: int, vocab_size: int) -> RunnerLimits:
+    return RunnerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        page_size=options.page_size,
+        vocab_size=vocab_size,
+    )
+
+
+def _kv_dtype(options: EngineOptions, model_dtype: torch.dtype) -> torch.dtype:
+    if options.kv_cache_dtype == "auto":
+        return model_dtype
+    dtype = DTYPES.get(options.kv_cache_dtype)
+    if dtype != model_dtype:
+        raise SettingsError(
+            f"kv_cache_dtype {options.kv_cache_dtype} is not supported with a model in {model_dtype}",
+            hint="set --kv-cache-dtype to auto",
+        )
+    return dtype
+
+
+def _profile_pages(
+    loaded: LoadedModel,
+    options: EngineOptions,
+    attention: Attention,
+    page_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Run a step of the largest size on a small KV cache, then give the KV cache what is left of the memory share.
+
+    HardwareError if less than the cache of one full step is left.
+    """
+    config = loaded.config
+    longest = options.max_model_len or config.max_position_embeddings
+    tokens = min(options.max_num_batched_tokens, longest)
+    pages = -(-tokens // options.page_size) + 1
+    limits = _limits(options, tokens, config.vocab_size)
+    caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner = ModelRunner(loaded.model, caches, attention, limits, device)
+    runner.profile()
+    peak = torch.cuda.max_memory_allocated(device) - pages * page_bytes  # weights, activations, tables
+    del runner, caches
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # Memory of this process that torch does not see: context, library workspaces, compiled kernels.
+    ours = torch.cuda.memory_reserved(device)
+    budget = int((free + ours) * options.memory_fraction) - peak - _GRAPH_RESERVE
+    if budget < pages * page_bytes:
+        raise HardwareError(
+            f"after weights and activations {max(budget, 0) / 1e9:.1f} GB of {total / 1e9:.1f} GB are left for the KV cache; "
+            f"one step of {tokens} tokens needs {pages * page_bytes / 1e9:.1f} GB",
+            hint="free GPU memory, or lower --max-num-batched-tokens or --max-model-len",
+        )
+    return budget // page_bytes
+
+
+def _attention(
+    options: EngineOptions, dtype: torch.dtype, num_heads: int, loaded: LoadedModel, device: torch.device
+) -> Attention:
+    """The implementation asked for; "auto" is FlashInfer where it can serve this model, else Triton."""
+    from appliance.kernels import flashinfer, paged_attention
+
+    if options.attention not in ("auto", "flashinfer", "triton", "reference"):
+        raise SettingsError(
+            f"attention {options.attention!r} is unknown; allowed: auto, flashinfer, triton, reference"
+        )
+    if options.attention == "reference":
+        if options.cuda_graphs:
+            raise SettingsError("attention reference cannot run in CUDA graphs", hint="add --no-cuda-graphs")
+        return ReferenceAttention()
+    reason = flashinfer.available() if dtype in (torch.float16, torch.bfloat16) else "it needs fp16 or bf16"
+    if options.attention == "flashinfer" and reason:
+        raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set --attention to triton or auto")
+    if options.attention == "triton" or reason:
+        return paged_attention.TritonAttention()
+    return flashinfer.FlashInferAttention(
+        num_heads, loaded.model.num_kv_heads, loaded.config.head_dim, options.page_size, dtype, device
+    )

@@ -1,0 +1,127 @@
+"""The engine process: batching core and executor behind one ipc channel. `python -m appliance.engine_process --ipc ADDRESS`.
+
+Imports torch at once, then waits for StartEngine, so that a server may spawn it before it knows what to load. Owns no
+request: what is lost with this process is re-submitted by the server's journal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import time
+import traceback
+
+from appliance import registry
+from appliance.batching.core import EngineCore
+from appliance.errors import ApplianceError, RequestError
+from appliance.ipc import AbortRequests, AddRequests, ChildEnd, Failed, Outputs, Phase, Progress, Ready, Shutdown, StartEngine
+from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest
+
+log = logging.getLogger("appliance.engine")
+
+_IDLE_POLL_SECONDS = 5.0  # how often an idle engine looks whether its server is still there
+
+
+def open_engine(options: EngineOptions, end: ChildEnd) -> tuple[EngineCore, EngineInfo]:
+    """Load what `options` says, reporting progress on `end`. Raises as the backend does."""
+    from appliance.runtime.loading import PhaseTimer
+
+    backend = registry.load("backends", options.backend)
+    timer = PhaseTimer()
+
+    def progress(phase: Phase, detail: str, percent: float) -> None:
+        end.send(Progress(phase=phase, detail=detail, percent=percent))
+
+    loaded = backend.load(options, progress, timer)
+    executor, info = backend.assemble(loaded, options, progress, timer)
+    return EngineCore(executor, prefix_caching=options.prefix_caching, seed=options.seed), info
+
+
+class EngineLoop:
+    """Messages in, steps, outputs out; until Shutdown or until the server is gone."""
+
+    def __init__(self, core: EngineCore, end: ChildEnd) -> None:
+        self._core = core
+        self._end = end
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        while self._take_messages():
+            if self._core.has_work:
+                outputs = self._core.step()
+                if outputs:
+                    self._end.send(Outputs(outputs=outputs, stats=self._core.stats()))
+
+    def _take_messages(self) -> bool:
+        """Handle what has arrived, waiting only when there is nothing to run. False: stop."""
+        while True:
+            message = self._end.receive(0.0 if self._core.has_work else _IDLE_POLL_SECONDS)
+            match message:
+                case None:
+                    if self._core.has_work:
+                        return True
+                    if os.getppid() != self._parent:
+                        log.warning("the server process is gone: stopping")
+                        return False
+                case AddRequests(requests=requests):
+                    rejected = [self._add(request) for request in requests]
+                    self._send([output for output in rejected if output is not None])
+                case AbortRequests(request_ids=request_ids):
+                    self._core.abort(request_ids)
+                case Shutdown():
+                    return False
+                case StartEngine():
+                    raise AssertionError("StartEngine twice")
+
+    def _add(self, request: EngineRequest) -> EngineOutput | None:
+        try:
+            self._core.add_request(request)
+        except RequestError as error:
+            return EngineOutput(request_id=request.request_id, finish_reason="error", error=error.message)
+        return None
+
+    def _send(self, outputs: list[EngineOutput]) -> None:
+        if outputs:
+            self._end.send(Outputs(outputs=outputs, stats=self._core.stats()))
+
+
+def _failure(error: BaseException) -> Failed:
+    if isinstance(error, ApplianceError):
+        return Failed(error=type(error).__name__, message=error.message, hint=error.hint)
+    return Failed(error=type(error).__name__, message=f"{type(error).__name__}: {error}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 after Shutdown, the error's own otherwise; the reason is sent as `Failed` first."""
+    parser = argparse.ArgumentParser(prog="python -m appliance.engine_process")
+    parser.add_argument("--ipc", required=True, help="address of the server's end of the channel")
+    args = parser.parse_args(argv)
+    # A terminal's Ctrl-C goes to the whole group; the server decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end = ChildEnd(args.ipc)
+    try:
+        begin = time.perf_counter()
+        import torch  # noqa: F401  the slow part of every start, done while the server is still deciding
+
+        import_seconds = time.perf_counter() - begin
+        start = end.receive()
+        if isinstance(start, Shutdown):
+            return 0
+        assert isinstance(start, StartEngine), start
+        core, info = open_engine(start.options, end)
+        info.startup_seconds["import_torch"] = import_seconds
+        end.send(Ready(info=info))
+        EngineLoop(core, end).run()
+    except Exception as error:
+        log.error("engine failed\n%s", traceback.format_exc())
+        end.send(_failure(error))
+        return error.exit_code if isinstance(error, ApplianceError) else 1
+    finally:
+        end.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
