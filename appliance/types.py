@@ -186,8 +186,15 @@ class Gpu(Struct):
     problem: str | None = None  # why not healthy, or why it cannot be used
     mig_enabled: bool = False
     mig_slices: tuple[MigSlice, ...] = ()
+    mig_profile: str | None = None  # e.g. "3g.40gb": this entry is a MIG slice, its memory is the slice's
+    unified_memory: bool = False  # GPU and CPU share one memory (GB10): the figures are the system's
     # Links to other GPUs of this machine: index -> "nvlink", "pcie" or "none" (no peer access).
     links: dict[int, str] = {}
+
+    @property
+    def usable(self) -> bool:
+        """Healthy, new enough for this build and with a driver that is: what selection may use."""
+        return self.healthy and self.problem is None
 
 
 class Hardware(Struct):
@@ -201,6 +208,10 @@ class Hardware(Struct):
     cuda_version: str | None = None  # highest the driver supports, "13.0"
     problem: str | None = None  # one plain line when no GPU can be used although one was looked for
     notes: tuple[str, ...] = ()  # one plain line each: GPUs left out and why
+
+    @property
+    def usable_gpus(self) -> tuple[Gpu, ...]:
+        return tuple(gpu for gpu in self.gpus if gpu.usable)
 
 
 # ---------------------------------------------------------------- engines
