@@ -4,6 +4,8 @@
 Started with a Python that lacks the dependencies, it goes on with the one that `make install` made beside it.
 """
 
+# ruff: noqa: PTH — any old Python must be able to run this file as far as its advice
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,7 @@ import sys
 
 
 def main() -> int:
-    environment = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")  # noqa: PTH — any old Python runs this
+    environment = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
     python = os.path.join(environment, "bin", "python")
     can_switch = os.access(python, os.X_OK) and os.path.realpath(sys.prefix) != os.path.realpath(environment)
     if sys.version_info < (3, 11):  # noqa: UP036 — likewise
