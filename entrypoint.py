@@ -4,7 +4,8 @@
 Started with a Python that lacks the dependencies, it goes on with the one that `make install` made beside it.
 """
 
-# ruff: noqa: PTH — any old Python must be able to run this file as far as its advice
+# Any old Python must be able to run this file as far as its advice.
+# ruff: noqa: PTH118, PTH120
 
 from __future__ import annotations
 
