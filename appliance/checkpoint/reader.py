@@ -46,7 +46,7 @@ class Checkpoint:
         except KeyError:
             near = [other for other in self.tensors if other.rpartition(".")[2] == name.rpartition(".")[2]][:3]
             raise CheckpointError(
-                f"{self.path} has no tensor {name} ; it has {len(self.tensors)} others, alike: {', '.join(near) or 'none'}",
+                f"{self.path} has no tensor {name}; among its {len(self.tensors)} are {', '.join(near) or 'none alike'}",
                 hint=f"download the checkpoint again, {INDEX_NAME} included",
             ) from None
 

@@ -1,0 +1,175 @@
+"""A rank's weight file onto its device, as fast as the machine copies.
+
+An engine stores exactly what the device wants, so loading is reading: into the parameters themselves on the CPU; through
+page-locked buffers, several threads and streams at once, on a GPU, so that reads, host copies and transfers overlap.
+Knows nothing of architectures: names and shapes come from the model and must equal those of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from appliance.checkpoint.files import TensorInfo, read_header
+from appliance.engines.digest import default_threads
+from appliance.errors import CheckpointError, EngineDamagedError
+
+ProgressFn = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+PIECE = 16 << 20  # bytes read and copied at once
+_LANES = 8  # threads, each with a stream and two page-locked buffers of PIECE bytes
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes [offset, offset + len(into)) of the file go to `into`, uint8 on the target device."""
+
+    offset: int
+    into: Tensor
+
+
+def load_weights(
+    model: nn.Module, rank_file: Path, device: torch.device | str, *, progress: ProgressFn | None = None
+) -> int:
+    """Replace every parameter of `model` (on the meta device) by its tensor of the file, on `device`; returns the bytes
+    read. A parameter whose dtype differs from the stored one, both plain floats, is converted: the CPU backend asks for
+    float32 this way. Parameters come out with requires_grad False; buffers are left alone.
+
+    Raises EngineDamagedError: the file is truncated, or its names, shapes or dtypes are not those of the model.
+    """
+    device = torch.device(device)
+    try:
+        stored = read_header(rank_file)
+    except CheckpointError as error:
+        raise EngineDamagedError(error.message, hint="the engine is built anew") from error
+    wanted = dict(model.named_parameters())
+    _compare(stored, wanted, rank_file)
+    raw = {
+        name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device=device) for name, info in stored.items()
+    }
+    counter = _Counter(sum(info.nbytes for info in stored.values()), progress)
+    _read_all(rank_file, list(_pieces(stored, raw)), device, counter)
+    for name, old in wanted.items():
+        tensor = raw.pop(name)
+        owner, _, attribute = name.rpartition(".")
+        new = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
+        model.get_submodule(owner).register_parameter(attribute, new)
+    return counter.total
+
+
+def load_weights_reference(model: nn.Module, rank_file: Path, device: torch.device | str) -> None:
+    """`load_weights` through the safetensors library, one tensor at a time."""
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(rank_file).items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        value = tensor.to(device=device, dtype=getattr(module, attribute).dtype)
+        module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _compare(stored: dict[str, TensorInfo], wanted: dict[str, nn.Parameter], path: Path) -> None:
+    missing, foreign = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    if missing or foreign:
+        what = f"lacks {min(missing)}" if missing else f"has {min(foreign)}, which the model does not know"
+        raise EngineDamagedError(f"{path} {what}", hint="it was built by another version; remove it and build anew")
+    for name, parameter in wanted.items():
+        info = stored[name]
+        dtype = getattr(torch, info.dtype)
+        convertible = {dtype, parameter.dtype} <= {torch.float32, torch.float16, torch.bfloat16}
+        if info.shape != tuple(parameter.shape) or (dtype != parameter.dtype and not convertible):
+            raise EngineDamagedError(
+                f"{path}: {name} is {info.dtype}{list(info.shape)}, "
+                f"the model wants {str(parameter.dtype).removeprefix('torch.')}{list(parameter.shape)}",
+                hint="it was built by another version; remove it and build anew",
+            )
+
+
+def _pieces(stored: dict[str, TensorInfo], raw: dict[str, Tensor]) -> Iterator[_Piece]:
+    """Pieces in file order, none larger than PIECE."""
+    for info in sorted(stored.values(), key=lambda info: info.offset):
+        if info.nbytes == 0:
+            continue
+        flat = raw[info.name].view(-1).view(torch.uint8)
+        for at in range(0, info.nbytes, PIECE):
+            yield _Piece(info.offset + at, flat[at : at + PIECE])
+
+
+class _Counter:
+    """Bytes done, told to `progress` from whichever thread, one call at a time."""
+
+    def __init__(self, total: int, progress: ProgressFn | None) -> None:
+        self.total = total
+        self._done = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self.total)
+
+
+def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _Counter) -> None:
+    lanes = max(1, min(_LANES, default_threads(), len(pieces)))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        lane = _gpu_lane if device.type == "cuda" else _host_lane
+        remaining, lock = iter(pieces), threading.Lock()
+
+        def draw() -> _Piece | None:
+            with lock:
+                return next(remaining, None)
+
+        with ThreadPoolExecutor(lanes, thread_name_prefix="load") as pool:
+            for job in [pool.submit(lane, fd, draw, device, counter) for _ in range(lanes)]:
+                job.result()
+    finally:
+        os.close(fd)
+
+
+def _read_into(fd: int, into: Tensor, offset: int) -> None:
+    """Fill a uint8 host tensor from the file; the interpreter lock is released meanwhile."""
+    view = memoryview(into.numpy().data)
+    while len(view):
+        got = os.preadv(fd, [view], offset)
+        if got == 0:
+            raise EngineDamagedError(f"the weight file ends at byte {offset}", hint="the engine is built anew")
+        view, offset = view[got:], offset + got
+
+
+def _host_lane(fd: int, draw: Callable[[], _Piece | None], device: torch.device, counter: _Counter) -> None:
+    """Read straight into the parameters."""
+    while (piece := draw()) is not None:
+        _read_into(fd, piece.into, piece.offset)
+        counter.add(piece.into.numel())
+
+
+def _gpu_lane(fd: int, draw: Callable[[], _Piece | None], device: torch.device, counter: _Counter) -> None:
+    """Read into one page-locked buffer while the other is on its way to the GPU."""
+    stream = torch.cuda.Stream(device)
+    # Parameters were allocated on the caller's stream; memory it may still be using must not be overwritten.
+    stream.wait_stream(torch.cuda.default_stream(device))
+    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    free = [torch.cuda.Event(), torch.cuda.Event()]
+    turn = 0
+    while (piece := draw()) is not None:
+        count = piece.into.numel()
+        free[turn].synchronize()  # of an event never recorded: returns at once
+        _read_into(fd, buffers[turn][:count], piece.offset)
+        with torch.cuda.stream(stream):
+            piece.into.copy_(buffers[turn][:count], non_blocking=True)
+            free[turn].record(stream)
+        turn = 1 - turn
+        counter.add(count)
+    stream.synchronize()
