@@ -1,0 +1,30 @@
+"""`appliance bench …`: measures the product, with a table for people and one JSON object as the last line.
+
+Each benchmark is one module here with `add_arguments(parser)` and `run(args) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# name -> one line of help. A module of that name is imported only when it is run, or asked for its options.
+BENCHMARKS = {
+    "offline": "the engine without HTTP: decode steps, prefill, throughput, on a model shape with random weights",
+    "quality": "exact-match accuracy of the built-in model per task, per precision",
+    "start": "seconds from process start to first token, with and without a built engine",
+}
+
+
+def add_parsers(parser: argparse.ArgumentParser) -> None:
+    """Add one subcommand per benchmark; the chosen one is `args.benchmark`."""
+    subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, help_text in BENCHMARKS.items():
+        child = subparsers.add_parser(name, help=help_text, description=help_text)
+        importlib.import_module(f"appliance.bench.{name}").add_arguments(child)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen benchmark; returns the exit code."""
+    code: int = importlib.import_module(f"appliance.bench.{args.benchmark}").run(args)
+    return code

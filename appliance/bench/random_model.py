@@ -1,0 +1,162 @@
+"""Models with random weights: in device memory for the offline benchmark, on disk for the start-up benchmark."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from appliance import registry
+from appliance.batching.core import EngineCore
+from appliance.bench.offline import Subject
+from appliance.bench.report import say
+from appliance.bench.shapes import SHAPES, write_config
+from appliance.engines.key import engine_dtype, scheme_of
+from appliance.errors import SettingsError
+from appliance.runtime.loading import DTYPES, LoadedModel, PhaseTimer, build_model
+from appliance.types import EngineOptions, ModelConfig, Precision, WeightSpec
+
+_STD = 0.02  # of the weights: keeps activations of the usual size through 80 layers
+
+
+def shape_config(name: str) -> ModelConfig:
+    """SettingsError, naming those there are, for an unknown shape."""
+    if name not in SHAPES:
+        raise SettingsError(f"no shape {name!r}; allowed: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def _specs(config: ModelConfig) -> list[WeightSpec]:
+    module = registry.load("models", registry.architectures()[config.architecture].name)
+    specs: list[WeightSpec] = module.weight_specs(config)
+    return specs
+
+
+def _random(spec: WeightSpec, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A weight of the shape that a spec's sources have together; norms are ones."""
+    rows = sum(shape[0] for shape in spec.shapes)
+    shape = (rows, *spec.shapes[0][1:])
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=generator.device)
+    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator) * _STD
+
+
+def engine_tensors(config: ModelConfig, precision: Precision, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as in an engine of this precision, made on `device`."""
+    scheme = registry.load("quantization", scheme_of(precision).name).Scheme()
+    dtype = DTYPES[engine_dtype(precision)]
+    generator = torch.Generator(device).manual_seed(0)
+    for spec in _specs(config):
+        weight = _random(spec, dtype, generator)
+        if spec.kind == "plain":
+            yield spec.name, weight
+        else:
+            for suffix, tensor in scheme.quantize(weight).items():
+                yield f"{spec.name}.{suffix}", tensor
+
+
+def load_random(shape: str, precision: Precision, options: EngineOptions) -> Subject:
+    """A batching core over a model with random weights on the best device there is."""
+    config = shape_config(shape)
+    cuda = torch.cuda.is_available()
+    name = options.backend if options.backend != "auto" else ("cuda" if cuda else "cpu")
+    backend = registry.load("backends", name)
+    device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
+    dtype = DTYPES[engine_dtype(precision)] if name == "cuda" else torch.float32
+    begin = time.perf_counter()
+    model = build_model(config, scheme_of(precision).name, dtype)
+    model.load(engine_tensors(config, precision, device), device)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding_bytes = model.embedding.weight.numel() * model.embedding.weight.element_size()
+    timer = PhaseTimer()
+    loaded = LoadedModel(model, config, "random", weight_bytes)
+    executor, info = backend.assemble(loaded, options, lambda phase, detail, percent: None, timer)
+    say(f"{shape} {precision} on {info.device_name}: {info.num_pages * info.page_size:,} tokens of KV cache, "
+        f"attention {info.attention}, ready in {time.perf_counter() - begin:.1f} s")
+    return Subject(
+        core=EngineCore(executor, prefix_caching=options.prefix_caching),
+        config=config,
+        weight_bytes=weight_bytes - embedding_bytes,
+        bandwidth=measure_bandwidth(device),
+        description={
+            "shape": shape,
+            "precision": precision,
+            "backend": name,
+            "attention": info.attention,
+            "kv_cache_dtype": info.kv_cache_dtype,
+            "cuda_graphs": options.cuda_graphs and name == "cuda",
+            "kv_cache_tokens": info.num_pages * info.page_size,
+            "startup_seconds": {k: round(v, 2) for k, v in info.startup_seconds.items()},
+        },
+    )
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy on the device, bytes read and written counted."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            seconds = time.perf_counter() - begin
+        best = min(best, seconds)
+    return 2 * size / best
+
+
+def write_checkpoint(config: ModelConfig, path: Path) -> None:
+    """A Hugging Face checkpoint with random weights and the built-in model's tokenizer, sharded by about 4 GB."""
+    import json
+    import shutil
+
+    from appliance import builtin
+
+    path.mkdir(parents=True, exist_ok=True)
+    write_config(config, path / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin.checkpoint_dir() / name, path / name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = DTYPES[config.dtype]
+    shapes = {
+        source: shape for spec in _specs(config) for source, shape in zip(spec.sources, spec.shapes, strict=True)
+    }
+    index: dict[str, str] = {}
+    shards = _split(shapes, dtype.itemsize, 4 << 30)
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for source, shape in shard.items():
+            spec = WeightSpec(name=source, kind="plain", sources=(source,), shapes=(shape,))
+            tensors[source] = _random(spec, dtype, generator).cpu()
+            index[source] = name
+        save_file(tensors, path / name, metadata={"format": "pt"})
+        say(f"wrote {name}")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """Consecutive groups of at most `limit` bytes."""
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = itemsize * torch.Size(shape).numel()
+        if groups[-1] and size + nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = shape
+        size += nbytes
+    return groups

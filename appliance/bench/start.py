@@ -1,0 +1,101 @@
+"""`appliance bench start`: seconds from process start until the socket answers, until ready (one real token came out), first
+with an empty cache, then with the engine built. Runs the real server as a child process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from appliance.bench.report import Table, environment, say
+
+_POLL_SECONDS = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="builtin", help="model directory or hub id (default: %(default)s)")
+    parser.add_argument(
+        "--shape", default=None, help="instead of --model: write a checkpoint of this shape with random weights first"
+    )
+    parser.add_argument("--precision", default=None, help="as for `serve`")
+    parser.add_argument("--work", default=None, help="directory for the checkpoint and the cache (default: temporary)")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds to wait for one start")
+    parser.add_argument("--keep", action="store_true", help="leave the work directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    work = Path(args.work or tempfile.mkdtemp(prefix="appliance-bench-"))
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        model = str(_checkpoint(args.shape, work)) if args.shape else args.model
+        starts = {name: _start(args, model, work / "cache") for name in ("empty cache", "engine built")}
+    finally:
+        if not args.keep and not args.work:
+            shutil.rmtree(work, ignore_errors=True)
+    table = Table("start", "live s", "first token s")
+    for name, row in starts.items():
+        table.row(name, f"{row['live_seconds']:.2f}", f"{row['first_token_seconds']:.2f}")
+    table.show(f"start of {args.shape or args.model}, {args.precision or 'selected precision'}")
+    for name, row in starts.items():
+        say(f"{name}: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["phases"].items()))
+    result = {"bench": "start", "model": args.shape or args.model, "precision": args.precision, "starts": starts}
+    print(json.dumps({**result, **environment()}))
+    return 0
+
+
+def _checkpoint(shape: str, work: Path) -> Path:
+    from appliance.bench.random_model import shape_config, write_checkpoint
+
+    path = work / shape
+    if not (path / "model.safetensors.index.json").exists():
+        write_checkpoint(shape_config(shape), path)
+    return path
+
+
+def _start(args: argparse.Namespace, model: str, cache: Path) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "appliance.cli", "serve", "--model", model, "--cache", str(cache)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--precision", args.precision] if args.precision else []
+    begin = time.perf_counter()
+    process = subprocess.Popen(command)
+    try:
+        live = _wait(process, f"http://127.0.0.1:{port}/v1/health/live", begin, args.timeout)
+        ready = _wait(process, f"http://127.0.0.1:{port}/v1/health/ready", begin, args.timeout)
+        phases = _get(f"http://127.0.0.1:{port}/v1/health/startup")[1].get("phase_seconds", {})
+    finally:
+        process.terminate()
+        process.wait(60)
+    return {"live_seconds": round(live, 3), "first_token_seconds": round(ready, 3), "phases": phases}
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, begin: float, timeout: float) -> float:
+    """Seconds since `begin` until `url` answers 200. RuntimeError if the server ends or takes too long."""
+    while process.poll() is None:
+        if _get(url)[0] == 200:
+            return time.perf_counter() - begin
+        if time.perf_counter() - begin > timeout:
+            raise RuntimeError(f"no 200 from {url} within {timeout:.0f} s")
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"the server ended with exit code {process.returncode}")
+
+
+def _get(url: str) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status, json.loads(response.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}
