@@ -26,7 +26,7 @@ _COUNT_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 
 
 class Distribution:
-    """A histogram: `counts[i]` observations at or below `bounds[i]` and above the bound before, the last for the rest."""
+    """A histogram: `counts[i]` observations in (bounds[i-1], bounds[i]], the last count for those above all bounds."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -216,7 +216,7 @@ class _ServerCollector(Collector):
         m = self._metrics
         phases = GaugeMetricFamily("startup_phase_seconds", "Seconds spent in each start-up phase.", labels=["phase"])
         for phase, seconds in m.phase_seconds().items():
-            if phase not in ("ready", "draining", "failed"):
+            if phase not in ("ready", "restarting", "draining", "failed"):
                 phases.add_metric([phase], seconds)
         yield phases
         if m.profile:

@@ -1,0 +1,55 @@
+"""Composition of the HTTP application: gate, routes, error mapping. `create_app(state)` is all that others call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.errors import ApplianceError, RequestError
+from appliance.server import routes_chat, routes_completions, routes_meta
+from appliance.server.errors import on_appliance_error, on_http_error, on_unexpected_error
+from appliance.server.middleware import Gate
+from appliance.server.state import ServerState
+from appliance.server.wire.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application over this state. Cheap: it reads no file and needs neither tokenizer nor engine to be there."""
+    app = FastAPI(title="Inference appliance", version=state.version, redirect_slashes=False)
+    app.state.server = state
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestError):
+            state.metrics.rejected[error.code or "none"] += 1
+        return await on_appliance_error(request, error)
+
+    app.add_exception_handler(ApplianceError, on_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_unexpected_error)
+    for module in (routes_chat, routes_completions, routes_meta):
+        app.include_router(module.router)
+    app.add_middleware(Gate, api_keys=state.api_keys, max_body_bytes=state.max_body_bytes)
+    _describe_bodies(app)
+    return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the request models into /openapi.json: routes parse bodies themselves, so FastAPI does not see them."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = original()
+            components = schema.setdefault("components", {}).setdefault("schemas", {})
+            for model in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+                own = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                components.update(own.pop("$defs", {}))
+                components[model.__name__] = own
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,203 @@
+"""POST /v1/chat/completions: messages to a prompt, deltas to chunks. Knows the wire shapes of chat."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.errors import InvalidRequestError
+from appliance.server.choice import Choice, Delta, Position
+from appliance.server.errors import parse
+from appliance.server.generation import Generation, Prompt, Wanted, new_id, start_generation
+from appliance.server.logprobs import chat_logprobs
+from appliance.server.sse import EventStream, event, until_disconnect
+from appliance.server.state import ServerState
+from appliance.server.tokenizer import ServerTokenizer
+from appliance.server.wire.requests import ChatRequest, Message
+from appliance.server.wire.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    encode,
+)
+from appliance.server.wire.unsupported import check_extra_fields
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    tags=["OpenAI"],
+    openapi_extra={
+        "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}}
+    },
+)
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation; with `stream` as server-sent events."""
+    state: ServerState = request.app.state.server
+    body = parse(ChatRequest, await request.body())
+    headers = check_extra_fields(body)
+    model = state.resolve_model(body.model)
+    state.journal.check_accepting(body.n or 1)
+    tokenizer = state.require_tokenizer()
+    text = render_messages(
+        tokenizer,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        variables=body.chat_template_kwargs,
+    )
+    token_ids = await tokenizer.encode_async(text, add_special_tokens=bool(body.add_special_tokens))
+    wanted = Wanted(
+        response_id=new_id("chatcmpl"),
+        param="messages",
+        max_tokens=body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    generation = start_generation(state, body, [Prompt(token_ids, text)], wanted)
+    answer = _Answer(body, generation, tokenizer, wanted.response_id, model, state.system_fingerprint)
+    if body.stream:
+        return EventStream(answer.stream(), generation.cancel, headers)
+    completion = await until_disconnect(request, answer.collect(), generation.cancel)
+    return Response(encode(completion) if completion else b"", headers=headers, media_type="application/json")
+
+
+def render_messages(
+    tokenizer: ServerTokenizer,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool,
+    variables: dict[str, Any] | None,
+) -> str:
+    """The prompt of a conversation. Raises InvalidRequestError if the model has no chat template or it refuses."""
+    if tokenizer.chat_template is None:
+        raise InvalidRequestError(
+            "this model has no chat template", param="messages", hint="use /v1/completions, or serve it with a template"
+        )
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    return tokenizer.chat_template.render(
+        [_template_message(message) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        variables=variables,
+    )
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    """As templates expect it: content a string, arguments of earlier tool calls parsed."""
+    fields = message.model_dump(exclude_none=True)
+    fields["content"] = message.text
+    for call in fields.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError as error:
+                raise InvalidRequestError(
+                    f"the arguments of an earlier tool call are not valid JSON: {error}", param="messages"
+                ) from None
+    return fields
+
+
+@dataclass
+class _Answer:
+    """One response being made, in either form."""
+
+    body: ChatRequest
+    generation: Generation
+    tokenizer: ServerTokenizer
+    id: str
+    model: str
+    fingerprint: str | None
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        options = self.body.stream_options
+        self._usage_each = bool(options and options.continuous_usage_stats)
+        self._usage_at_end = bool(options and (options.include_usage or options.continuous_usage_stats))
+        self._token_ids = bool(self.body.return_token_ids)
+
+    async def collect(self) -> ChatCompletion:
+        texts: list[list[str]] = [[] for _ in self.generation.choices]
+        positions: list[list[Position]] = [[] for _ in texts]
+        token_ids: list[list[int]] = [[] for _ in texts]
+        async for batch in self.generation.deltas():
+            for choice, delta in batch:
+                texts[choice.index].append(delta.text)
+                positions[choice.index] += delta.positions
+                token_ids[choice.index] += delta.token_ids
+        choices = [
+            ChatChoice(
+                choice.index,
+                ChatMessage("".join(texts[choice.index])),
+                choice.finish_reason or "stop",
+                self._logprobs(positions[choice.index]),
+                token_ids[choice.index] if self._token_ids else UNSET,
+            )
+            for choice in self.generation.choices
+        ]
+        prompt_ids = self.generation.prompts[0].token_ids if self._token_ids else UNSET
+        return ChatCompletion(
+            self.id,
+            self.created,
+            self.model,
+            choices,
+            self.generation.usage(),
+            self.fingerprint,
+            prompt_token_ids=prompt_ids,
+        )
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        begun: set[int] = set()
+        async for batch in self.generation.deltas():
+            events: list[bytes] = []
+            for choice, delta in batch:
+                if choice.index not in begun:
+                    begun.add(choice.index)
+                    events.append(self._role_chunk(choice))
+                if not delta.empty or (self._token_ids and delta.token_ids):
+                    events.append(self._chunk(choice, delta))
+            if events:
+                yield b"".join(events)
+        if self._usage_at_end:
+            chunk = ChatChunk(self.id, self.created, self.model, [], self.fingerprint, usage=self.generation.usage())
+            yield event(encode(chunk))
+
+    def _role_chunk(self, choice: Choice) -> bytes:
+        chunk = self._empty_chunk(ChatChunkChoice(choice.index, ChatDelta("assistant", "")))
+        if self._token_ids:
+            chunk.prompt_token_ids = self.generation.prompts[0].token_ids
+        return event(encode(chunk))
+
+    def _chunk(self, choice: Choice, delta: Delta) -> bytes:
+        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
+        logprobs = self._logprobs(delta.positions)
+        wire = ChatChunkChoice(choice.index, content, logprobs, delta.finish_reason)
+        if self._token_ids:
+            wire.token_ids = delta.token_ids
+        return event(encode(self._empty_chunk(wire)))
+
+    def _empty_chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        chunk = ChatChunk(self.id, self.created, self.model, [choice], self.fingerprint)
+        if self._usage_at_end:
+            chunk.usage = self.generation.usage() if self._usage_each else None
+        return chunk
+
+    def _logprobs(self, positions: list[Position]) -> ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(self.tokenizer, positions, self.body.top_logprobs or 0)
