@@ -24,8 +24,8 @@ from appliance.types import ModelConfig, WeightSpec
 
 
 def make_checkpoint(path: Path, hf_config: Any, seed: int = 0) -> Any:
-    """A random float32 checkpoint in `path`; returns the `transformers` model. Weights are larger than usual, and biases
-    and norms random too, so that every part of the model shows in its logits."""
+    """A random float32 checkpoint in `path`; returns the `transformers` model. Weights are larger than usual, and
+    biases and norms random too, so that every part of the model shows in its logits."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(seed)

@@ -94,11 +94,11 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     return out
 
 
-def silu_mul_quantize_triton(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`silu_mul_quantize` as one kernel."""
+def silu_mul_quantize_triton(gate_up: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
+    """`silu_mul_quantize` as one kernel; `values_dtype` as in `fp8_linear.quantize_rows_triton`."""
     assert gate_up.stride(-1) == 1
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
-    values = torch.empty((n, size), dtype=FP8, device=gate_up.device)
+    values = torch.empty((n, size), dtype=values_dtype, device=gate_up.device)
     scales = torch.empty((n, 1), dtype=torch.float32, device=gate_up.device)
     block = min(triton.next_power_of_2(size), 4096)
     _silu_mul_quantize_kernel[(n,)](

@@ -141,10 +141,10 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 
 
 def rms_norm_quantize_triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, values_dtype: torch.dtype = FP8
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """`rms_norm_quantize` as one kernel."""
-    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    """`rms_norm_quantize` as one kernel; `values_dtype` as in `fp8_linear.quantize_rows_triton`."""
+    values = torch.empty(x.shape, dtype=values_dtype, device=x.device)
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
     _launch_rms_norm(x, residual, weight, eps, values, scales)
     return (values, scales), x if residual is None else residual
