@@ -78,13 +78,16 @@ class Settings:
     kv_cache_dtype: KvCacheDtype = _select("auto", "precision of the KV cache")
     tp_size: int | None = _select(None, "tensor-parallel size", also="NIM_TENSOR_PARALLEL_SIZE", limits=(1, 64))
     pp_size: int | None = _select(None, "pipeline-parallel size", also="NIM_PIPELINE_PARALLEL_SIZE", limits=(1, 64))
+    backend: str | None = _select(None, "what computes (cuda, cpu); default: the profile's")
     require_gpu: bool = _select(False, "fail instead of serving on the CPU when no GPU can be used")
 
     max_model_len: int | None = _engine(
         None, "context limit in tokens; default: the model's", also="NIM_MAX_MODEL_LEN", limits=(16, 16_777_216)
     )
-    max_num_seqs: int = _engine(256, "sequences running at once", limits=(1, 4096))
-    max_num_batched_tokens: int = _engine(8192, "tokens computed in one step", limits=(16, 1_048_576))
+    max_num_seqs: int | None = _engine(None, "sequences running at once; default: the profile's", limits=(1, 4096))
+    max_num_batched_tokens: int | None = _engine(
+        None, "tokens computed in one step; default: the profile's", limits=(16, 1_048_576)
+    )
     memory_fraction: float = _engine(
         0.9, "share of free GPU memory for weights and KV cache", also="NIM_KVCACHE_PERCENT", limits=(0.05, 1.0)
     )

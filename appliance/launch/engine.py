@@ -80,7 +80,8 @@ class Link:
 
 class EngineSupervisor:
     """`spawn` starts an engine process. `repair` makes a damaged engine whole and returns the options to go on with.
-    `on_ready` is told what every newly loaded engine says of itself. `probe_token_ids` is any valid prompt."""
+    `on_ready` is told what every newly loaded engine says of itself. `probe_token_ids` is any valid prompt.
+    `prepared` is a process that was started already, to be used first."""
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class EngineSupervisor:
         restart_budget: int = 3,
         probe_token_ids: Sequence[int] = (1,),
         backoff_seconds: float = 1.0,
+        prepared: Child | None = None,
     ) -> None:
         self._spawn = spawn
         self._lifecycle = lifecycle
@@ -102,7 +104,7 @@ class EngineSupervisor:
         self._budget = restart_budget
         self._probe_token_ids = probe_token_ids
         self._backoff_seconds = backoff_seconds
-        self._child: Child | None = None
+        self._child = prepared
         self._stopping = False
         self._crashes: deque[float] = deque()  # monotonic seconds
         self._failed: Failed | None = None

@@ -1,0 +1,268 @@
+"""The start-up sequence: detect, find the checkpoint, select, find or fetch or build the engine, verify it.
+
+`Startup.prepare` reads top to bottom. Blocking steps run in daemon threads, the build in a child process, so that the
+server answers all along; every step shows its progress in the lifecycle. Knows nothing of signals or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from appliance import hardware, profiles
+from appliance.builder import BuildRequest, key_of
+from appliance.checkpoint import digest, read_model_config, resolve
+from appliance.engines import (
+    DamagedFileError,
+    EngineStore,
+    EngineTransferError,
+    LockHolder,
+    ProgressFn,
+    Snapshot,
+    VerifyLevel,
+    fetch,
+)
+from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
+from appliance.ipc import Built, Failed, Progress, ToServer
+from appliance.launch.child import Child, error_of
+from appliance.launch.engine import show_progress
+from appliance.launch.plan import Plan, build_request, choose, engine_options, make_plan
+from appliance.server.lifecycle import Lifecycle, Phase
+from appliance.server.state import ServerState
+from appliance.server.tokenizer import load_tokenizer
+from appliance.settings import Settings, child_environment, cuda_visible_devices, export_hub_environment
+from appliance.types import EngineOptions, Hardware, ModelConfig
+
+log = logging.getLogger("appliance.launch")
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """The result of blocking work. Its thread is a daemon: cancelled or not, it never keeps the process alive."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def run() -> None:
+        value, failure = None, None
+        try:
+            value = work()
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await result
+
+
+class Startup:
+    """`directory` is for the builder's socket."""
+
+    def __init__(self, settings: Settings, state: ServerState, directory: Path) -> None:
+        self._settings = settings
+        self._state = state
+        self._life: Lifecycle = state.lifecycle
+        self._directory = directory
+        self._store = EngineStore(settings.cache_dir)
+        self._plan: Plan | None = None
+
+    async def prepare(self) -> EngineOptions:
+        """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
+        machine = await self._detect()
+        checkpoint = await self._find_checkpoint()
+        model = await in_thread(lambda: read_model_config(checkpoint))
+        self._plan = await self._select(machine, model, checkpoint)
+        engine_dir = await self._obtain_engine()
+        await self._load_tokenizer(engine_dir)
+        return engine_options(self._plan, engine_dir)
+
+    async def repair(self, error: EngineDamagedError) -> EngineOptions:
+        """The engine process found a damaged file: check all, move the engine aside, obtain it anew."""
+        assert self._plan is not None
+        key = await self._key()
+        try:
+            await in_thread(lambda: self._store.verify(key, "full"))
+        except DamagedFileError as damaged:
+            log.warning("%s", damaged)
+            await in_thread(partial(self._store.set_aside, damaged))
+        else:
+            # Its files are what was built, yet they cannot be loaded: another build is the only thing left to try.
+            await in_thread(lambda: self._store.remove(key))
+        return engine_options(self._plan, await self._obtain_engine())
+
+    # ------------------------------------------------------------ steps
+
+    def _enter(self, phase: Phase, detail: str = "") -> None:
+        """A phase of the start; while an engine is repaired the server stays "restarting"."""
+        if self._life.phase == "restarting":
+            self._life.progress(detail=f"{phase}: {detail}" if detail else phase)
+        else:
+            self._life.enter(phase, detail)
+
+    def _progress(self) -> ProgressFn:
+        """For callbacks from other threads."""
+        loop = asyncio.get_running_loop()
+
+        def show(snapshot: Snapshot) -> None:
+            self._life.progress(
+                percent=snapshot.percent,
+                detail=snapshot.detail,
+                bytes_done=snapshot.bytes_done,
+                bytes_total=snapshot.bytes_total,
+                eta_seconds=snapshot.eta_seconds,
+            )
+
+        def report(snapshot: Snapshot) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(show, snapshot)
+
+        return report
+
+    async def _detect(self) -> Hardware:
+        self._enter("detecting")
+        machine = await in_thread(lambda: hardware.detect(cuda_visible_devices()))
+        for gpu in machine.usable_gpus:
+            log.info("GPU %d: %s, %.0f GiB free", gpu.index, gpu.name, gpu.free_memory / 2**30)
+        for note in machine.notes:
+            log.warning("%s", note)
+        if self._settings.require_gpu:
+            hardware.require_gpu(machine)
+        if not machine.usable_gpus:
+            log.warning("SERVING ON THE CPU: %s", machine.problem or "no GPU was found")
+        return machine
+
+    async def _find_checkpoint(self) -> Path:
+        settings = self._settings
+        export_hub_environment(settings)
+        self._enter("downloading", settings.model)
+        progress = self._progress()
+        return await in_thread(
+            lambda: resolve(
+                settings.model,
+                settings.cache_dir,
+                offline=settings.offline,
+                token=settings.hf_token,
+                progress=progress,
+            )
+        )
+
+    async def _select(self, machine: Hardware, model: ModelConfig, checkpoint: Path) -> Plan:
+        self._enter("selecting")
+        selection = await in_thread(lambda: choose(self._settings, machine, model))
+        self._state.selection = profiles.explain_json(selection)
+        plan = make_plan(self._settings, selection, checkpoint)
+        outcome = plan.outcome
+        labels = {"name": outcome.name, "precision": outcome.precision, "kv_cache": outcome.kv_cache}
+        self._state.metrics.profile = labels | {"tp_size": str(outcome.tp_size), "backend": outcome.backend}
+        log.info("profile %s (id %s); `select --explain` says why", outcome.name, outcome.id[:12])
+        return plan
+
+    async def _key(self) -> str:
+        assert self._plan is not None
+        plan, progress = self._plan, self._progress()
+        cache = plan.settings.cache_dir
+        found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, progress=progress))
+        return key_of(build_request(plan, found.value))
+
+    async def _obtain_engine(self) -> Path:
+        """The verified engine of the plan: found, fetched or built."""
+        self._enter("verifying", "hashing the checkpoint")
+        key = await self._key()
+        hit = await self._verified(key)
+        self._state.metrics.engine_cache_hit = hit is not None
+        if hit is not None:
+            log.info("engine %s found", key[:12])
+            return hit
+        if self._settings.engine_source is None or not await self._fetch(self._settings.engine_source, key):
+            await self._build(key)
+        engine_dir = await self._verified(key)
+        if engine_dir is None:
+            raise EngineBuildError(f"engine {key[:12]} was damaged as soon as it was made", hint="check the disk")
+        return engine_dir
+
+    async def _verified(self, key: str) -> Path | None:
+        """The engine if it is there and whole; a damaged one is moved aside."""
+        if self._store.find(key) is None:
+            return None
+        self._enter("verifying", f"engine {key[:12]}")
+        progress = self._progress()
+        level: VerifyLevel = "auto" if self._settings.verify_digests else "size"
+        try:
+            checked = await in_thread(lambda: self._store.verify(key, level, progress))
+        except DamagedFileError as damaged:
+            log.warning("%s", damaged)
+            await in_thread(partial(self._store.set_aside, damaged))
+            return None
+        self._state.manifest = msgspec.to_builtins(checked.manifest)
+        return self._store.path_of(key)
+
+    async def _fetch(self, url: str, key: str) -> bool:
+        """Whether the engine could be fetched; if not, the log says why, and it is built."""
+        self._enter("fetching", f"engine {key[:12]}")
+        progress = self._progress()
+        try:
+            await in_thread(lambda: fetch(url, key, self._store, progress=progress, on_wait=_say_holder))
+        except (EngineTransferError, EngineDamagedError) as error:
+            log.warning("building the engine, since it could not be fetched: %s", error)
+            return False
+        log.info("engine %s fetched", key[:12])
+        return True
+
+    async def _build(self, key: str) -> None:
+        assert self._plan is not None
+        self._enter("building", f"engine {key[:12]}")
+        request = build_request(self._plan)
+        built = await run_builder(request, self._settings, self._directory, lambda m: show_progress(self._life, m))
+        log.info("engine %s built in %.1f s", key[:12], built.seconds)
+
+    async def _load_tokenizer(self, engine_dir: Path) -> None:
+        template = self._settings.chat_template
+        self._state.tokenizer = await in_thread(lambda: load_tokenizer(engine_dir, template))
+
+
+def _say_holder(holder: LockHolder | None) -> None:
+    log.info("waiting for another process that makes the same engine (%s)", holder or "unknown")
+
+
+async def run_builder(
+    request: BuildRequest, settings: Settings, directory: Path, on_progress: Callable[[Progress], None]
+) -> Built:
+    """Build in a child process, killed when cancelled. Raises what it failed with; EngineBuildError if it died."""
+    encoded = msgspec.json.encode(request).decode()
+    environment = child_environment(settings)
+    child = Child("builder", "appliance.builder", ["--request", encoded], directory=directory, environment=environment)
+    ended: list[Built | ApplianceError] = []
+
+    def on_message(message: ToServer) -> None:
+        if isinstance(message, Progress):
+            on_progress(message)
+        elif isinstance(message, Built):
+            ended.append(message)
+        elif isinstance(message, Failed):
+            ended.append(error_of(message, EngineBuildError))
+
+    try:
+        exited = await child.listen(on_message)
+    finally:
+        child.close()
+    outcome = ended[0] if ended else EngineBuildError(str(exited), hint="see the log above")
+    if isinstance(outcome, ApplianceError):
+        raise outcome
+    return outcome
