@@ -1,4 +1,4 @@
-"""Strict YAML files: unreadable, malformed or unknown content is a SettingsError that names file, key and what is known."""
+"""Strict YAML files: what is unreadable or unknown is a SettingsError naming the file, the key and what is known."""
 
 from __future__ import annotations
 

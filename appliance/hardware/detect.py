@@ -119,7 +119,6 @@ def _with_gpus(empty: Hardware, nvml: Any, facts: Host, visible: str | None) -> 
             notes[-1] if devices else "the NVIDIA driver runs, but no GPU is visible: start containers with --gpus all"
         )
         notes = notes[:-1]
-    notes += [f"GPU {gpu.index} ({gpu.name}) is left out: {gpu.problem}" for gpu in offered if not gpu.healthy]
     return msgspec.structs.replace(
         empty,
         gpus=tuple(offered),

@@ -66,7 +66,8 @@ def _gpu_problem(gpu: Gpu) -> str | None:
 
 
 def apply_limits(hardware: Hardware, cuda_build: str | None = REQUIRED_CUDA) -> Hardware:
-    """Mark the GPUs that this build cannot use (`Gpu.problem`), and say in `Hardware.problem` if none is left.
+    """Mark the GPUs that this build cannot use (`Gpu.problem`), note each that is left out, and say in
+    `Hardware.problem` if none remains.
 
     Idempotent. Health problems found by detection stay.
     """
@@ -77,10 +78,12 @@ def apply_limits(hardware: Hardware, cuda_build: str | None = REQUIRED_CUDA) -> 
         gpu if gpu.problem else msgspec.structs.replace(gpu, problem=driver or _gpu_problem(gpu))
         for gpu in hardware.gpus
     )
+    left_out = [f"GPU {gpu.index} ({gpu.name}) is left out: {gpu.problem}" for gpu in gpus if not gpu.usable]
     problem = hardware.problem
-    if problem is None and not any(gpu.usable for gpu in gpus):
+    if problem is None and len(left_out) == len(gpus):
         problem = driver or "no GPU can be used: " + "; ".join(f"GPU {g.index} ({g.name}): {g.problem}" for g in gpus)
-    return msgspec.structs.replace(hardware, gpus=gpus, problem=problem)
+    notes = hardware.notes + tuple(line for line in left_out if line not in hardware.notes)
+    return msgspec.structs.replace(hardware, gpus=gpus, problem=problem, notes=notes)
 
 
 def require_gpu(hardware: Hardware) -> tuple[Gpu, ...]:

@@ -1,0 +1,256 @@
+"""A Selection in words and as JSON, what it means for the engine, and the error when nothing can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from appliance.errors import ProfileError
+from appliance.profiles.judge import Outcome
+from appliance.profiles.select import Selection
+from appliance.sizes import format_size
+from appliance.types import Gpu
+
+
+def require(selection: Selection) -> Outcome:
+    """What serves; ProfileError with the reason when nothing can."""
+    if selection.selected is not None:
+        return selection.selected
+    message, hint = _failure(selection)
+    raise ProfileError(message, hint=hint)
+
+
+def engine_values(selection: Selection) -> dict[str, Any]:
+    """Fields of `types.EngineOptions` that the choice decides: backend, devices (UUIDs), kv_cache_dtype, max_model_len
+    (predicted to fit), max_num_seqs, max_num_batched_tokens, memory_fraction. ProfileError when nothing can run."""
+    chosen = require(selection)
+    return {
+        "backend": chosen.backend,
+        "devices": chosen.devices,
+        "kv_cache_dtype": chosen.kv_cache,
+        "max_model_len": chosen.max_model_len,
+        "max_num_seqs": chosen.max_num_seqs,
+        "max_num_batched_tokens": chosen.max_num_batched_tokens,
+        "memory_fraction": selection.overrides.memory_fraction,
+    }
+
+
+def reasons(selection: Selection) -> tuple[str, ...]:
+    """Why this choice, one plain line each, the most important first."""
+    return tuple(_reasons(selection))
+
+
+def _reasons(selection: Selection) -> Iterator[str]:
+    selected, wanted = selection.selected, selection.wanted
+    if selected is None:
+        message, hint = _failure(selection)
+        yield f"nothing can serve this model here: {message}" + (f"; {hint}" if hint else "")
+    elif selected.backend == "cpu" and selection.overrides.backend != "cpu":
+        usable = selection.hardware.usable_gpus
+        yield "the CPU serves" + (" as asked" if usable else f": {selection.hardware.problem or 'there is no GPU'}")
+    if wanted is not None and (selected is None or wanted.id != selected.id):
+        serves = f"; {selected.name} serves instead" if selected is not None else ""
+        yield f"the policy wants {wanted.name}, but {wanted.reason or 'it cannot run'}{serves}"
+    if selected is not None:
+        yield _why(selection, selected)
+        yield from _passed_over(selection, selected)
+        yield from _about_gpus(selection, selected)
+    yield from selection.hardware.notes
+
+
+def _why(selection: Selection, chosen: Outcome) -> str:
+    on = "the CPU" if chosen.backend == "cpu" else _gpu_list(selection, chosen)
+    per_gpu = f"{format_size(chosen.requires_bytes_per_gpu or 0)}" + ("" if chosen.backend == "cpu" else " per GPU")
+    size = (
+        "smallest group of GPUs that fits" if selection.objective == "throughput" else "no larger group is 10% faster"
+    )
+    size = f", {size}" if chosen.backend != "cpu" else ""
+    return (
+        f"{chosen.name} on {on}: highest priority that can run{size}; needs {per_gpu}, predicted "
+        f"{chosen.decode_ms:.2f} ms per token of one request, context up to {chosen.max_model_len} tokens"
+    )
+
+
+def _gpu_list(selection: Selection, chosen: Outcome) -> str:
+    name = selection.places[chosen.order].gpus[0].name
+    return f"GPU{'s' if len(chosen.gpu_indices) > 1 else ''} {', '.join(map(str, chosen.gpu_indices))} ({name})"
+
+
+def _passed_over(selection: Selection, chosen: Outcome) -> Iterator[str]:
+    """Per profile of higher priority than the chosen one: why not."""
+    best_of: dict[str, Outcome] = {}
+    for outcome in selection.outcomes:
+        higher = outcome.backend == chosen.backend and outcome.priority > chosen.priority
+        asked_away = (outcome.reason or "").startswith("not what was asked for")
+        if higher and outcome.status != "runnable" and not asked_away:
+            best_of.setdefault(outcome.profile, outcome)
+    for outcome in best_of.values():
+        if selection.wanted is None or outcome.name != selection.wanted.name:  # that one has its line already
+            yield f"not {outcome.name}: {outcome.reason}"
+
+
+def _about_gpus(selection: Selection, chosen: Outcome) -> Iterator[str]:
+    if chosen.backend == "cpu":
+        return
+    place = selection.places[chosen.order]
+    groups = [p for p in selection.places if not p.is_cpu]
+    if len(groups) > 1:
+        others = ", ".join(p.label for p in groups if p.order != place.order)
+        yield f"the machine is mixed: the group {place.label} serves and {others} stays idle (ranks need identical GPUs)"
+    if not chosen.roomy:
+        yield (f"free memory leaves a small KV cache ({chosen.kv_cache_tokens} tokens): few requests run at once")
+    if place.facts is not None and place.facts.generic:
+        yield f"no facts are known about {place.gpus[0].name} ({place.gpus[0].pci_id}): {place.facts.name} is assumed"
+    for gpu in place.gpus:
+        if gpu.uuid not in chosen.devices and gpu.free_memory < gpu.total_memory // 2:
+            yield f"GPU {gpu.index} is busy: {format_size(gpu.free_memory)} of {format_size(gpu.total_memory)} are free"
+    idle = [gpu.index for gpu in place.gpus if gpu.uuid not in chosen.devices and gpu.mig_profile is None]
+    if idle:
+        yield f"{len(idle)} of {len(place.gpus)} GPUs stay idle ({', '.join(map(str, idle))}): start a replica for each"
+
+
+def _failure(selection: Selection) -> tuple[str, str | None]:
+    """(what stands in the way, what to do)."""
+    low = [o for o in selection.outcomes if o.status == "low_memory"]
+    if low:
+        best = min(low, key=lambda o: (o.order, -o.priority, o.tp_size))
+        return f"{best.name} {best.reason}", f"try --max-model-len={best.suggested_max_model_len}"
+    if selection.wanted is not None:
+        wanted = selection.wanted
+        return f"{wanted.name} would fit, but {wanted.reason}", "choose a smaller model, or a GPU with more free memory"
+    measured = [o for o in selection.outcomes if o.requires_bytes_per_gpu is not None]
+    if measured:
+        best = min(measured, key=lambda o: (o.order, o.requires_bytes_per_gpu or 0))
+        return f"the smallest need is {best.name}'s: it {best.reason}", "choose a smaller model, or free memory"
+    # The last rules in order are the most telling: an outcome that fails them passed all before.
+    asked = [o for o in selection.outcomes if not (o.reason or "").startswith("not what was asked for")]
+    if asked:
+        best = min(asked, key=lambda o: (o.order, -o.priority, o.tp_size))
+        return f"{best.name}: {best.reason}", None
+    return "no profile agrees with everything that was asked for", "leave out some of the settings, or see their values"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _choice(outcome: Outcome | None) -> dict[str, Any] | None:
+    if outcome is None:
+        return None
+    keys = ("name", "id", "precision", "kv_cache", "tp_size", "pp_size", "backend")
+    return {key: getattr(outcome, key) for key in keys}
+
+
+def _profile_json(outcome: Outcome) -> dict[str, Any]:
+    keys = ("status", "score", "reason", "decode_ms", "requires_bytes_per_gpu", "max_model_len", "max_num_seqs")
+    values: dict[str, Any] = {**(_choice(outcome) or {}), **{key: getattr(outcome, key) for key in keys}}
+    values["max_num_batched_tokens"] = outcome.max_num_batched_tokens
+    values["gpus"] = list(outcome.gpu_indices)
+    values["memory"] = None if outcome.memory is None else msgspec.to_builtins(outcome.memory)
+    if outcome.suggested_max_model_len:
+        values["suggested_max_model_len"] = outcome.suggested_max_model_len
+    return values
+
+
+def explain_json(selection: Selection) -> dict[str, Any]:
+    """Keys: selected, wanted (each {name, id, precision, kv_cache, tp_size, pp_size, backend} or null), profiles (every
+    candidate with its score or reason), objective, devices, reasons, hardware, model. Plain values, ready for JSON."""
+    selected = selection.selected
+    return {
+        "selected": _choice(selected),
+        "wanted": _choice(selection.wanted),
+        "objective": selection.objective,
+        "devices": [] if selected is None else list(selected.devices),
+        "max_model_len": None if selected is None else selected.max_model_len,
+        "reasons": list(reasons(selection)),
+        "profiles": [_profile_json(outcome) for outcome in selection.outcomes],
+        "hardware": msgspec.to_builtins(selection.hardware, str_keys=True),
+        "model": {**msgspec.to_builtins(selection.model), "num_parameters": selection.model.num_parameters},
+    }
+
+
+# ---------------------------------------------------------------- text
+
+
+def explain_text(selection: Selection) -> str:
+    """For people: what serves, why, and every profile with its score or the rule that rejected it."""
+    selected, wanted = selection.selected, selection.wanted
+    lines = [
+        f"selected  {_one_line(selected)}",
+        f"wanted    {_one_line(wanted)}",
+        f"objective {selection.objective}",
+        "",
+        "Why",
+        *(f"- {line}" for line in reasons(selection)),
+        "",
+        "Profiles (score: predicted output tokens/s; the policy's priority comes first)",
+    ]
+    width = max(len(outcome.name) for outcome in selection.outcomes)
+    for outcome in selection.outcomes:
+        if outcome.status == "runnable":
+            verdict = f"runs: score {outcome.score:.1f}, needs {format_size(outcome.requires_bytes_per_gpu or 0)}"
+        elif outcome.status == "low_memory":
+            verdict = f"low memory: {outcome.reason}; try --max-model-len={outcome.suggested_max_model_len}"
+        else:
+            verdict = f"no: {outcome.reason}"
+        lines.append(f"- {outcome.name:<{width}}  {verdict}")
+    return "\n".join(lines)
+
+
+def _one_line(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "nothing"
+    return (
+        f"{outcome.name} (precision {outcome.precision}, KV cache {outcome.kv_cache}, tp_size {outcome.tp_size}, "
+        f"pp_size {outcome.pp_size}, backend {outcome.backend})"
+    )
+
+
+def list_profiles_text(selection: Selection) -> str:
+    """`list-model-profiles`, in the shape that users of other appliances know. Its ids and names name profiles."""
+    hardware = selection.hardware
+    lines = ["SYSTEM INFO", "- Free GPUs:" if hardware.usable_gpus else "- Free GPUs: <None>"]
+    lines += [f"  -  {_gpu_line(gpu)}" for gpu in hardware.usable_gpus]
+    unusable = [gpu for gpu in hardware.gpus if not gpu.usable]
+    if unusable:
+        lines += ["- GPUs that cannot be used:", *(f"  -  {_gpu_line(gpu)}: {gpu.problem}" for gpu in unusable)]
+    if hardware.problem:
+        lines.append(f"- {hardware.problem}")
+    lines.append(
+        f"- CPU: {hardware.cpu_cores} cores, {format_size(hardware.free_memory)} of {format_size(hardware.memory)} free"
+    )
+    lines.append("MODEL PROFILES")
+    by_status: dict[str, list[str]] = {"runnable": [], "low_memory": [], "not_built": [], "incompatible": []}
+    for outcome in selection.outcomes:
+        by_status[outcome.status].append(_listed(outcome))
+    titles = {
+        "runnable": "Compatible with system and runnable",
+        "low_memory": "Compatible with system but low memory",
+        "not_built": "Compatible with system but not built yet in this version",
+        "incompatible": "Incompatible with system",
+    }
+    for status, title in titles.items():
+        listed = by_status[status]
+        lines += [f"- {title}:", *(f"  - {line}" for line in listed)] if listed else [f"- {title}: <None>"]
+    return "\n".join(lines)
+
+
+def _gpu_line(gpu: Gpu) -> str:
+    vendor, _, device = gpu.pci_id.partition(":")
+    return f"[{device}:{vendor}] ({gpu.index}) {gpu.name} [current utilization: {gpu.utilization}%]"
+
+
+def _listed(outcome: Outcome) -> str:
+    gib = -(-(outcome.requires_bytes_per_gpu or 0) // 10**9)
+    unit = "RAM" if outcome.backend == "cpu" else "gpu"
+    head = f"{outcome.id} ({outcome.name})"
+    if outcome.status == "runnable":
+        return f"{head} [requires >={gib} GB/{unit}]"
+    if outcome.status == "low_memory":
+        fitting = -(-outcome.suggested_bytes_per_gpu // 10**9)
+        return (
+            f"{head} [requires >={gib} GB/{unit}] try --max-model-len={outcome.suggested_max_model_len} "
+            f"to reduce to >={fitting} GB/{unit}"
+        )
+    return f"{head}: {outcome.reason}"

@@ -1,0 +1,171 @@
+"""The verdict on one candidate in one place: the rules, then free memory, then what is built; with predicted speed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from appliance.profiles import predict
+from appliance.profiles.names import Candidate
+from appliance.profiles.overrides import Overrides
+from appliance.profiles.places import Place, worst_link
+from appliance.profiles.rules import Question, reject, unbuilt
+from appliance.sizes import format_size
+from appliance.types import Gpu, Objective, Struct
+
+# runnable: fits and is built. not_built: would fit. low_memory: built, and fits with a shorter context.
+Status = Literal["runnable", "not_built", "low_memory", "incompatible"]
+_LEN_STEP = 256  # suggested context limits are multiples of this, and not below it
+
+
+class Outcome(Struct, frozen=True):
+    """What became of one candidate."""
+
+    name: str
+    id: str
+    profile: str
+    precision: str
+    kv_cache: str
+    tp_size: int
+    pp_size: int
+    backend: str
+    status: Status
+    reason: str | None  # the rule that rejected it; None when runnable
+    order: int  # of the place it was judged in, 0 is preferred
+    priority: int
+    requires_bytes_per_gpu: int | None = None  # free memory that the smallest useful KV cache needs, with all the rest
+    memory: predict.Memory | None = None
+    decode_ms: float | None = None  # predicted, one sequence
+    score: float | None = None  # predicted output tokens/s: one sequence (latency) or as many as fit (throughput)
+    max_model_len: int = 0  # longest sequence that fits, up to the model's limit or what was asked for
+    suggested_max_model_len: int = 0  # of a low-memory candidate: the context limit with which it would run
+    suggested_bytes_per_gpu: int = 0  # and what it then needs
+    kv_cache_tokens: int = 0  # that fit, in all
+    roomy: bool = False  # they serve several users at once
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    devices: tuple[str, ...] = ()  # UUIDs, one per rank; empty on the CPU
+    gpu_indices: tuple[int, ...] = ()
+
+
+def judge(candidate: Candidate, place: Place, question: Question, objective: Objective) -> Outcome:
+    """The verdict, with the first rule that rejects it as its reason."""
+    asked, profile = question.overrides, candidate.profile
+    on_cpu = profile.backend == "cpu"
+    draft = Outcome(
+        name=candidate.name,
+        id=candidate.id,
+        profile=profile.name,
+        precision=profile.precision,
+        kv_cache=_kv_cache(candidate, place, asked),
+        tp_size=candidate.tp_size,
+        pp_size=candidate.pp_size,
+        backend=profile.backend,
+        status="incompatible",
+        reason=reject(candidate, place, question),
+        order=place.order,
+        priority=profile.priority_on(None if on_cpu else place.compute_capability),
+        max_num_seqs=asked.max_num_seqs or profile.batching[objective].max_num_seqs,
+        max_num_batched_tokens=asked.max_num_batched_tokens or profile.batching[objective].max_num_batched_tokens,
+    )
+    if draft.reason is not None:
+        return draft
+    need = predict.memory(
+        question.model,
+        precision=draft.precision,
+        kv_cache=draft.kv_cache,
+        tp_size=draft.tp_size,
+        pp_size=draft.pp_size,
+        max_num_seqs=draft.max_num_seqs,
+        max_num_batched_tokens=draft.max_num_batched_tokens,
+        on_cpu=on_cpu,
+    )
+    useful = predict.useful_tokens(question.model, asked.max_model_len)
+    required = need.required(useful, asked.memory_fraction)
+    draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required)
+    missing = unbuilt(candidate, draft.kv_cache, question.capabilities)
+    ranks = draft.tp_size * draft.pp_size
+    free = question.hardware.free_memory if on_cpu else place.free(ranks)
+    if free < required:
+        return _too_big(draft, need, required, free, question, missing)
+    team = () if on_cpu else place.take(ranks, required)
+    free = question.hardware.free_memory if on_cpu else min(gpu.free_memory for gpu in team)
+    tokens = need.kv_tokens(free, asked.memory_fraction)
+    draft = msgspec.structs.replace(
+        draft,
+        status="runnable" if missing is None else "not_built",
+        reason=missing,
+        max_model_len=asked.max_model_len or min(question.model.max_position_embeddings, tokens),
+        kv_cache_tokens=tokens,
+        roomy=tokens >= max(useful, predict.ROOMY_TOKENS),
+        devices=tuple(gpu.uuid for gpu in team),
+        gpu_indices=tuple(gpu.index for gpu in team),
+    )
+    return _with_speed(draft, need, place, team, tokens, question, objective)
+
+
+def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
+    """The concrete KV-cache precision of "auto": that of the activations (float32 on the CPU)."""
+    named = asked.kv_cache_dtype if asked.kv_cache_dtype != "auto" else candidate.profile.kv_cache
+    if named != "auto":
+        return named
+    if candidate.profile.backend == "cpu":
+        return "fp32"
+    if candidate.profile.precision in ("fp32", "fp16"):
+        return candidate.profile.precision
+    return "bf16" if place.facts is None or "bf16" in place.facts.precisions else "fp16"
+
+
+def _too_big(
+    draft: Outcome, need: predict.Memory, required: int, free: int, question: Question, missing: str | None
+) -> Outcome:
+    on_cpu, ranks = draft.backend == "cpu", draft.tp_size * draft.pp_size
+    fraction = question.overrides.memory_fraction
+    tokens = predict.useful_tokens(question.model, question.overrides.max_model_len)
+    where = "there are" if on_cpu else "it has" if ranks == 1 else "the fullest of them has"
+    reason = (
+        f"needs {format_size(required)} free{'' if on_cpu else ' per GPU'} (weights {format_size(need.weights)}, "
+        f"activations {format_size(need.activations)}, KV cache of {tokens} tokens "
+        f"{format_size(tokens * need.kv_per_token)}), and {where} {format_size(free)}"
+    )
+    fitting = need.kv_tokens(free, fraction) // _LEN_STEP * _LEN_STEP
+    if fitting < _LEN_STEP or missing is not None:
+        return msgspec.structs.replace(draft, reason=f"{reason}; {missing}" if missing else reason)
+    return msgspec.structs.replace(
+        draft,
+        status="low_memory",
+        reason=reason,
+        suggested_max_model_len=fitting,
+        suggested_bytes_per_gpu=need.required(fitting, fraction),
+    )
+
+
+def _with_speed(
+    draft: Outcome,
+    need: predict.Memory,
+    place: Place,
+    team: tuple[Gpu, ...],
+    tokens: int,
+    question: Question,
+    objective: Objective,
+) -> Outcome:
+    if place.facts is None:
+        device = predict.cpu_device(question.hardware.cpu_cores)
+    else:
+        device = predict.gpu_device(place.facts, draft.precision, worst_link(team))
+    batch = max(1, min(draft.max_num_seqs, tokens // predict.SEQUENCE_TOKENS))
+    one, many = (
+        predict.step_seconds(
+            question.model,
+            device,
+            need,
+            precision=draft.precision,
+            tp_size=draft.tp_size,
+            num_seqs=num_seqs,
+            on_cpu=place.is_cpu,
+        )
+        for num_seqs in (1, batch)
+    )
+    score = 1 / one if objective == "latency" else batch / many
+    return msgspec.structs.replace(draft, decode_ms=round(one * 1e3, 3), score=round(score, 1))

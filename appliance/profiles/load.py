@@ -1,0 +1,160 @@
+"""Profiles and GPU facts as YAML files: their fields, and strict loading. Knows nothing of hardware or policy.
+
+`profiles/README.md` describes the format for people. An unknown key or a wrong value is a SettingsError that names the
+file, the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from appliance.errors import SettingsError
+from appliance.strict import check_keys, read_yaml
+from appliance.types import KvCacheDtype, Objective, Precision, Struct
+
+T = TypeVar("T", bound=Struct)
+
+
+class Requires(Struct, frozen=True):
+    """What a profile demands of GPU and model, beyond what its precision scheme demands itself."""
+
+    compute_capability: str = "0.0"  # at least
+    dimension_multiple: int = 1  # hidden_size, and heads * head_dim and intermediate_size per rank, are multiples of it
+
+
+class Batching(Struct, frozen=True):
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class Profile(Struct, frozen=True):
+    """One file of `profiles/`. Its candidates are itself with each of `tp_sizes`."""
+
+    name: str
+    description: str
+    precision: Precision
+    backend: str  # plug-in name
+    batching: dict[Objective, Batching]
+    # Higher is tried first. Keys: a compute capability ("9.0"), a major version ("9"), "cpu", and "default".
+    priority: dict[str, int]
+    kv_cache: KvCacheDtype = "auto"
+    tp_sizes: tuple[int, ...] = (1,)
+    requires: Requires = Requires()
+
+    def priority_on(self, compute_capability: tuple[int, int] | None) -> int:
+        """Priority on a GPU, or on the CPU for None; the most exact key wins."""
+        keys = ["cpu"]
+        if compute_capability is not None:
+            keys = [f"{compute_capability[0]}.{compute_capability[1]}", str(compute_capability[0])]
+        return next((self.priority[key] for key in keys if key in self.priority), self.priority["default"])
+
+
+class Match(Struct, frozen=True):
+    """Which GPUs a facts file is about. Everything given must hold."""
+
+    compute_capability: str  # "9.0": exactly; ">=9.0": from there on, as a fallback for GPUs without facts of their own
+    pci_ids: tuple[str, ...] = ()  # "10de:2330"
+    memory_gib: tuple[float, float] | None = None  # total memory as NVML reports it, in this range; not for MIG slices
+
+
+class GpuFacts(Struct, frozen=True):
+    """One file of `profiles/gpus/`: figures of the maker's data sheet; the arithmetic is dense (no sparsity)."""
+
+    name: str  # for people; never matched
+    match: Match
+    memory_gib: float  # of the whole GPU; a MIG slice has its memory's share of the bandwidth
+    memory_bandwidth_gbs: float  # GB/s
+    tflops: dict[Precision, float]  # TFLOP/s of matrix products with operands of this precision
+    precisions: tuple[Precision, ...]  # weights that this GPU can work with
+    nvlink_gbs: float = 0.0  # GB/s one way to its peers, 0: none
+
+    @property
+    def generic(self) -> bool:
+        return self.match.compute_capability.startswith(">=")
+
+
+def default_directory() -> Path:
+    """`profiles/` at the top of the project."""
+    return Path(__file__).resolve().parents[2] / "profiles"
+
+
+def parse_capability(text: str) -> tuple[int, int]:
+    """(9, 0) of "9.0". ValueError otherwise."""
+    major, _, minor = text.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        raise ValueError(f'{text!r} is not a compute capability: write it as text, "9.0"')
+    return int(major), int(minor)
+
+
+def load_profiles(directory: Path | None = None) -> tuple[Profile, ...]:
+    """All profiles, by name. SettingsError for a wrong file, a duplicate name, or none at all."""
+    return _load_all(directory or default_directory(), Profile, "profile", _check_profile)
+
+
+def load_gpu_facts(directory: Path | None = None) -> tuple[GpuFacts, ...]:
+    """All facts files of `directory`/gpus, by name. Errors as `load_profiles`."""
+    return _load_all((directory or default_directory()) / "gpus", GpuFacts, "GPU facts", _check_facts)
+
+
+def _load_all(directory: Path, kind: type[T], what: str, check: Any) -> tuple[T, ...]:
+    paths = sorted(directory.glob("*.yaml"))
+    if not paths:
+        raise SettingsError(f"no {what} files (*.yaml) in {directory}", hint="the project's profiles/ folder is needed")
+    found: dict[str, T] = {}
+    for path in paths:
+        try:
+            value = _decode(read_yaml(path, what), kind, "the file")
+            check(value)
+        except ValueError as error:  # msgspec.ValidationError is one
+            raise SettingsError(f"the {what} file {path} is wrong: {error}") from error
+        name = str(getattr(value, "name"))  # noqa: B009  (T has no `name` for mypy)
+        if name in found:
+            raise SettingsError(f"the {what} file {path} is wrong: another one is named {name!r} too")
+        found[name] = value
+    return tuple(found[name] for name in sorted(found))
+
+
+def _decode(raw: Any, kind: type[T], where: str) -> T:
+    check_keys(raw, kind.__struct_fields__, where)
+    nested: dict[str, type[Struct]] = {"requires": Requires, "match": Match}
+    for key, inner in nested.items():
+        if key in raw and key in kind.__struct_fields__:
+            check_keys(raw[key], inner.__struct_fields__, key)
+    if kind is Profile and isinstance(raw.get("batching"), dict):
+        for objective, entry in raw["batching"].items():
+            check_keys(entry, Batching.__struct_fields__, f"batching.{objective}")
+    return msgspec.convert(raw, kind)
+
+
+def _check_profile(profile: Profile) -> None:
+    parse_capability(profile.requires.compute_capability)
+    missing = {"throughput", "latency"} - profile.batching.keys()
+    if missing:
+        raise ValueError(f"batching lacks {', '.join(sorted(missing))}")
+    _positive("batching", (n for b in profile.batching.values() for n in (b.max_num_seqs, b.max_num_batched_tokens)))
+    _positive("requires.dimension_multiple", [profile.requires.dimension_multiple])
+    _positive("tp_sizes", profile.tp_sizes)
+    if not profile.tp_sizes:
+        raise ValueError("tp_sizes is empty")
+    if "default" not in profile.priority:
+        raise ValueError("priority lacks the key 'default'")
+    for key in profile.priority:
+        if key not in ("default", "cpu") and not key.isdigit():
+            parse_capability(key)
+
+
+def _check_facts(facts: GpuFacts) -> None:
+    parse_capability(facts.match.compute_capability.removeprefix(">="))
+    _positive("memory_gib and memory_bandwidth_gbs", (facts.memory_gib, facts.memory_bandwidth_gbs))
+    _positive("tflops", facts.tflops.values())
+    if not facts.tflops.keys() & {"fp16", "bf16"}:
+        raise ValueError("tflops needs fp16 or bf16")
+
+
+def _positive(what: str, values: Iterable[float]) -> None:
+    if any(value <= 0 for value in values):
+        raise ValueError(f"{what} must be above 0")

@@ -1,0 +1,83 @@
+"""Where a candidate could run: a group of identical GPUs, or the CPU; and which GPUs of a group it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from appliance.profiles.gpus import facts_of
+from appliance.profiles.load import GpuFacts
+from appliance.types import Gpu, Hardware, Struct
+
+_BUSY_UTILIZATION = 50  # percent; among GPUs with enough memory, those below are taken first
+_LINK_RANK = {"nvlink": 0, "pcie": 1, "none": 2}
+
+
+class Place(Struct, frozen=True):
+    """GPUs that are alike, or the CPU when there are none in it."""
+
+    order: int  # 0 is preferred
+    gpus: tuple[Gpu, ...] = ()
+    facts: GpuFacts | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return not self.gpus
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        return self.gpus[0].compute_capability if self.gpus else None
+
+    @property
+    def label(self) -> str:
+        return f"{len(self.gpus)} × {self.gpus[0].name}" if self.gpus else "the CPU"
+
+    def free(self, count: int) -> int:
+        """Free bytes of the fullest of the `count` emptiest GPUs; 0 if there are fewer."""
+        emptiest = sorted((gpu.free_memory for gpu in self.gpus), reverse=True)
+        return emptiest[count - 1] if count <= len(emptiest) else 0
+
+    def take(self, count: int, required: int) -> tuple[Gpu, ...]:
+        """The `count` GPUs to run on, each with `required` free bytes: best linked first, then idle, then emptiest.
+
+        Empty if there are not that many.
+        """
+        able = sorted((gpu for gpu in self.gpus if gpu.free_memory >= required), key=_readiness)
+        if len(able) < count:
+            return ()
+        teams = []
+        for first in able:
+            others = sorted((gpu for gpu in able if gpu is not first), key=lambda gpu: _LINK_RANK[_link(first, gpu)])
+            team = [first, *others[: count - 1]]
+            teams.append((_LINK_RANK[worst_link(team)], sorted(map(able.index, team))))
+        best = min(teams)[1]
+        return tuple(sorted((able[i] for i in best), key=self.gpus.index))
+
+
+def _readiness(gpu: Gpu) -> tuple[bool, int, int]:
+    # Whole GiB, so that a few MiB do not decide over the order of the machine.
+    return gpu.utilization >= _BUSY_UTILIZATION, -(gpu.free_memory >> 30), gpu.index
+
+
+def _link(a: Gpu, b: Gpu) -> str:
+    return a.links.get(b.index, "none")
+
+
+def worst_link(gpus: Sequence[Gpu]) -> str:
+    """The slowest link within a team; "nvlink" for a single GPU."""
+    links = [_link(a, b) for a in gpus for b in gpus if a is not b]
+    return max(links, key=_LINK_RANK.__getitem__, default="nvlink")
+
+
+def _memory_gib(gpus: Sequence[Gpu]) -> int:
+    return round(sum(gpu.total_memory for gpu in gpus) / 2**30)
+
+
+def places(hardware: Hardware, facts: Sequence[GpuFacts]) -> list[Place]:
+    """Groups of identical usable GPUs, the one with most memory in all (then: most GPUs) first; then the CPU."""
+    groups: dict[tuple[object, ...], list[Gpu]] = {}
+    for gpu in hardware.usable_gpus:
+        key = (gpu.pci_id, gpu.compute_capability, gpu.mig_profile, round(gpu.total_memory / 2**30))
+        groups.setdefault(key, []).append(gpu)
+    ordered = sorted(groups.values(), key=lambda gpus: (-_memory_gib(gpus), -len(gpus), gpus[0].index))
+    found = [Place(order, tuple(gpus), facts_of(gpus[0], facts)) for order, gpus in enumerate(ordered)]
+    return [*found, Place(len(found))]

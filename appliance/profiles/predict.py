@@ -1,0 +1,174 @@
+"""Predicted memory and speed of a model under a candidate profile. Arithmetic only; knows no policy.
+
+Memory is a bound, so that what is called runnable runs: weights as the engine stores them, activations of the largest
+step, a fixed share for CUDA context, libraries and graphs, and the KV cache. Speed is a roofline (bytes moved over the
+bandwidth, or operations over the peak, whichever is longer) plus a fixed cost per layer and all-reduces; it ranks
+profiles and is not a promise.
+"""
+
+from __future__ import annotations
+
+import math
+
+from appliance.profiles.load import GpuFacts
+from appliance.types import ModelConfig, Struct
+
+# Bytes per stored weight, and per group of weights that share a scale.
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+_INT4_GROUP, _INT4_GROUP_BYTES = 128, 4  # a 16-bit scale and zero point per group
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+_ACTIVATION_BYTES = 2  # bytes of an activation on a GPU; float32 on the CPU
+
+# Estimates: CUDA context and modules 0.5 GiB, attention workspace 0.4 GiB, CUDA graphs 0.5 GiB.
+GPU_OVERHEAD = 1434 << 20
+CPU_OVERHEAD = 512 << 20  # interpreter and torch
+
+_BANDWIDTH_SHARE = 0.85  # of the data sheet, reached by a decode step's weight reads
+_COMPUTE_SHARE = 0.6  # of the data sheet, reached by matrix products
+_LAYER_SECONDS = 15e-6  # a dozen graphed kernels of 1 to 2 µs
+# One all-reduce of a small message: base and per doubling of the group, by link (NCCL on H200: 12 µs at two ranks, 15
+# µs at four; the other links are estimates).
+_ALL_REDUCE_SECONDS = {"nvlink": (9e-6, 3e-6), "pcie": (20e-6, 10e-6), "none": (40e-6, 20e-6)}
+_LINK_BYTES = {"pcie": 20e9, "none": 8e9}  # bytes/s; NVLink's are in the GPU's facts
+# No facts files for CPUs: a modest server with a few memory channels.
+_CPU_BANDWIDTH = 40e9  # bytes/s
+_CPU_FLOPS_PER_CORE = 30e9  # FLOP/s in float32
+
+USEFUL_TOKENS = 8192  # a KV cache that holds one sequence of this length (or of the model's limit) is useful
+ROOMY_TOKENS = 32768  # and one of this many tokens serves several users at once
+SEQUENCE_TOKENS = 1024  # context of a sequence, on average, when throughput is predicted
+
+
+class Memory(Struct, frozen=True):
+    """Bytes on one rank."""
+
+    weights: int
+    activations: int
+    overhead: int
+    kv_per_token: int
+
+    def required(self, kv_tokens: int, fraction: float) -> int:
+        """Free memory that is needed: everything fits it, and weights and KV cache fit `fraction` of it."""
+        stored = self.weights + kv_tokens * self.kv_per_token
+        return max(stored + self.activations + self.overhead, math.ceil(stored / fraction))
+
+    def kv_tokens(self, free: int, fraction: float) -> int:
+        """Most tokens of KV cache with which `required` stays within `free`; 0 or more."""
+        spare = min(free - self.weights - self.activations - self.overhead, int(free * fraction) - self.weights)
+        tokens = max(0, spare // self.kv_per_token)
+        while tokens and self.required(tokens, fraction) > free:  # rounding of the fraction
+            tokens -= 1
+        return tokens
+
+
+def _rank_linears(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[int, int, int]]:
+    """(out_features, in_features, how many) of the linear layers on one rank; heads and rows are rounded up."""
+    heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
+    kv = math.ceil(model.num_key_value_heads / tp_size) * model.head_dim
+    inner = math.ceil(model.intermediate_size / tp_size)
+    layers = math.ceil(model.num_hidden_layers / pp_size)
+    return [
+        (heads + 2 * kv, model.hidden_size, layers),
+        (model.hidden_size, heads, layers),
+        (2 * inner, model.hidden_size, layers),
+        (model.hidden_size, inner, layers),
+        (math.ceil(model.vocab_size / tp_size), model.hidden_size, 1),
+    ]
+
+
+def _linear_bytes(out_features: int, in_features: int, precision: str) -> int:
+    size = math.ceil(out_features * in_features * _WEIGHT_BYTES[precision])
+    if precision in ("fp8", "int8"):
+        size += 4 * out_features  # a float32 scale per output channel
+    if precision == "int4":
+        size += out_features * math.ceil(in_features / _INT4_GROUP) * _INT4_GROUP_BYTES
+    return size
+
+
+def stored_precision(precision: str, *, on_cpu: bool) -> str:
+    """How weights lie in memory: the CPU backend computes in float32 and widens everything but packed INT4 at load."""
+    return "fp32" if on_cpu and precision != "int4" else precision
+
+
+def linear_bytes(model: ModelConfig, precision: str, tp_size: int, pp_size: int = 1) -> int:
+    """Bytes of the linear layers (lm_head included) of one rank: what a decode step reads."""
+    return sum(n * _linear_bytes(o, i, precision) for o, i, n in _rank_linears(model, tp_size, pp_size))
+
+
+def memory(
+    model: ModelConfig,
+    *,
+    precision: str,
+    kv_cache: str,
+    tp_size: int,
+    pp_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    on_cpu: bool,
+) -> Memory:
+    """Predicted bytes of one rank. `kv_cache` is a concrete precision, not "auto"."""
+    stored = stored_precision(precision, on_cpu=on_cpu)
+    element = 4 if stored == "fp32" or on_cpu else _ACTIVATION_BYTES
+    weights = linear_bytes(model, stored, tp_size, pp_size)
+    weights += model.vocab_size * model.hidden_size * element  # the embedding, whole on every rank
+    # Norms and biases, generously: they are under 0.1%.
+    weights += model.num_hidden_layers * (4 * model.hidden_size + 2 * model.intermediate_size) * element
+    inner = math.ceil(model.intermediate_size / tp_size)
+    heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
+    kv_heads = math.ceil(model.num_key_value_heads / tp_size)
+    # Live at once in a step: residual, normed input and its quantized copy, output; q, k, v and attention's output;
+    # gate, up and their product. Then float32 logits, with two copies for sampling.
+    per_token = 4 * model.hidden_size + 2 * heads + 2 * kv_heads * model.head_dim + 3 * inner
+    activations = max_num_batched_tokens * per_token * element + 3 * 4 * max_num_seqs * model.vocab_size
+    layers = math.ceil(model.num_hidden_layers / pp_size)
+    return Memory(
+        weights=weights,
+        activations=activations,
+        overhead=CPU_OVERHEAD if on_cpu else GPU_OVERHEAD,
+        kv_per_token=2 * layers * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
+    )
+
+
+class Device(Struct, frozen=True):
+    """The speeds of one rank's device."""
+
+    bandwidth: float  # bytes/s
+    flops: float  # FLOP/s at the candidate's precision
+    link: str = "none"  # worst link of the ranks
+    link_bandwidth: float = 1.0  # bytes/s one way
+
+
+def cpu_device(cores: int) -> Device:
+    return Device(bandwidth=_CPU_BANDWIDTH, flops=cores * _CPU_FLOPS_PER_CORE)
+
+
+def gpu_device(facts: GpuFacts, precision: str, link: str) -> Device:
+    """`link`: the worst among the ranks' GPUs. Weights of a precision without a peak of its own multiply in 16 bits."""
+    half = facts.tflops.get("bf16") or facts.tflops["fp16"]
+    by_name: dict[str, float] = {str(name): value for name, value in facts.tflops.items()}
+    peak = by_name.get(precision, half / 8 if precision == "fp32" else half)
+    link_bandwidth = facts.nvlink_gbs * 1e9 if link == "nvlink" and facts.nvlink_gbs else _LINK_BYTES.get(link, 20e9)
+    return Device(facts.memory_bandwidth_gbs * 1e9, peak * 1e12, link, link_bandwidth)
+
+
+def step_seconds(
+    model: ModelConfig, device: Device, need: Memory, *, precision: str, tp_size: int, num_seqs: int, on_cpu: bool
+) -> float:
+    """Seconds of one decode step of `num_seqs` sequences, each of a context of 1024 tokens."""
+    moved = linear_bytes(model, stored_precision(precision, on_cpu=on_cpu), tp_size)
+    moved += num_seqs * SEQUENCE_TOKENS * need.kv_per_token
+    operations = 2 * num_seqs * sum(n * o * i for o, i, n in _rank_linears(model, tp_size, 1))
+    seconds = max(moved / (device.bandwidth * _BANDWIDTH_SHARE), operations / (device.flops * _COMPUTE_SHARE))
+    seconds += model.num_hidden_layers * _LAYER_SECONDS
+    if tp_size > 1:
+        base, doubling = _ALL_REDUCE_SECONDS[device.link]
+        message = num_seqs * model.hidden_size * _ACTIVATION_BYTES
+        one = base + doubling * math.log2(tp_size)
+        one += 2 * (tp_size - 1) / tp_size * message / device.link_bandwidth
+        seconds += (2 * model.num_hidden_layers + 1) * one
+    return seconds
+
+
+def useful_tokens(model: ModelConfig, max_model_len: int | None) -> int:
+    """The smallest useful KV cache in tokens: a sequence of the asked length, else of the model's limit up to 8192."""
+    return max_model_len or min(model.max_position_embeddings, USEFUL_TOKENS)

@@ -1,0 +1,97 @@
+"""The choice: which profile serves a model on a machine, and why every other does not. Pure; does no I/O.
+
+Policy (design.md §6), the numbers of which are the profiles' priorities:
+
+1. The precision with the highest priority on this GPU that GPU, model and build allow and that fits free memory.
+2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, else the smallest
+   that fits at all. Objective latency: the smallest whose predicted time per token is within 10% of the best.
+3. On a mixed machine the group of identical GPUs with the most memory; another group only if nothing runs on that one.
+   The CPU only where no GPU can be used, or on request.
+
+`wanted` is the same choice made as if everything were built; `selected` only among what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from appliance.profiles.capabilities import Capabilities
+from appliance.profiles.judge import Outcome, judge
+from appliance.profiles.load import GpuFacts, Profile
+from appliance.profiles.names import candidates
+from appliance.profiles.overrides import Overrides, normalize
+from appliance.profiles.places import Place, places
+from appliance.profiles.rules import Question
+from appliance.types import Hardware, ModelConfig, Objective, Struct
+
+_STATUS_RANK = {"runnable": 0, "not_built": 1, "low_memory": 2, "incompatible": 3}
+_LATENCY_SLACK = 1.10  # a larger group of GPUs must be faster than this factor to be worth it
+
+
+class Selection(Struct, frozen=True):
+    selected: Outcome | None  # what serves; None: nothing can, `reasons` say why
+    wanted: Outcome | None  # what the policy wants, built or not; None: nothing fits
+    outcomes: tuple[Outcome, ...]  # every candidate, best first
+    places: tuple[Place, ...]
+    hardware: Hardware
+    model: ModelConfig
+    objective: Objective
+    overrides: Overrides  # tags merged
+
+
+def select(
+    hardware: Hardware,
+    model: ModelConfig,
+    profiles: Sequence[Profile],
+    objective: Objective = "throughput",
+    overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
+    *,
+    capabilities: Capabilities,
+    gpu_facts: Sequence[GpuFacts],
+) -> Selection:
+    """Judge every candidate and choose. The order of `profiles` does not matter.
+
+    SettingsError for an override with a wrong value, ProfileError for a profile that does not exist. That nothing can
+    run is no error here: `selected` is None and `explain.require` raises.
+    """
+    asked, named = normalize(overrides, profiles, model, tuple(capabilities.backends))
+    question = Question(hardware, model, capabilities, asked, named)
+    where = places(hardware, gpu_facts)
+    tp_size = named.tp_size if named is not None and named.tp_size is not None else asked.tp_size
+    pp_size = named.pp_size if named is not None and named.pp_size is not None else asked.pp_size
+    outcomes = [
+        min(
+            (judge(candidate, place, question, objective) for place in where),
+            key=lambda outcome: (_STATUS_RANK[outcome.status], _relevance(outcome, where), outcome.order),
+        )
+        for candidate in candidates(profiles, tp_size, pp_size)
+    ]
+    outcomes.sort(key=lambda o: (_STATUS_RANK[o.status], o.order, -o.priority, o.profile, o.tp_size, o.pp_size))
+    return Selection(
+        selected=_choose([o for o in outcomes if o.status == "runnable"], objective),
+        wanted=_choose([o for o in outcomes if o.status in ("runnable", "not_built")], objective),
+        outcomes=tuple(outcomes),
+        places=tuple(where),
+        hardware=hardware,
+        model=model,
+        objective=objective,
+        overrides=asked,
+    )
+
+
+def _relevance(outcome: Outcome, where: Sequence[Place]) -> bool:
+    """Among places that reject a candidate, a place of its own kind has the reason worth reading."""
+    is_cpu = outcome.order == len(where) - 1
+    return is_cpu != (outcome.backend == "cpu") and len(where) > 1
+
+
+def _choose(able: list[Outcome], objective: Objective) -> Outcome | None:
+    if not able:
+        return None
+    if objective == "throughput":
+        return min(able, key=lambda o: (o.order, -o.priority, o.profile, not o.roomy, o.tp_size * o.pp_size, o.pp_size))
+    first = min(able, key=lambda o: (o.order, -o.priority, o.profile))
+    same = [o for o in able if (o.order, o.profile) == (first.order, first.profile)]
+    best = min(o.decode_ms or 0.0 for o in same)
+    close = [o for o in same if (o.decode_ms or 0.0) <= best * _LATENCY_SLACK]
+    return min(close, key=lambda o: (o.tp_size * o.pp_size, o.pp_size))
