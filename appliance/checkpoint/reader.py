@@ -46,7 +46,7 @@ class Checkpoint:
         except KeyError:
             near = [other for other in self.tensors if other.rpartition(".")[2] == name.rpartition(".")[2]][:3]
             raise CheckpointError(
-                f"{self.path} has no tensor {name}; among its {len(self.tensors)} are {', '.join(near) or 'none alike'}",
+                f"{self.path} has no tensor {name}; alike: {', '.join(near) or 'none'}",
                 hint=f"download the checkpoint again, {INDEX_NAME} included",
             ) from None
 

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ class SafetensorsWriter:
         self._plan = plan
         self._next = 0
         self._hasher = TreeHasher()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashes while the disk writes
         self._file = path.open("xb", buffering=0)
         self._put(memoryview(_header(plan, metadata)))
 
@@ -69,14 +71,17 @@ class SafetensorsWriter:
         self._next += 1
 
     def _put(self, data: memoryview) -> None:
-        self._hasher.update(data)
+        hashed = self._pool.submit(self._hasher.update, data)
         try:
-            while len(data):
-                data = data[self._file.write(data) :]
+            rest = data
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(len(data)) from error
+                raise self._full(len(rest)) from error
             raise
+        finally:
+            hashed.result()
 
     def _full(self, left: int) -> NoSpaceError:
         rest = left + sum(tensor.nbytes for tensor in self._plan[self._next + 1 :])
@@ -93,6 +98,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
         self._file.close()
 
 

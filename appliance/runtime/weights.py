@@ -1,7 +1,7 @@
 """A rank's weight file onto its device, as fast as the machine copies.
 
-An engine stores exactly what the device wants, so loading is reading: into the parameters themselves on the CPU; through
-page-locked buffers, several threads and streams at once, on a GPU, so that reads, host copies and transfers overlap.
+An engine stores exactly what the device wants, so loading is reading: on the CPU into the parameters themselves, on a
+GPU through page-locked buffers, by several threads and streams, so that reads, host copies and transfers overlap.
 Knows nothing of architectures: names and shapes come from the model and must equal those of the file.
 """
 
@@ -124,7 +124,6 @@ def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        lane = _gpu_lane if device.type == "cuda" else _host_lane
         remaining, lock = iter(pieces), threading.Lock()
 
         def draw() -> _Piece | None:
@@ -132,7 +131,12 @@ def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _
                 return next(remaining, None)
 
         with ThreadPoolExecutor(lanes, thread_name_prefix="load") as pool:
-            for job in [pool.submit(lane, fd, draw, device, counter) for _ in range(lanes)]:
+            if device.type == "cuda":
+                allocated_on = torch.cuda.current_stream(device)
+                jobs = [pool.submit(_gpu_lane, fd, draw, allocated_on, counter) for _ in range(lanes)]
+            else:
+                jobs = [pool.submit(_host_lane, fd, draw, counter) for _ in range(lanes)]
+            for job in jobs:
                 job.result()
     finally:
         os.close(fd)
@@ -148,28 +152,28 @@ def _read_into(fd: int, into: Tensor, offset: int) -> None:
         view, offset = view[got:], offset + got
 
 
-def _host_lane(fd: int, draw: Callable[[], _Piece | None], device: torch.device, counter: _Counter) -> None:
+def _host_lane(fd: int, draw: Callable[[], _Piece | None], counter: _Counter) -> None:
     """Read straight into the parameters."""
     while (piece := draw()) is not None:
         _read_into(fd, piece.into, piece.offset)
         counter.add(piece.into.numel())
 
 
-def _gpu_lane(fd: int, draw: Callable[[], _Piece | None], device: torch.device, counter: _Counter) -> None:
+def _gpu_lane(fd: int, draw: Callable[[], _Piece | None], allocated_on: torch.cuda.Stream, counter: _Counter) -> None:
     """Read into one page-locked buffer while the other is on its way to the GPU."""
-    stream = torch.cuda.Stream(device)
-    # Parameters were allocated on the caller's stream; memory it may still be using must not be overwritten.
-    stream.wait_stream(torch.cuda.default_stream(device))
-    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    free = [torch.cuda.Event(), torch.cuda.Event()]
-    turn = 0
-    while (piece := draw()) is not None:
-        count = piece.into.numel()
-        free[turn].synchronize()  # of an event never recorded: returns at once
-        _read_into(fd, buffers[turn][:count], piece.offset)
-        with torch.cuda.stream(stream):
-            piece.into.copy_(buffers[turn][:count], non_blocking=True)
-            free[turn].record(stream)
-        turn = 1 - turn
-        counter.add(count)
-    stream.synchronize()
+    with torch.cuda.device(allocated_on.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(allocated_on)  # which may still be using this memory for what was freed before
+        buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        copied = [torch.cuda.Event(), torch.cuda.Event()]
+        turn = 0
+        while (piece := draw()) is not None:
+            count = piece.into.numel()
+            copied[turn].synchronize()  # of an event never recorded: returns at once
+            _read_into(fd, buffers[turn][:count], piece.offset)
+            with torch.cuda.stream(stream):
+                piece.into.copy_(buffers[turn][:count], non_blocking=True)
+                copied[turn].record(stream)
+            turn = 1 - turn
+            counter.add(count)
+        stream.synchronize()

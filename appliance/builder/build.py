@@ -1,0 +1,207 @@
+"""Checkpoint to engine, start to end: look, lock, convert, check, publish."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import appliance
+from appliance import registry
+from appliance.builder.convert import convert, plan_tensors, source_bytes
+from appliance.builder.progress import SendFn, sender
+from appliance.builder.request import BuildRequest, key_inputs_of
+from appliance.builder.selfcheck import self_check
+from appliance.builder.tokenizer import copy_tokenizer
+from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
+from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES
+from appliance.engines.digest import hash_files
+from appliance.engines.disk import ensure_writable
+from appliance.engines.key import KeyInputs, engine_key
+from appliance.engines.manifest import (
+    SCHEMA_VERSION,
+    BuildSummary,
+    EngineFile,
+    EngineManifest,
+    SelfCheck,
+    write_manifest,
+)
+from appliance.engines.meter import ByteMeter
+from appliance.engines.store import EngineStore, LockHolder
+from appliance.engines.verify import DamagedFileError, verify_engine
+from appliance.errors import CheckpointError
+from appliance.ipc import Progress
+from appliance.quantization.scheme import PrecisionScheme
+from appliance.types import ModelConfig, WeightSpec
+
+LoadPlugin = Callable[[str, str], ModuleType]
+_RANK_FILE = "rank-0.safetensors"
+
+
+def build(
+    request: BuildRequest,
+    progress: SendFn | None = None,
+    *,
+    store: EngineStore | None = None,
+    load_plugin: LoadPlugin = registry.load,
+) -> Path:
+    """The directory of the engine that `request` asks for; built unless it is in the store. If another process is
+    building it, waits and takes its result. `store` and `load_plugin` are seams for tests.
+
+    `progress` is called at least every second from a thread of its own. Raises CheckpointError, EngineBuildError,
+    NoSpaceError (before writing), CacheNotWritableError.
+    """
+    send: SendFn = progress or (lambda message: None)
+    source = Path(request.checkpoint)
+    config = read_model_config(source)
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{source} is already quantized ({config.quantization}), which cannot be built from",
+            hint="use the unquantized checkpoint; the appliance quantizes it itself",
+        )
+    store = store or EngineStore(Path(request.cache))
+    ensure_writable(store.engines)
+    inputs = key_inputs_of(request, sender("build", send))
+    key = engine_key(inputs)
+
+    def waiting(holder: LockHolder | None) -> None:
+        send(Progress(phase="build", detail=f"waiting for {holder or 'another process'}, which builds this engine"))
+
+    with store.build_lock(key, waiting):
+        present = store.find(key)
+        if present is not None:
+            try:
+                verify_engine(present, "size")
+                return present
+            except DamagedFileError as error:
+                store.set_aside(error)
+        with store.staging(key) as staging, Checkpoint(source) as checkpoint:
+            job = _Job.start(request, inputs, config, checkpoint, load_plugin)
+            _write_engine(job, staging, store, send)
+            return store.publish(key, staging)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One build's fixed facts."""
+
+    inputs: KeyInputs
+    config: ModelConfig
+    checkpoint: Checkpoint
+    architecture: ModuleType
+    scheme: PrecisionScheme
+    specs: list[WeightSpec]
+    dtype: torch.dtype
+    device: torch.device
+    started: float
+
+    @staticmethod
+    def start(
+        request: BuildRequest, inputs: KeyInputs, config: ModelConfig, checkpoint: Checkpoint, load_plugin: LoadPlugin
+    ) -> _Job:
+        """Load the plug-ins and check every tensor that will be read. Raises CheckpointError."""
+        architecture = load_plugin("models", registry.architectures()[config.architecture].name)
+        specs: list[WeightSpec] = architecture.weight_specs(config)
+        checkpoint.check(specs)
+        return _Job(
+            inputs=inputs,
+            config=config,
+            checkpoint=checkpoint,
+            architecture=architecture,
+            scheme=load_plugin("quantization", inputs.scheme).Scheme(),
+            specs=specs,
+            dtype=getattr(torch, inputs.dtype),
+            device=_device(request),
+            started=time.monotonic(),
+        )
+
+
+def _device(request: BuildRequest) -> torch.device:
+    if request.device != "auto":
+        return torch.device(request.device)
+    on_gpu = registry.plugins("backends")[request.backend].facts.get("device") == "gpu"
+    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+
+
+def _write_engine(job: _Job, staging: Path, store: EngineStore, send: SendFn) -> None:
+    """Everything of an engine into `staging`, its manifest last."""
+    source = job.checkpoint.path
+    plan = plan_tensors(job.specs, job.scheme, job.dtype)
+    small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
+    needed = planned_file_size(plan) + sum(p.stat().st_size for p in small)
+    store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
+    total = sum(source_bytes(job.checkpoint, spec) for spec in job.specs)
+    with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
+        with torch.inference_mode(), SafetensorsWriter(staging / _RANK_FILE, plan) as writer:
+            convert(job.checkpoint, job.specs, job.scheme, job.dtype, job.device, writer, meter)
+            meter.advance(0, "flushing to disk")
+            size, digest = writer.finish()
+        for name in CONFIG_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+        note = copy_tokenizer(source, staging)
+        meter.advance(0, "checking the built engine")
+        with torch.inference_mode():
+            checks = _check(job, staging)
+    others = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != _RANK_FILE)
+    files = [EngineFile(name=_RANK_FILE, size=size, digest=digest)]
+    for path, other_digest in zip(others, hash_files(others)):
+        name = path.relative_to(staging).as_posix()
+        files.append(EngineFile(name=name, size=path.stat().st_size, digest=other_digest))
+    write_manifest(staging, _manifest(job, tuple(files), checks, total, note))
+
+
+def _check(job: _Job, staging: Path) -> tuple[SelfCheck, ...]:
+    return self_check(
+        staging,
+        _RANK_FILE,
+        job.checkpoint,
+        job.config,
+        job.specs,
+        job.architecture,
+        job.scheme,
+        job.inputs.precision,
+        job.dtype,
+        job.device,
+    )
+
+
+def _manifest(
+    job: _Job, files: tuple[EngineFile, ...], checks: tuple[SelfCheck, ...], source_size: int, note: str | None
+) -> EngineManifest:
+    inputs = job.inputs
+    return EngineManifest(
+        schema_version=SCHEMA_VERSION,
+        key=engine_key(inputs),
+        key_inputs=inputs,
+        model=job.config,
+        precision=inputs.precision,
+        scheme=inputs.scheme,
+        dtype=inputs.dtype,
+        tp_size=inputs.tp_size,
+        pp_size=inputs.pp_size,
+        backend=inputs.backend,
+        backend_version=inputs.backend_version,
+        builder_version=inputs.builder_version,
+        compute_capability=inputs.compute_capability,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        tactics={},
+        self_check=checks,
+        build=BuildSummary(
+            seconds=round(time.monotonic() - job.started, 3),
+            source=job.checkpoint.path.resolve().name,
+            source_bytes=source_size,
+            engine_bytes=sum(file.size for file in files),
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            device=str(job.device),
+            notes=(f"appliance {appliance.__version__}, torch {torch.__version__}", *([note] if note else [])),
+        ),
+    )

@@ -1,0 +1,49 @@
+"""What to build, as the control plane asks for it. Torch-free: keys are known before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from appliance import checkpoint
+from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
+from appliance.engines.meter import ProgressFn
+from appliance.errors import EngineBuildError
+from appliance.types import Precision, Struct
+
+
+class BuildRequest(Struct, frozen=True):
+    checkpoint: str  # local directory
+    cache: str  # cache directory, root of the engine store
+    precision: Precision
+    backend: str  # plug-in name: "cpu", "cuda"
+    tp_size: int = 1
+    pp_size: int = 1
+    compute_capability: tuple[int, int] | None = None  # of the GPU that will serve; None for the CPU
+    device: str = "auto"  # where to convert: "cpu", "cuda", "cuda:1"; auto: a GPU for a GPU backend, else the CPU
+    checkpoint_digest: str = ""  # if known already (`checkpoint.digest`); empty: computed
+
+
+def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> KeyInputs:
+    """The key inputs of the engine that a request asks for; hashes the checkpoint unless its digest is given or
+    remembered. Raises EngineBuildError for a request that cannot be built, CheckpointError."""
+    if request.tp_size != 1 or request.pp_size != 1:
+        raise EngineBuildError(
+            f"tp_size={request.tp_size}, pp_size={request.pp_size} cannot be built; allowed so far: 1 and 1",
+            hint="choose a profile of one GPU",
+        )
+    digest = request.checkpoint_digest
+    if not digest:
+        digest = checkpoint.digest(Path(request.checkpoint), cache=Path(request.cache), progress=progress).value
+    return make_key_inputs(
+        digest,
+        request.precision,
+        request.backend,
+        tp_size=request.tp_size,
+        pp_size=request.pp_size,
+        compute_capability=request.compute_capability,
+    )
+
+
+def key_of(request: BuildRequest, progress: ProgressFn | None = None) -> str:
+    """`engine_key` of `key_inputs_of`."""
+    return engine_key(key_inputs_of(request, progress))
