@@ -197,6 +197,21 @@ class TestLoading:
         with pytest.raises(EngineDamagedError, match=r"\[63\], expected \[64\]"):
             model.load(tensors.items(), "cpu")
 
+    def test_wrong_dtype(self, tmp_path: Path) -> None:
+        model, tensors = self.model(tmp_path)
+        tensors["norm.weight"] = tensors["norm.weight"].to(torch.float8_e4m3fn)
+        with pytest.raises(EngineDamagedError, match=r"float8_e4m3fn, expected torch\.float32"):
+            model.load(tensors.items(), "cpu")
+
+
+def test_preparing_again_only_resizes_the_rotary_table(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, CASES["llama3"])
+    model = load_model(tmp_path)
+    before = PagedRunner(model).step([(PagedSequence(), PROMPT[:30])])[0]
+    model.prepare(30)
+    assert model.rotary.cos_sin.shape == (30, 16)
+    assert torch.equal(PagedRunner(model).step([(PagedSequence(), PROMPT[:30])])[0], before)
+
 
 def test_what_the_layers_cannot_express_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, CASES["llama"])

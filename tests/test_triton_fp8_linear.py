@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "size"), [(1, 64), (5, 200), (2, 9000)])
+@pytest.mark.parametrize(("n", "size"), [(1, 64), (5, 200), (2, 9000), (2, 40000)])
 def test_quantize_rows(dtype: torch.dtype, n: int, size: int) -> None:
     needs_fp8()
     x = strided(randn(n, size, dtype=dtype))

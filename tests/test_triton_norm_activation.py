@@ -74,7 +74,7 @@ def test_silu_mul(dtype: torch.dtype, n: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [96, 5000])
+@pytest.mark.parametrize("size", [96, 5000, 20000])
 def test_silu_mul_quantize(dtype: torch.dtype, size: int) -> None:
     needs_fp8()
     gate_up = strided(randn(4, 2 * size, dtype=dtype))

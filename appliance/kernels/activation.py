@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
-from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference
+from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference, row_block
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -69,19 +69,27 @@ def _silu_mul_quantize_kernel(
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One program: one row, computed twice: for the largest magnitude, then (read from the L2 cache) for the values."""
+    """One program: one row; held in registers (WHOLE_ROW), or read and computed twice."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * x_stride
-    largest = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, size, BLOCK):
-        largest = tl.maximum(largest, tl.abs(_silu_mul_block(row_ptr, start + tl.arange(0, BLOCK), size)))
-    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / FP8_MAX
+    column = tl.arange(0, BLOCK)
+    y = _silu_mul_block(row_ptr, column, size)
+    largest = tl.max(tl.abs(y), axis=0)
+    if not WHOLE_ROW:
+        for start in range(BLOCK, size, BLOCK):
+            part = _silu_mul_block(row_ptr, start + column, size)
+            largest = tl.maximum(largest, tl.max(tl.abs(part), axis=0))
+    scale = tl.maximum(largest, SMALLEST_AMAX) / FP8_MAX
     tl.store(scales_ptr + row, scale)
-    for start in range(0, size, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        y = tl.clamp(_silu_mul_block(row_ptr, column, size) / scale, -FP8_MAX, FP8_MAX)
-        tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+    y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX)
+    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+    if not WHOLE_ROW:
+        for start in range(BLOCK, size, BLOCK):
+            at = start + column
+            part = tl.clamp(_silu_mul_block(row_ptr, at, size) / scale, -FP8_MAX, FP8_MAX)
+            tl.store(out_ptr + row * size + at, part.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ def silu_mul_quantize_triton(gate_up: Tensor, values_dtype: torch.dtype = FP8) -
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
     values = torch.empty((n, size), dtype=values_dtype, device=gate_up.device)
     scales = torch.empty((n, 1), dtype=torch.float32, device=gate_up.device)
-    block = min(triton.next_power_of_2(size), 4096)
+    block, num_warps = row_block(size)
     _silu_mul_quantize_kernel[(n,)](
         gate_up,
         values,
@@ -110,6 +118,7 @@ def silu_mul_quantize_triton(gate_up: Tensor, values_dtype: torch.dtype = FP8) -
         FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
         BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        WHOLE_ROW=size <= block,
+        num_warps=num_warps,
     )
     return values, scales

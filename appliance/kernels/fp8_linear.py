@@ -30,6 +30,12 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
 
 
+def row_block(size: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for kernels with one program per row: the whole row in registers up to 16384 numbers."""
+    block = min(triton.next_power_of_2(size), 16384)
+    return block, min(max(block // 512, 1), 16)
+
+
 @triton.jit
 def _quantize_rows_kernel(
     x_ptr,
@@ -40,22 +46,28 @@ def _quantize_rows_kernel(
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One program: one row, read twice (the second time from the L2 cache)."""
+    """One program: one row; held in registers (WHOLE_ROW), or read twice, the second time from the L2 cache."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, size, BLOCK):
-        column = start + lane
-        x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / FP8_MAX
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), axis=0)
+    if not WHOLE_ROW:
+        for start in range(BLOCK, size, BLOCK):
+            at = start + column
+            part = tl.load(x_ptr + row * x_stride + at, mask=at < size, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(part), axis=0))
+    scale = tl.maximum(largest, SMALLEST_AMAX) / FP8_MAX
     tl.store(scales_ptr + row, scale)
-    for start in range(0, size, BLOCK):
-        column = start + lane
-        x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
-        y = tl.clamp(x / scale, -FP8_MAX, FP8_MAX)
-        tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+    y = tl.clamp(x / scale, -FP8_MAX, FP8_MAX)
+    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+    if not WHOLE_ROW:
+        for start in range(BLOCK, size, BLOCK):
+            at = start + column
+            part = tl.load(x_ptr + row * x_stride + at, mask=at < size, other=0.0).to(tl.float32)
+            y = tl.clamp(part / scale, -FP8_MAX, FP8_MAX)
+            tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 def quantize_rows_triton(x: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
@@ -65,7 +77,7 @@ def quantize_rows_triton(x: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Te
     n, size = x.shape
     values = torch.empty((n, size), dtype=values_dtype, device=x.device)
     scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(size), 4096)
+    block, num_warps = row_block(size)
     _quantize_rows_kernel[(n,)](
         x,
         values,
@@ -75,7 +87,8 @@ def quantize_rows_triton(x: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Te
         FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
         BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        WHOLE_ROW=size <= block,
+        num_warps=num_warps,
     )
     return values, scales
 
@@ -91,12 +104,12 @@ def fp8_linear(
     """
     if values.shape[0] == 0:
         return values.new_empty((0, weight.shape[0]), dtype=dtype)
-    in_product = bias if dtype == torch.bfloat16 else None
+    in_product = bias if dtype == torch.bfloat16 else None  # a bias goes into the product in its output's dtype
     # weight.t() is the column-major right side that the product asks for.
     out = torch._scaled_mm(
         values, weight.t(), scale_a=scales, scale_b=weight_scales, bias=in_product, out_dtype=torch.bfloat16
     ).to(dtype)
-    return out if bias is in_product else out + bias
+    return out if bias is None or bias is in_product else out + bias
 
 
 def fp8_linear_reference(

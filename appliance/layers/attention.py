@@ -77,5 +77,6 @@ class Attention(nn.Module):
             qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps)
         cache = ctx.kv_caches[self._index]
         q = rope_and_write(q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping)
-        out = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window)
-        return self.o(out.flatten(1))
+        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window)
+        out: Tensor = self.o(attended.flatten(1))
+        return out

@@ -22,6 +22,8 @@ from appliance.layers.rotary import RotaryEmbedding
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.types import ModelConfig
 
+_PLAIN = {torch.float32, torch.float16, torch.bfloat16}  # converted into each other when loading
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm. Takes and returns (x, residual): the stream is their sum."""
@@ -86,9 +88,9 @@ class Decoder(nn.Module):
         )
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
-        """Take all parameters from an engine's (name, tensor) pairs, in any order, one at a time: moved to `device`;
-        plain floats converted to the model's dtype. EngineDamagedError for a name or shape that does not fit, and for
-        parameters that are left without a tensor."""
+        """Take all parameters from (name, tensor) pairs as in an engine, in any order, one by one: moved to `device`;
+        plain floats converted to the model's dtype. (`runtime/weights.py` does the same from an engine's file, faster.)
+        EngineDamagedError for a name, shape or dtype that does not fit, and for parameters left without a tensor."""
         missing = dict(self.named_parameters())
         for name, tensor in tensors:
             wanted = missing.pop(name, None)
@@ -100,6 +102,8 @@ class Decoder(nn.Module):
                 raise EngineDamagedError(
                     f"engine tensor {name!r} has shape {list(tensor.shape)}, expected {list(wanted.shape)}"
                 )
+            if tensor.dtype != wanted.dtype and not {tensor.dtype, wanted.dtype} <= _PLAIN:
+                raise EngineDamagedError(f"engine tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
             module, _, attribute = name.rpartition(".")
             value = tensor.to(device=device, dtype=wanted.dtype)
             self.get_submodule(module).register_parameter(attribute, nn.Parameter(value, requires_grad=False))
@@ -107,8 +111,9 @@ class Decoder(nn.Module):
             raise EngineDamagedError(f"engine has no tensor for {len(missing)} parameters, the first: {min(missing)}")
 
     def prepare(self, max_positions: int) -> None:
-        """After `load`: bring weights into the form that the products want, compute the rotary table for positions
-        below `max_positions`. Parameters that a scheme has taken over are no longer listed by the module."""
+        """After loading: bring weights into the form that the products want, compute the rotary table for positions
+        below `max_positions`. Parameters that a scheme has taken over are no longer listed by the module. Called again,
+        it makes the table anew and nothing else."""
         self.rotary.build(max_positions, self.embedding.weight.device)
         for module in self.modules():
             if isinstance(module, Linear):
@@ -120,7 +125,8 @@ class Decoder(nn.Module):
         x, residual = self.embedding(token_ids), None
         for layer in self.layers:
             x, residual = layer(x, residual, ctx)
-        return self.norm(x, residual)
+        hidden: Tensor = self.norm(x, residual)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden] -> float32 [m, vocab]."""

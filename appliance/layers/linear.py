@@ -21,6 +21,8 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class Linear(nn.Module):
     """x [n, in_features] -> [n, out_features]; both are this rank's share."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, scheme: PrecisionScheme, dtype: torch.dtype
     ) -> None:
@@ -35,7 +37,9 @@ class Linear(nn.Module):
         self.register_parameter("bias", parameter((out_features,), dtype) if bias else None)
 
     def prepare(self) -> None:
-        """After loading: hands the stored tensors to the scheme and keeps only what it returns."""
+        """After loading: hands the stored tensors to the scheme and keeps only what it returns. Again: does nothing."""
+        if self._prepared:
+            return
         self._prepared = self._scheme.prepare({suffix: getattr(self, suffix).data for suffix in self._stored})
         for suffix in self._stored:
             self.register_parameter(suffix, None)

@@ -24,4 +24,5 @@ class GatedMLP(nn.Module):
         self.down = RowParallelLinear(size, config.hidden_size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, tp=tp)
 
     def forward(self, x: Activation) -> Tensor:
-        return self.down(self._scheme.silu_mul(self.gate_up(x)))
+        out: Tensor = self.down(self._scheme.silu_mul(self.gate_up(x)))
+        return out

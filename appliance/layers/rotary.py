@@ -28,7 +28,7 @@ class RotaryEmbedding(nn.Module):
     def build(self, max_positions: int, device: torch.device) -> None:
         """Compute the table for positions 0 .. max_positions - 1."""
         frequencies, amplitude = inverse_frequencies(self._config)
-        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies[None, :]
+        angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * frequencies[None, :]
         self.cos_sin = (torch.cat((angles.cos(), angles.sin()), dim=-1) * amplitude).to(device)
 
 
