@@ -268,7 +268,7 @@ class KvCache:
         return page
 
     def register(self, seq: Sequence) -> None:
-        """Registers the pages of `seq` that are full, known and computed by submitted steps. Called when a page is full,
+        """Registers the full pages of `seq` whose tokens are known and run by submitted steps. Called when one fills,
         not for each token.
 
         Tokens beyond the known ones have been run too when steps are pipelined; they may turn out to be discarded, so
