@@ -133,7 +133,7 @@ class TritonAttention:
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:4],
             num_heads=shape.num_heads, group=shape.group, page_size=shape.page_size,
             BLOCK_H=max(16, triton.next_power_of_2(shape.group)), WINDOWED=windowed, PRECISION=shape.precision,
-            **common, num_warps=4, num_stages=3 if shape.narrow else 2,
+            **common, num_warps=4, num_stages=5 if shape.narrow else 2,  # page ids, then two K/V blocks in flight
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows, shape.num_heads)](

@@ -1,0 +1,247 @@
+"""Choosing tokens from logits: counter-based noise, the draw, thresholds of top-k / top-p / min-p, log probabilities.
+
+Knows tensors only; which row wants what is `runtime/sampler.py`'s business. Nothing here waits for the device.
+
+A draw is the Gumbel-max trick (Gumbel, 1954; Maddison et al., "A* sampling", 2014): argmax of logit / T - log(E) with
+E exponential noise from a hash of (seed, position, token). A row's sample therefore depends on its own logits and
+these numbers only, not on its neighbours in the batch, and the CPU and GPU paths draw the same noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from appliance.kernels._triton import tl, triton
+
+GREEDY_TEMPERATURE = 1e-5  # below it a row takes its most likely token (types.SamplingParams.greedy)
+_MASK = 0xFFFFFFFF
+_BLOCK = 2048  # logits of a row that one program of the draw looks at
+
+# ---------------------------------------------------------------- noise
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Finalizer of MurmurHash3 (Appleby, 2011) on 32-bit words held in int64: a bijection with full avalanche."""
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _MASK
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _MASK
+    return h ^ (h >> 16)
+
+
+def exponential_noise(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Standard exponential noise, float32 [m, n], of seeds int32 [m, 2] (low and high word), positions int64 [m] and
+    token ids int64 [n]. Between 2^-33 and about 16.6, 32 bits fine at the small end, which is where a draw is decided.
+    """
+    low, high = (seeds.long() & _MASK).unbind(1)
+    key = _mix(_mix(_mix(low ^ 0x9E3779B9) ^ high) ^ (positions & _MASK))
+    second = _mix(key ^ 0x6A09E667)
+    bits = _mix(_mix((tokens[None, :] * 0x9E3779B9 + key[:, None]) & _MASK) ^ second[:, None])
+    # In float32: 1 - 2^-24 is the largest value under 1.
+    u = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    # -log(1 - u); by its series where 1 - u would lose the low bits of u.
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * (0.25 + u * 0.2))))
+    return torch.where(u < 2.0**-6, series, -torch.log(1.0 - u))
+
+
+@triton.jit
+def _mix32(h):
+    h = h ^ (h >> 16)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,
+    temperature_ptr,
+    seeds_ptr,
+    positions_ptr,
+    thresholds_ptr,
+    best_score_ptr,
+    best_token_ptr,
+    vocab_size,
+    logits_stride,
+    temperature_stride,
+    seeds_stride,
+    greedy_temperature,
+    FILTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (row, block): the best score in BLOCK tokens of the row, and its token (the lowest of equals)."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab_size
+    logit = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=float("-inf"))
+    logit = tl.where(logit == logit, logit, float("-inf"))
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    score = logit
+    if temperature >= greedy_temperature:
+        low = tl.load(seeds_ptr + row * seeds_stride).to(tl.uint32, bitcast=True)
+        high = tl.load(seeds_ptr + row * seeds_stride + 1).to(tl.uint32, bitcast=True)
+        position = tl.load(positions_ptr + row).to(tl.uint32)
+        key = _mix32(_mix32(_mix32(low ^ 0x9E3779B9) ^ high) ^ position)
+        second = _mix32(key ^ 0x6A09E667)
+        bits = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B9 + key) ^ second)
+        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+        series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
+        noise = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
+        scaled = tl.div_rn(logit, temperature)  # rounded as in torch: thresholds are compared exactly
+        score = scaled - tl.log(noise)
+        if FILTERED:
+            score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
+    best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    place = row * tl.num_programs(1) + block
+    tl.store(best_score_ptr + place, best)
+    tl.store(best_token_ptr + place, (block * BLOCK + index).to(tl.int64))
+
+
+# ---------------------------------------------------------------- draw
+
+
+def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None) -> Tensor:
+    """One token id per row, int64 [m].
+
+    logits float32 [m, vocab], NaN counts as -inf; temperature float32 [m], under GREEDY_TEMPERATURE: the row takes its
+    largest logit (the lowest id of equals); seeds int32 [m, 2]: low and high word; positions int64 [m]: where the new
+    token will stand. thresholds float32 [m]: tokens with logit / temperature below it are out (None: all are in).
+    """
+    if logits.is_cuda:
+        return draw_triton(logits, temperature, seeds, positions, thresholds)
+    return draw_reference(logits, temperature, seeds, positions, thresholds)
+
+
+def draw_reference(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
+) -> Tensor:
+    """`draw` in plain torch, any device."""
+    logits = torch.nan_to_num(logits, nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    random = (temperature >= GREEDY_TEMPERATURE)[:, None]
+    scaled = scale_logits(logits, temperature)
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    score = scaled - exponential_noise(seeds, positions, tokens).log()
+    if thresholds is not None:
+        score.masked_fill_(scaled < thresholds[:, None], float("-inf"))
+    return torch.where(random, score, logits).argmax(1)
+
+
+def draw_triton(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
+) -> Tensor:
+    """`draw` in one pass over the logits, plus a reduction over blocks."""
+    m, vocab_size = logits.shape
+    if logits.stride(1) != 1 or seeds.stride(1) != 1:
+        raise ValueError("logits and seeds must be contiguous in their last dimension")
+    blocks = triton.cdiv(vocab_size, _BLOCK)
+    best = torch.empty(m, blocks, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(m, blocks, dtype=torch.int64, device=logits.device)
+    if m == 0:
+        return tokens[:, 0]
+    _draw_kernel[(m, blocks)](
+        logits,
+        temperature,
+        seeds,
+        positions.contiguous(),
+        best if thresholds is None else thresholds.contiguous(),
+        best,
+        tokens,
+        vocab_size,
+        logits.stride(0),
+        temperature.stride(0),
+        seeds.stride(0),
+        GREEDY_TEMPERATURE,
+        FILTERED=thresholds is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return tokens.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
+
+
+def scale_logits(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits / temperature, rows under GREEDY_TEMPERATURE as they are."""
+    return logits / torch.where(temperature >= GREEDY_TEMPERATURE, temperature, 1.0)[:, None]
+
+
+# ---------------------------------------------------------------- top-k, top-p, min-p
+
+
+def filter_thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, num_sorted: int = 0) -> Tensor:
+    """float32 [m]: the smallest scaled logit of each row that top-k, then top-p, then min-p leave in.
+
+    scaled float32 [m, vocab]: logits / temperature. top_k int [m]: 0 is off. top_p float32 [m]: the fewest most likely
+    tokens of what top-k left that reach this share (Holtzman et al., 2020); >= 1 is off. min_p float32 [m]: tokens
+    under this share of the most likely one's probability go (Nguyen et al., 2024); 0 is off. The most likely token
+    always stays. Tokens equal to the threshold all stay, so that the outcome does not depend on the order of sorting.
+    num_sorted: enough for every top_k, if every row with top_p on has a top_k; 0: sorts the whole vocabulary.
+    """
+    vocab_size = scaled.shape[1]
+    if 0 < num_sorted < vocab_size:
+        values = scaled.topk(num_sorted, dim=1).values
+    else:
+        values = scaled.sort(dim=1, descending=True).values
+    k = torch.where(top_k > 0, top_k, vocab_size)[:, None]
+    counted = torch.arange(values.shape[1], device=scaled.device)[None, :] < k
+    probs = values.masked_fill(~counted, float("-inf")).softmax(1)
+    kept = counted & ((probs.cumsum(1) - probs < top_p[:, None]) | (top_p >= 1)[:, None])
+    kept[:, 0] = True
+    threshold = values.masked_fill(~kept, float("inf")).amin(1)
+    threshold = threshold.masked_fill((top_k <= 0) & (top_p >= 1), float("-inf"))
+    return torch.maximum(threshold, values[:, 0] + min_p.log())  # log(0) = -inf: off
+
+
+# ---------------------------------------------------------------- penalties
+
+
+def apply_penalties(
+    logits: Tensor,
+    tokens: Tensor,
+    prompt_lens: Tensor,
+    lens: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Penalized logits, float32 [m, vocab] (a new tensor).
+
+    tokens int [m, width]: each row's tokens, those from lens [m] on are ignored; tokens[prompt_lens:] are output.
+    repetition [m] (Keskar et al., "CTRL", 2019) divides positive and multiplies negative logits of tokens in prompt or
+    output; then frequency [m] times the count in the output and, if that is not 0, presence [m] are subtracted.
+    """
+    index = torch.arange(tokens.shape[1], device=logits.device)[None, :]
+    known = index < lens[:, None]
+    output = known & (index >= prompt_lens[:, None])
+    ids = torch.where(known, tokens, 0).long()
+    seen = torch.zeros_like(logits).scatter_add_(1, ids, known.to(logits.dtype)) > 0
+    counts = torch.zeros_like(logits).scatter_add_(1, ids, output.to(logits.dtype))
+    factor = repetition[:, None]
+    logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    return logits - (frequency[:, None] * counts + presence[:, None] * (counts > 0))
+
+
+# ---------------------------------------------------------------- log probabilities
+
+
+def pack_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
+    """Log probabilities of one token per row and of the most likely ones, in one tensor for one copy to the host.
+
+    logits float32 [m, vocab], raw; token_ids int64 [m]; num_top 0..vocab. Returns int32 [m, 3 + 2 * num_top]: token id,
+    its rank (1: no token is more likely), its logprob (float32 bits), num_top token ids, num_top logprobs (bits).
+    """
+    chosen = logits.gather(1, token_ids[:, None])
+    normalizer = logits.logsumexp(1, keepdim=True)
+    rank = (logits > chosen).sum(1, keepdim=True) + 1
+    top = logits.topk(num_top, dim=1)
+    return torch.cat(
+        (
+            token_ids[:, None].int(),
+            rank.int(),
+            (chosen - normalizer).view(torch.int32),
+            top.indices.int(),
+            (top.values - normalizer).contiguous().view(torch.int32),
+        ),
+        dim=1,
+    )
