@@ -81,7 +81,7 @@ def test_fused_producers_feed_the_product_as_separate_steps_do(name: str) -> Non
     total = x + residual
     torch.testing.assert_close(stream, total)
     plain = F.rms_norm(total.float(), (64,), norm_weight.float(), 1e-5).to(DTYPE)
-    tolerance = {"rtol": 2e-2, "atol": 0.3} if DEVICE == "cuda" else {"rtol": 1e-5, "atol": 1e-4}
+    tolerance = {"rtol": 2e-2, "atol": 0.5} if DEVICE == "cuda" else {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(layer(normed), layer(plain), **tolerance)
 
     gate_up = torch.randn(5, 128).to(DEVICE, DTYPE)
