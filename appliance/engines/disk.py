@@ -6,6 +6,7 @@ Knows nothing of engines; its errors say what to do.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -89,15 +90,15 @@ def fsync_tree(directory: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a small file so that a reader or a crash sees the old or the new content, never a part."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        with os.fdopen(fd, "wb") as file:
+        with temporary.open("xb") as file:  # not mkstemp: others may read a shared cache, as the umask says
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

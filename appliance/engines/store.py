@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +104,10 @@ class EngineStore:
         to do. A holder that dies frees it. Raises CacheNotWritableError. Not re-entrant."""
         assert key not in self._held, "not re-entrant"
         disk.ensure_writable(self._locks)
-        fd = os.open(self._locks / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(self._locks / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise disk.not_writable(self._locks / key, error) from error
         try:
             told = 0.0
             while not _try_lock(fd):
@@ -165,8 +168,8 @@ class EngineStore:
             if not left.name.endswith(".fetch"):
                 disk.remove_tree(left)
         self.collect_garbage()
-        directory = Path(tempfile.mkdtemp(dir=self._staging, prefix=f"{key}."))
-        directory.chmod(0o755)  # mkdtemp's 0700 would lock out other users of a shared cache
+        directory = self._staging / f"{key}.{secrets.token_hex(4)}"
+        directory.mkdir()
         try:
             yield directory
         finally:
