@@ -141,7 +141,13 @@ class ServerTokenizer:
         def decode(token_ids: list[int]) -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        return WindowTextStream(decode, list(prompt_token_ids[-_PROMPT_TAIL:]))
+        # A tail that begins inside a character would spoil the run of byte tokens that it begins with.
+        tail: list[int] = []
+        for size in range(_PROMPT_TAIL, _PROMPT_TAIL + 4):
+            tail = list(prompt_token_ids[-size:])
+            if not decode(tail).startswith("\ufffd"):
+                break
+        return WindowTextStream(decode, tail)
 
 
 def _byte_alphabet() -> dict[str, int]:
