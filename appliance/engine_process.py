@@ -1,4 +1,6 @@
-"""The engine process: batching core and executor behind one ipc channel. `python -m appliance.engine_process --ipc ADDRESS`.
+"""The engine process: batching core and executor behind one ipc channel.
+
+`python -m appliance.engine_process --ipc ADDRESS`, spawned by the server.
 
 Imports torch at once, then waits for StartEngine, so that a server may spawn it before it knows what to load. Owns no
 request: what is lost with this process is re-submitted by the server's journal.
@@ -16,7 +18,18 @@ import traceback
 from appliance import registry
 from appliance.batching.core import EngineCore
 from appliance.errors import ApplianceError, RequestError
-from appliance.ipc import AbortRequests, AddRequests, ChildEnd, Failed, Outputs, Phase, Progress, Ready, Shutdown, StartEngine
+from appliance.ipc import (
+    AbortRequests,
+    AddRequests,
+    ChildEnd,
+    Failed,
+    Outputs,
+    Phase,
+    Progress,
+    Ready,
+    Shutdown,
+    StartEngine,
+)
 from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest
 
 log = logging.getLogger("appliance.engine")

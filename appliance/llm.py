@@ -1,6 +1,7 @@
 """The engine in this process: `LLM(model).generate(prompts, SamplingParams(...))`, with no server and no ipc.
 
-The same batching core, backend and engines as the server's. For notebooks, scripts, benchmarks and tests. Not thread-safe.
+The same batching core, backend and engines as the server's. For notebooks, scripts, benchmarks and tests. Not
+thread-safe.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from appliance.launch.prepare import prepare_engine
 from appliance.runtime.loading import PhaseTimer
 from appliance.server.detokenizer import StopChecker, TextStream
 from appliance.server.tokenizer import ServerTokenizer, load_tokenizer
-from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from appliance.types import (
+    EngineInfo,
+    EngineOptions,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 Prompt = str | Sequence[int]  # text, or token ids
 Message = dict[str, Any]  # {"role": …, "content": …}
@@ -86,9 +95,9 @@ class _Running:
 class LLM:
     """An engine directory, a checkpoint directory, a hub id or "builtin", loaded on the best device there is.
 
-    A checkpoint is built into an engine first, in the cache that the server uses too. `precision`, `backend`, `profile`
-    override the selection; `options` are fields of `types.EngineOptions`. Raises what selection, checkpoint, builder and
-    backend raise.
+    A checkpoint is built into an engine first, in the cache that the server uses too. `precision`, `backend` and
+    `profile` override the selection; `options` are names of settings or fields of `types.EngineOptions`. Raises what
+    selection, checkpoint, builder and backend raise.
     """
 
     def __init__(
@@ -161,14 +170,16 @@ class LLM:
     ) -> list[Generation] | Iterator[GenerationChunk]:
         """Complete prompts (text or token ids), one sampling parameter set for all or one each.
 
-        Returns generations in the order of the prompts; with `stream`, chunks as steps give them. A stream that is not read
-        to its end is cancelled. InvalidRequestError for a prompt that can never fit.
+        Returns generations in the order of the prompts; with `stream`, chunks as steps give them. A stream that is not
+        read to its end is cancelled. InvalidRequestError for a prompt that can never fit.
         """
         listed = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)
         token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]  # type: ignore[arg-type]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(token_ids)
         if len(each) != len(token_ids):
-            raise InvalidRequestError(f"{len(token_ids)} prompts but {len(each)} sampling parameter sets; give one, or one each")
+            raise InvalidRequestError(
+                f"{len(token_ids)} prompts but {len(each)} sampling parameter sets; give one, or one each"
+            )
         running = self._start(token_ids, each)
         if stream:
             return self._chunks(running)
@@ -187,7 +198,9 @@ class LLM:
         listed: Any = [conversations] if single else conversations
         template = self.tokenizer.chat_template
         if template is None:
-            raise InvalidRequestError("this model has no chat template", hint="use generate() with a prompt of your own")
+            raise InvalidRequestError(
+                "this model has no chat template", hint="use generate() with a prompt of your own"
+            )
         texts = [template.render(list(messages), **template_options) for messages in listed]
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return self.generate(prompts, params)

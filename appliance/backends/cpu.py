@@ -70,9 +70,7 @@ def assemble(
     )
     with timer.phase("kv_cache"):
         model.prepare(max_model_len)
-        kv_caches = allocate_kv_cache(
-            config, model.num_kv_heads, num_pages, options.page_size, torch.float32, _DEVICE
-        )
+        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, torch.float32, _DEVICE)
     runner = ModelRunner(model, kv_caches, ReferenceAttention(), limits, _DEVICE)
     info = EngineInfo(
         engine_key=loaded.engine_key,

@@ -1,5 +1,5 @@
-"""The CUDA backend: the same model and runner as everywhere, with Triton kernels, paged attention from FlashInfer or our
-own Triton kernels, and decode steps replayed from CUDA graphs.
+"""The CUDA backend: the same model and runner as everywhere, with Triton kernels, paged attention from FlashInfer or
+our own, and decode steps replayed from CUDA graphs.
 
 Sizes the KV cache from the memory that is really free after a step of the largest size has run.
 """
@@ -12,6 +12,7 @@ import torch
 
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.attention import Attention, ReferenceAttention
+from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import (
     DTYPES,
@@ -82,16 +83,15 @@ def assemble(
     config, model = loaded.config, loaded.model
     dtype = _kv_dtype(options, model.dtype)
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, dtype)
-    attention = _attention(options, model.dtype, config.num_attention_heads, loaded, device)
-    longest = options.max_model_len or config.max_position_embeddings
-    model.prepare(longest)
+    model.prepare(options.max_model_len or config.max_position_embeddings)
 
     with timer.phase("profile_memory"):
-        num_pages = options.num_pages or _profile_pages(loaded, options, attention, page_bytes, dtype, device)
+        num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = _limits(options, max_model_len, config.vocab_size)
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
+        attention = _attention(loaded, options, limits, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
     if options.cuda_graphs:
         with timer.phase("cuda_graphs"):
@@ -141,7 +141,6 @@ def _kv_dtype(options: EngineOptions, model_dtype: torch.dtype) -> torch.dtype:
 def _profile_pages(
     loaded: LoadedModel,
     options: EngineOptions,
-    attention: Attention,
     page_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -157,7 +156,7 @@ def _profile_pages(
     limits = _limits(options, tokens, config.vocab_size)
     caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
     torch.cuda.reset_peak_memory_stats(device)
-    runner = ModelRunner(loaded.model, caches, attention, limits, device)
+    runner = ModelRunner(loaded.model, caches, _attention(loaded, options, limits, device), limits, device)
     runner.profile()
     peak = torch.cuda.max_memory_allocated(device) - pages * page_bytes  # weights, activations, tables
     del runner, caches
@@ -169,32 +168,38 @@ def _profile_pages(
     budget = int((free + ours) * options.memory_fraction) - peak - _GRAPH_RESERVE
     if budget < pages * page_bytes:
         raise HardwareError(
-            f"after weights and activations {max(budget, 0) / 1e9:.1f} GB of {total / 1e9:.1f} GB are left for the KV cache; "
-            f"one step of {tokens} tokens needs {pages * page_bytes / 1e9:.1f} GB",
+            f"after weights and activations {max(budget, 0) / 1e9:.1f} GB of {total / 1e9:.1f} GB are left for the "
+            f"KV cache; one step of {tokens} tokens needs {pages * page_bytes / 1e9:.1f} GB",
             hint="free GPU memory, or lower --max-num-batched-tokens or --max-model-len",
         )
     return budget // page_bytes
 
 
-def _attention(
-    options: EngineOptions, dtype: torch.dtype, num_heads: int, loaded: LoadedModel, device: torch.device
-) -> Attention:
+def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits, device: torch.device) -> Attention:
     """The implementation asked for; "auto" is FlashInfer where it can serve this model, else Triton."""
     from appliance.kernels import flashinfer, paged_attention
 
+    config, model = loaded.config, loaded.model
     if options.attention not in ("auto", "flashinfer", "triton", "reference"):
-        raise SettingsError(
-            f"attention {options.attention!r} is unknown; allowed: auto, flashinfer, triton, reference"
-        )
+        raise SettingsError(f"attention {options.attention!r} is unknown; allowed: auto, flashinfer, triton, reference")
     if options.attention == "reference":
         if options.cuda_graphs:
-            raise SettingsError("attention reference cannot run in CUDA graphs", hint="add --no-cuda-graphs")
+            raise SettingsError("attention reference cannot run in CUDA graphs", hint="turn CUDA graphs off")
         return ReferenceAttention()
-    reason = flashinfer.available() if dtype in (torch.float16, torch.bfloat16) else "it needs fp16 or bf16"
+    reason = flashinfer.available(config.head_dim, model.dtype)
     if options.attention == "flashinfer" and reason:
-        raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set --attention to triton or auto")
+        raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set attention to triton or auto")
     if options.attention == "triton" or reason:
         return paged_attention.TritonAttention()
     return flashinfer.FlashInferAttention(
-        num_heads, loaded.model.num_kv_heads, loaded.config.head_dim, options.page_size, dtype, device
+        num_heads=config.num_attention_heads // model.tp.size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=limits.page_size,
+        dtype=model.dtype,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        device=device,
+        windows=[config.window_of(layer) for layer in range(config.num_hidden_layers)],
+        graph_batch_sizes=decode_buckets(limits.max_num_seqs) if options.cuda_graphs else (),
     )

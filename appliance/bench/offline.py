@@ -29,7 +29,9 @@ class Subject:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default="llama-3.1-8b", help="model shape with random weights (default: %(default)s)")
+    parser.add_argument(
+        "--shape", default="llama-3.1-8b", help="model shape with random weights (default: %(default)s)"
+    )
     parser.add_argument("--precision", default="bf16", choices=["fp32", "fp16", "bf16", "fp8"])
     parser.add_argument("--backend", default="auto", help="auto, cuda or cpu")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference")
@@ -106,7 +108,9 @@ def _prefill(subject: Subject, args: argparse.Namespace) -> list[dict[str, Any]]
             seconds.append(driver.run(subject.core, requests).seconds)
         best = sorted(seconds)[1]  # the median: the first also warms up
         tokens = count * length
-        rows.append({"count": count, "length": length, "ms": round(best * 1e3, 2), "tokens_per_second": round(tokens / best)})
+        rows.append(
+            {"count": count, "length": length, "ms": round(best * 1e3, 2), "tokens_per_second": round(tokens / best)}
+        )
         table.row(count, length, f"{best * 1e3:.1f}", f"{tokens / best:,.0f}")
     table.show("prefill")
     return rows

@@ -1,7 +1,7 @@
 """`appliance bench quality`: exact-match accuracy of a model on the built-in tasks, per precision.
 
-Samples are fresh (seeded, of the evaluation split, which training never draws from). Recall is reported per context length: it is
-what shows that paged K/V, prefix reuse and chunked prefill keep every token.
+Samples are fresh (seeded, of the evaluation split, which training never draws from). Recall is reported per context
+length: it is what shows that paged K/V, prefix reuse and chunked prefill keep every token.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
 
 def measure(args: argparse.Namespace, precision: str, sets: dict[str, list[tasks.Sample]]) -> dict[str, float]:
     """Accuracy per row, all samples of all rows in one batch: they share the engine as requests of users do."""
-    with LLM(
-        args.model, precision=precision, backend=args.backend, cache=args.cache, attention=args.attention
-    ) as llm:
+    with LLM(args.model, precision=precision, backend=args.backend, cache=args.cache, attention=args.attention) as llm:
         say(f"{precision}: {llm.info.device_name}, attention {llm.info.attention}")
         conversations = [list(sample.messages) for samples in sets.values() for sample in samples]
         answers = iter(llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=256)))

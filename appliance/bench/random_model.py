@@ -75,8 +75,10 @@ def load_random(shape: str, precision: Precision, options: EngineOptions) -> Sub
     timer = PhaseTimer()
     loaded = LoadedModel(model, config, "random", weight_bytes)
     executor, info = backend.assemble(loaded, options, lambda phase, detail, percent: None, timer)
-    say(f"{shape} {precision} on {info.device_name}: {info.num_pages * info.page_size:,} tokens of KV cache, "
-        f"attention {info.attention}, ready in {time.perf_counter() - begin:.1f} s")
+    say(
+        f"{shape} {precision} on {info.device_name}: {info.num_pages * info.page_size:,} tokens of KV cache, "
+        f"attention {info.attention}, ready in {time.perf_counter() - begin:.1f} s"
+    )
     return Subject(
         core=EngineCore(executor, prefix_caching=options.prefix_caching),
         config=config,
@@ -131,9 +133,7 @@ def write_checkpoint(config: ModelConfig, path: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[config.dtype]
-    shapes = {
-        source: shape for spec in _specs(config) for source, shape in zip(spec.sources, spec.shapes, strict=True)
-    }
+    shapes = {source: shape for spec in _specs(config) for source, shape in zip(spec.sources, spec.shapes, strict=True)}
     index: dict[str, str] = {}
     shards = _split(shapes, dtype.itemsize, 4 << 30)
     for number, shard in enumerate(shards, start=1):

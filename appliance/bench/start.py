@@ -1,5 +1,7 @@
-"""`appliance bench start`: seconds from process start until the socket answers, until ready (one real token came out), first
-with an empty cache, then with the engine built. Runs the real server as a child process."""
+"""`appliance bench start`: seconds from process start until the socket answers, and until one real token came out.
+
+First with an empty cache, then with the engine built. Runs the real server as a child process.
+"""
 
 from __future__ import annotations
 

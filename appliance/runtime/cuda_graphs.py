@@ -20,7 +20,7 @@ _BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, ascending: dense up to 64, then every 16 up to 256, then every 64; ends with max_num_seqs."""
+    """Batch sizes to capture, ascending: dense up to 64, every 16 up to 256, then every 64; ends with max_num_seqs."""
     sizes = list(_BUCKETS) + list(range(80, 257, 16)) + list(range(320, max_num_seqs + 1, 64))
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 

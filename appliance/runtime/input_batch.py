@@ -31,7 +31,9 @@ class StepInputs:
     token_slots: Tensor  # int64 [padded_tokens]: row of the token table
     positions: Tensor  # int64 [padded_tokens]
     slots: Tensor  # int64 [padded_seqs]: slot of each sequence, the padding slot for padding
-    write_slots: Tensor  # int64 [padded_seqs]: where the sampled token goes; the padding slot if the sequence does not sample
+    write_slots: (
+        Tensor  # int64 [padded_seqs]: where the sampled token goes; the padding slot if the sequence does not sample
+    )
     last_rows: Tensor  # int64 [padded_seqs]: row of each sequence's last token
     next_positions: Tensor  # int64 [padded_seqs]: position that the sampled token takes
     metadata: AttentionMetadata
@@ -59,7 +61,9 @@ class InputBatch:
         self._num_pages = np.zeros(rows, np.int64)
         self._pin = device.type == "cuda"
         # five int64 and three int32 vectors at their longest, each aligned
-        size = 8 * (2 * max_num_batched_tokens + max_num_batched_tokens + 4 * rows) + 4 * (3 * rows + 8) + 16 * _ALIGNMENT
+        size = (
+            8 * (2 * max_num_batched_tokens + max_num_batched_tokens + 4 * rows) + 4 * (3 * rows + 8) + 16 * _ALIGNMENT
+        )
         self._arena = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def apply(self, plan: StepPlan) -> None:
@@ -163,8 +167,9 @@ class InputBatch:
         )
 
     def gather_page_table(self, inputs: StepInputs) -> None:
-        """Set `inputs.metadata.page_table` to the rows of its sequences, int32 [padded_seqs, max_pages]. Device work of the
-        forward pass, so that a CUDA graph reads the rows anew at every replay."""
+        """Set `inputs.metadata.page_table` to the rows of its sequences, int32 [padded_seqs, max_pages].
+
+        Device work of the forward pass, so that a CUDA graph reads the rows anew at every replay."""
         inputs.metadata.page_table = self._page_table.index_select(0, inputs.slots)
 
     def _upload(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

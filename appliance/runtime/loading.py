@@ -54,8 +54,8 @@ def kv_page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype:
 def allocate_kv_cache(
     config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim], zeroed: attention may read (and mask)
-    entries that nothing has written, and 0 x NaN is not 0."""
+    """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim]. Zeroed: attention may read (and
+    mask) entries that nothing has written, and 0 x NaN is not 0."""
     shape = (num_pages, 2, page_size, num_kv_heads, config.head_dim)
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
@@ -111,7 +111,9 @@ def load_engine(
         model,
         path / manifest.rank_files[0],
         device,
-        progress=lambda done, total: progress("load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)),
+        progress=lambda done, total: progress(
+            "load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)
+        ),
     )
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return LoadedModel(model, manifest.model, manifest.key, weight_bytes)

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan, StepResult
+from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
 from appliance.kernels.attention import Attention
 from appliance.layers.attention import ForwardContext
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
 from appliance.runtime.input_batch import InputBatch, StepInputs
-from appliance.runtime.results import PendingStep, PromptLogprobs, to_host
-from appliance.runtime.sampler import Sampler
+from appliance.runtime.results import PendingStep, PromptChunk, to_host
+from appliance.runtime.sampler import Sampler, prompt_logprobs
 from appliance.types import SamplingParams
 
 _PROMPT_LOGPROB_ROWS = 512  # logits of this many prompt rows at a time: 128k vocabulary x 512 x 4 bytes = 262 MB
@@ -63,49 +64,46 @@ class ModelRunner:
         self._kv_caches = kv_caches
         self._attention = attention
         self._limits = limits
-        self._device = device
         self._batch = InputBatch(
             limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens, limits.page_size, device
         )
         self._sampler = Sampler(limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1, device)
         self._graphs: DecodeGraphs | None = None
-        self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
+        self._prompt_top = [0] * (limits.max_num_seqs + 1)  # top-n of prompt log probabilities, per slot
+        self._cuda = device.type == "cuda"
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Enqueue one step. Plans must come in the order in which the core made them."""
-        if self._uploaded is not None:
-            # Planners of attention kernels copy from host buffers of their own: the previous step's copies must be out
-            # of them. They run before that step's first kernel, so this does not wait for the step itself.
-            self._uploaded.synchronize()
         self._batch.apply(plan)
         for new in plan.new:
             self._sampler.set_slot(
                 new.slot, new.params, new.seed, new.suppressed_token_ids, num_prompt_tokens=new.num_prompt_tokens
             )
+            self._prompt_top[new.slot] = new.params.prompt_logprobs or 0
         decode = all(s.length == 1 for s in plan.scheduled)
         bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode else None
         inputs = self._batch.step_inputs(plan.scheduled, bucket)
         self._attention.plan(inputs.metadata)
-        sampling = self._sampler.prepare([s.slot for s in plan.scheduled])
-        if self._uploaded is not None:
-            self._uploaded.record()
-        prompt_logprobs: list[PromptLogprobs | None] = [None] * len(plan.scheduled)
+        sampling = self._sampler.prepare(
+            np.fromiter((s.slot for s in plan.scheduled), np.int64, len(plan.scheduled)),
+            inputs.metadata.max_seq_len + 1,
+        )
+        chunks = None
         if bucket is not None and self._graphs is not None:
             logits = self._graphs.replay(bucket)[: inputs.num_seqs]
         else:
             hidden = self._hidden(inputs)
-            prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
+            if any(s.prompt_logprobs for s in plan.scheduled):
+                chunks = [self._prompt_chunk(i, s, inputs, hidden) for i, s in enumerate(plan.scheduled)]
             if not any(s.samples for s in plan.scheduled):
-                return PendingStep(plan, None, prompt_logprobs, self._record())
+                return PendingStep(plan, None, sampling, chunks, self._cuda)
             logits = self._model.logits(hidden if decode else hidden.index_select(0, inputs.last_rows))
         n = inputs.num_seqs
         slots, positions = inputs.slots[:n], inputs.next_positions[:n]
         sampled = self._sampler.sample(logits, slots, positions, self._batch.token_table, sampling)
-        self._batch.token_table.index_put_(
-            (inputs.write_slots[:n], positions), sampled.token_ids.to(torch.int32), accumulate=False
-        )
-        return PendingStep(plan, to_host(sampled), prompt_logprobs, self._record())
+        self._batch.token_table.index_put_((inputs.write_slots[:n], positions), sampled.token_ids.to(torch.int32))
+        return PendingStep(plan, sampled, sampling, chunks, self._cuda)
 
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
         """Capture decode steps of every bucket, largest first. `progress(done, total)` after each."""
@@ -119,8 +117,9 @@ class ModelRunner:
         self._graphs = graphs
 
     def profile(self) -> None:
-        """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards. Needs a
-        KV cache of at least max_num_batched_tokens tokens; leaves rubbish in it."""
+        """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards.
+
+        Needs a KV cache of at least max_num_batched_tokens tokens; leaves rubbish in it."""
         limits = self._limits
         tokens = min(limits.max_num_batched_tokens, limits.max_model_len)
         pages = list(range(-(-tokens // limits.page_size)))
@@ -158,30 +157,20 @@ class ModelRunner:
         self._attention.plan(inputs.metadata)
         return inputs
 
-    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[PromptLogprobs | None]:
-        """Log probabilities of prompt tokens start+1 .. start+length of the sequences that asked for them."""
-        found: list[PromptLogprobs | None] = []
-        query_start = inputs.metadata.query_start_host
-        for i, item in enumerate(plan.scheduled):
-            params = self._sampler.params_of(item.slot)
-            prompt_end = int(self._batch.num_prompt_tokens[item.slot])
-            count = min(item.length, prompt_end - 1 - item.start)
-            if not item.prompt_logprobs or count <= 0:
-                found.append([] if item.prompt_logprobs else None)
-                continue
-            begin = int(query_start[i])
-            targets = self._batch.token_table[item.slot, item.start + 1 : item.start + 1 + count].long()
-            parts = []
-            for at in range(0, count, _PROMPT_LOGPROB_ROWS):
-                end = min(at + _PROMPT_LOGPROB_ROWS, count)
-                logits = self._model.logits(hidden[begin + at : begin + end])
-                parts.append(self._sampler.prompt_logprobs(logits, targets[at:end], params.prompt_logprobs or 0))
-            found.append([to_host(part) for part in parts])
-        return found
-
-    def _record(self) -> torch.cuda.Event | None:
-        if self._device.type != "cuda":
+    def _prompt_chunk(
+        self, index: int, item: ScheduledSequence, inputs: StepInputs, hidden: Tensor
+    ) -> PromptChunk | None:
+        """Log probabilities of prompt tokens start+1 .. start+length of a sequence that asked for them."""
+        if not item.prompt_logprobs:
             return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        num_top = self._prompt_top[item.slot]
+        count = min(item.length, int(self._batch.num_prompt_tokens[item.slot]) - 1 - item.start)
+        begin = int(inputs.metadata.query_start_host[index])
+        first = item.start + 1
+        targets = self._batch.token_table[item.slot, first : first + max(count, 0)].long()
+        parts = []
+        for at in range(0, count, _PROMPT_LOGPROB_ROWS):
+            end = min(at + _PROMPT_LOGPROB_ROWS, count)
+            logits = self._model.logits(hidden[begin + at : begin + end])
+            parts.append(to_host(prompt_logprobs(logits, targets[at:end], num_top)))
+        return PromptChunk(parts, num_top)
