@@ -103,3 +103,8 @@ def configure(
     quiet = logging.INFO if level == "DEBUG" else logging.WARNING
     for name in ("asyncio", "httpx", "httpcore", "huggingface_hub", "urllib3", "filelock", "fsspec", "uvicorn.error"):
         logging.getLogger(name).setLevel(quiet)
+
+
+def say(message: str) -> None:
+    """A line of a command that people wait for."""
+    logging.getLogger("appliance").info("%s", message)
