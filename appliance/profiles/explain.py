@@ -24,13 +24,14 @@ def require(selection: Selection) -> Outcome:
 
 def engine_values(selection: Selection) -> dict[str, Any]:
     """Fields of `types.EngineOptions` that the choice decides: backend, devices (UUIDs), kv_cache_dtype, max_model_len
-    (predicted to fit), max_num_seqs, max_num_batched_tokens, memory_fraction. ProfileError when nothing can run."""
+    (0, as much as really fits, unless somebody asked for a limit), max_num_seqs, max_num_batched_tokens and
+    memory_fraction. ProfileError when nothing can run."""
     chosen = require(selection)
     return {
         "backend": chosen.backend,
         "devices": chosen.devices,
         "kv_cache_dtype": chosen.kv_cache,
-        "max_model_len": chosen.max_model_len,
+        "max_model_len": selection.overrides.max_model_len or 0,
         "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
         "memory_fraction": selection.overrides.memory_fraction,
@@ -98,7 +99,7 @@ def _about_gpus(selection: Selection, chosen: Outcome) -> Iterator[str]:
     groups = [p for p in selection.places if not p.is_cpu]
     if len(groups) > 1:
         others = ", ".join(p.label for p in groups if p.order != place.order)
-        yield f"the machine is mixed: the group {place.label} serves and {others} stays idle (ranks need identical GPUs)"
+        yield f"the machine is mixed: {place.label} is the group in use, idle: {others} (ranks need identical GPUs)"
     if not chosen.roomy:
         yield (f"free memory leaves a small KV cache ({chosen.kv_cache_tokens} tokens): few requests run at once")
     if place.facts is not None and place.facts.generic:
@@ -122,8 +123,8 @@ def _failure(selection: Selection) -> tuple[str, str | None]:
         return f"{wanted.name} would fit, but {wanted.reason}", "choose a smaller model, or a GPU with more free memory"
     measured = [o for o in selection.outcomes if o.requires_bytes_per_gpu is not None]
     if measured:
-        best = min(measured, key=lambda o: (o.order, o.requires_bytes_per_gpu or 0))
-        return f"the smallest need is {best.name}'s: it {best.reason}", "choose a smaller model, or free memory"
+        best = min(measured, key=lambda o: (o.order, not o.built, o.requires_bytes_per_gpu or 0))
+        return f"nothing fits; the least is {best.name}, which {best.reason}", "choose a smaller model, or free memory"
     # The last rules in order are the most telling: an outcome that fails them passed all before.
     asked = [o for o in selection.outcomes if not (o.reason or "").startswith("not what was asked for")]
     if asked:

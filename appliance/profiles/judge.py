@@ -34,6 +34,7 @@ class Outcome(Struct, frozen=True):
     reason: str | None  # the rule that rejected it; None when runnable
     order: int  # of the place it was judged in, 0 is preferred
     priority: int
+    built: bool = False  # this build contains all that it needs; not looked at when a rule rejected it before
     requires_bytes_per_gpu: int | None = None  # free memory that the smallest useful KV cache needs, with all the rest
     memory: predict.Memory | None = None
     decode_ms: float | None = None  # predicted, one sequence
@@ -81,14 +82,14 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         max_num_batched_tokens=draft.max_num_batched_tokens,
         on_cpu=on_cpu,
     )
-    useful = predict.useful_tokens(question.model, asked.max_model_len)
+    useful = predict.useful_tokens(question.model, asked.max_model_len, draft.max_num_batched_tokens)
     required = need.required(useful, asked.memory_fraction)
-    draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required)
     missing = unbuilt(candidate, draft.kv_cache, question.capabilities)
+    draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required, built=missing is None)
     ranks = draft.tp_size * draft.pp_size
     free = question.hardware.free_memory if on_cpu else place.free(ranks)
     if free < required:
-        return _too_big(draft, need, required, free, question, missing)
+        return _too_big(draft, need, useful, free, question.overrides.memory_fraction, missing)
     team = () if on_cpu else place.take(ranks, required)
     free = question.hardware.free_memory if on_cpu else min(gpu.free_memory for gpu in team)
     tokens = need.kv_tokens(free, asked.memory_fraction)
@@ -118,17 +119,17 @@ def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
 
 
 def _too_big(
-    draft: Outcome, need: predict.Memory, required: int, free: int, question: Question, missing: str | None
+    draft: Outcome, need: predict.Memory, tokens: int, free: int, fraction: float, missing: str | None
 ) -> Outcome:
     on_cpu, ranks = draft.backend == "cpu", draft.tp_size * draft.pp_size
-    fraction = question.overrides.memory_fraction
-    tokens = predict.useful_tokens(question.model, question.overrides.max_model_len)
     where = "there are" if on_cpu else "it has" if ranks == 1 else "the fullest of them has"
-    reason = (
-        f"needs {format_size(required)} free{'' if on_cpu else ' per GPU'} (weights {format_size(need.weights)}, "
-        f"activations {format_size(need.activations)}, KV cache of {tokens} tokens "
-        f"{format_size(tokens * need.kv_per_token)}), and {where} {format_size(free)}"
+    share = "a quarter of the remainder is for the KV cache" if on_cpu else f"all within {fraction:.0%} of free memory"
+    parts = (
+        f"weights {format_size(need.weights)}, activations {format_size(need.activations)}, "
+        f"KV cache of {tokens} tokens {format_size(tokens * need.kv_per_token)}, the rest {format_size(need.overhead)}"
     )
+    required = format_size(draft.requires_bytes_per_gpu or 0) + (" free" if on_cpu else " free per GPU")
+    reason = f"needs {required} ({parts}; {share}), and {where} {format_size(free)}"
     fitting = need.kv_tokens(free, fraction) // _LEN_STEP * _LEN_STEP
     if fitting < _LEN_STEP or missing is not None:
         return msgspec.structs.replace(draft, reason=f"{reason}; {missing}" if missing else reason)

@@ -34,28 +34,39 @@ _LINK_BYTES = {"pcie": 20e9, "none": 8e9}  # bytes/s; NVLink's are in the GPU's 
 _CPU_BANDWIDTH = 40e9  # bytes/s
 _CPU_FLOPS_PER_CORE = 30e9  # FLOP/s in float32
 
+PAGE_TOKENS = 16
+_CPU_KV_PARTS = 4  # the CPU backend's KV cache is at most this part of free memory
 USEFUL_TOKENS = 8192  # a KV cache that holds one sequence of this length (or of the model's limit) is useful
 ROOMY_TOKENS = 32768  # and one of this many tokens serves several users at once
 SEQUENCE_TOKENS = 1024  # context of a sequence, on average, when throughput is predicted
 
 
 class Memory(Struct, frozen=True):
-    """Bytes on one rank."""
+    """Bytes on one rank. A GPU engine keeps all of it within `memory_fraction` of the free memory; the CPU engine gives
+    its KV cache a quarter of what the rest leaves, because other programs live there."""
 
     weights: int
     activations: int
     overhead: int
     kv_per_token: int
+    on_cpu: bool = False
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the KV cache."""
+        return self.weights + self.activations + self.overhead
 
     def required(self, kv_tokens: int, fraction: float) -> int:
-        """Free memory that is needed: everything fits it, and weights and KV cache fit `fraction` of it."""
-        stored = self.weights + kv_tokens * self.kv_per_token
-        return max(stored + self.activations + self.overhead, math.ceil(stored / fraction))
+        """Free memory that is needed for a KV cache of that many tokens (and a page, for rounding)."""
+        kv_cache = (kv_tokens + PAGE_TOKENS) * self.kv_per_token
+        if self.on_cpu:
+            return self.fixed + _CPU_KV_PARTS * kv_cache
+        return math.ceil((self.fixed + kv_cache) / fraction)
 
     def kv_tokens(self, free: int, fraction: float) -> int:
         """Most tokens of KV cache with which `required` stays within `free`; 0 or more."""
-        spare = min(free - self.weights - self.activations - self.overhead, int(free * fraction) - self.weights)
-        tokens = max(0, spare // self.kv_per_token)
+        spare = (free - self.fixed) // _CPU_KV_PARTS if self.on_cpu else int(free * fraction) - self.fixed
+        tokens = max(0, spare // self.kv_per_token - PAGE_TOKENS)
         while tokens and self.required(tokens, fraction) > free:  # rounding of the fraction
             tokens -= 1
         return tokens
@@ -125,6 +136,7 @@ def memory(
         weights=weights,
         activations=activations,
         overhead=CPU_OVERHEAD if on_cpu else GPU_OVERHEAD,
+        on_cpu=on_cpu,
         kv_per_token=2 * layers * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
     )
 
@@ -169,6 +181,8 @@ def step_seconds(
     return seconds
 
 
-def useful_tokens(model: ModelConfig, max_model_len: int | None) -> int:
-    """The smallest useful KV cache in tokens: a sequence of the asked length, else of the model's limit up to 8192."""
-    return max_model_len or min(model.max_position_embeddings, USEFUL_TOKENS)
+def useful_tokens(model: ModelConfig, max_model_len: int | None, max_num_batched_tokens: int) -> int:
+    """The smallest useful KV cache in tokens: a sequence of the asked length, else of the model's limit up to 8192; and
+    no less than the sequence that one step can run."""
+    longest = max_model_len or model.max_position_embeddings
+    return max(max_model_len or min(longest, USEFUL_TOKENS), min(max_num_batched_tokens, longest))
