@@ -25,7 +25,7 @@ def chat_logprobs(tokenizer: ServerTokenizer, positions: Sequence[Position], top
 def completion_logprobs(
     tokenizer: ServerTokenizer, positions: Sequence[Position], top: int, offset: int
 ) -> CompletionLogprobs:
-    """`offset`, the length of an echoed prompt, is added to the text offsets. `top_logprobs` has the token itself too."""
+    """`offset`, the length of an echoed prompt, is added to text offsets. `top_logprobs` has the token itself too."""
     result = CompletionLogprobs([], [], [], [])
     for position in positions:
         _append(result, tokenizer, position.logprobs, top, offset + position.start)

@@ -42,7 +42,7 @@ class Distribution:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as Prometheus wants them: (upper bound, observations at or below it)."""
-        labels = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
+        labels = [str(float(bound)) for bound in self.bounds] + ["+Inf"]
         return list(zip(labels, map(float, accumulate(self.counts))))
 
 
