@@ -1,0 +1,134 @@
+"""The CUDA backend against the CPU reference: FlashInfer and Triton attention, CUDA graphs on and off, bf16, fp8, fp32."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_helpers import make_checkpoint
+from runtime_helpers import greedy, make_core, run_all, tokens_of
+
+from appliance.types import EngineOutput, EngineRequest
+
+pytestmark = pytest.mark.gpu
+VOCAB = 512
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**SIZES),
+        "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=48),
+        "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+        "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+    }
+    path = tmp_path_factory.mktemp(request.param)
+    make_checkpoint(path, configs[request.param]())
+    return path
+
+
+def workload(**params: Any) -> list[EngineRequest]:
+    rng = random.Random(5)
+    lengths = [1, 2, 15, 16, 17, 100, 333, 640]
+    return [
+        greedy(f"r{i}", [rng.randrange(VOCAB) for _ in range(length)], 24, **params) for i, length in enumerate(lengths)
+    ]
+
+
+def core_options(**options: Any) -> dict[str, Any]:
+    return {
+        "num_pages": 256,
+        "page_size": 16,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "max_model_len": 1024,
+    } | options
+
+
+def prompt_logprobs(outputs: dict[str, list[EngineOutput]]) -> dict[str, list[float]]:
+    found = {}
+    for name, items in outputs.items():
+        entries = next((o.prompt_logprobs for o in items if o.prompt_logprobs), [])
+        found[name] = [entry.logprob for entry in entries if entry is not None]
+    return found
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_float32_tokens_equal_the_cpu(checkpoint: Path, graphs: bool) -> None:
+    import torch
+
+    expected = run_all(make_core(checkpoint, **core_options()), workload())
+    core = make_core(
+        checkpoint, backend="cuda", dtype=torch.float32, **core_options(attention="triton", cuda_graphs=graphs)
+    )
+    got = run_all(core, workload())
+    for name in expected:
+        assert tokens_of(got[name]) == tokens_of(expected[name]), name
+    core.check_integrity()
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp8"])
+@pytest.mark.parametrize("attention", ["flashinfer", "triton"])
+def test_logprobs_within_tolerance_of_the_cpu(checkpoint: Path, attention: str, scheme: str) -> None:
+    """Teacher-forced over the prompts, so that one differing token cannot hide or cause others."""
+    import torch
+
+    from appliance.kernels import flashinfer
+
+    if attention == "flashinfer" and (reason := flashinfer.available(64, torch.bfloat16)):
+        pytest.skip(reason)
+    requests = workload(prompt_logprobs=0)
+    expected = prompt_logprobs(run_all(make_core(checkpoint, scheme=scheme, **core_options()), requests))
+    core = make_core(
+        checkpoint, backend="cuda", dtype=torch.bfloat16, scheme=scheme, **core_options(attention=attention)
+    )
+    got = prompt_logprobs(run_all(core, requests))
+    differences = torch.tensor(
+        [abs(a - b) for name in expected for a, b in zip(expected[name], got[name], strict=True)]
+    )
+    # bf16 keeps 8 bits: a few hundredths on logits of this size, far less than a wrong mask or page would give.
+    assert differences.mean() < (0.05 if scheme == "none" else 0.1), differences.mean()
+    assert differences.quantile(0.99) < (0.3 if scheme == "none" else 0.6), differences.quantile(0.99)
+
+
+@pytest.mark.parametrize("attention", ["flashinfer", "triton"])
+def test_graphs_give_the_tokens_of_eager_steps(checkpoint: Path, attention: str) -> None:
+    """Graphs pad the batch, so products may round differently; a model this random rarely has near-ties."""
+    import torch
+
+    from appliance.kernels import flashinfer
+
+    if attention == "flashinfer" and (reason := flashinfer.available(64, torch.bfloat16)):
+        pytest.skip(reason)
+    results = []
+    for graphs in (True, False):
+        options = core_options(attention=attention, cuda_graphs=graphs)
+        core = make_core(checkpoint, backend="cuda", dtype=torch.bfloat16, **options)
+        results.append(run_all(core, workload()))
+    same = sum(tokens_of(results[0][n])[:8] == tokens_of(results[1][n])[:8] for n in results[0])
+    assert same >= len(results[0]) - 1, {n: (tokens_of(results[0][n]), tokens_of(results[1][n])) for n in results[0]}
+
+
+def test_seeded_sampling_equals_the_cpu_in_float32(checkpoint: Path) -> None:
+    import torch
+
+    params = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 11, "repetition_penalty": 1.1}
+    expected = run_all(make_core(checkpoint, **core_options()), workload(**params))
+    core = make_core(checkpoint, backend="cuda", dtype=torch.float32, **core_options(attention="triton"))
+    got = run_all(core, workload(**params))
+    same = sum(tokens_of(got[n]) == tokens_of(expected[n]) for n in expected)
+    assert same >= len(expected) - 1  # a float32 rounding at the edge of top-p may turn one
