@@ -55,6 +55,32 @@ def _mix32(h):
 
 
 @triton.jit
+def row_keys(seeds_ptr, positions_ptr, row, seeds_stride):
+    """The two hash keys of a row's noise."""
+    low = tl.load(seeds_ptr + row * seeds_stride).to(tl.uint32, bitcast=True)
+    high = tl.load(seeds_ptr + row * seeds_stride + 1).to(tl.uint32, bitcast=True)
+    position = tl.load(positions_ptr + row).to(tl.uint32)
+    key = _mix32(_mix32(_mix32(low ^ 0x9E3779B9) ^ high) ^ position)
+    return key, _mix32(key ^ 0x6A09E667)
+
+
+@triton.jit
+def log_noise(token, key, second):
+    """log of `exponential_noise` of token ids."""
+    bits = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B9 + key) ^ second)
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
+    return tl.log(tl.where(u < 0.015625, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def load_logits(row_ptr, token, vocab_size):
+    """Logits of token ids; -inf outside the vocabulary and for NaN."""
+    logit = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf"))
+    return tl.where(logit == logit, logit, float("-inf"))
+
+
+@triton.jit
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,
@@ -75,23 +101,13 @@ def _draw_kernel(
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < vocab_size
-    logit = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=float("-inf"))
-    logit = tl.where(logit == logit, logit, float("-inf"))
+    logit = load_logits(logits_ptr + row * logits_stride, token, vocab_size)
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     score = logit
     if temperature >= greedy_temperature:
-        low = tl.load(seeds_ptr + row * seeds_stride).to(tl.uint32, bitcast=True)
-        high = tl.load(seeds_ptr + row * seeds_stride + 1).to(tl.uint32, bitcast=True)
-        position = tl.load(positions_ptr + row).to(tl.uint32)
-        key = _mix32(_mix32(_mix32(low ^ 0x9E3779B9) ^ high) ^ position)
-        second = _mix32(key ^ 0x6A09E667)
-        bits = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B9 + key) ^ second)
-        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
-        series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
-        noise = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
+        key, second = row_keys(seeds_ptr, positions_ptr, row, seeds_stride)
         scaled = tl.div_rn(logit, temperature)  # rounded as in torch: thresholds are compared exactly
-        score = scaled - tl.log(noise)
+        score = scaled - log_noise(token, key, second)
         if FILTERED:
             score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
     best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)

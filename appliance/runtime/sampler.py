@@ -1,8 +1,8 @@
 """Turns logits into tokens for the slots of a batch, each with its own parameters, without waiting for the device.
 
 Knows `SamplingParams` and slots; knows nothing of the model, of scheduling or of text. The arithmetic is in
-`kernels/sampling.py`. What a batch needs is decided on the host from the parameters (`prepare`), so a batch of greedy
-requests runs an argmax and nothing else.
+`kernels/sampling.py` and `kernels/filtered_draw.py`. What a batch needs is decided on the host from the parameters
+(`prepare`), so a batch of greedy requests runs an argmax and nothing else.
 
 Order of a row's processing, as in Hugging Face `generate` and vLLM: logit bias, suppression before min_tokens,
 repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, draw. Log probabilities are of the raw
@@ -18,14 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.kernels.sampling import (
-    GREEDY_TEMPERATURE,
-    apply_penalties,
-    draw,
-    filter_thresholds,
-    pack_logprobs,
-    scale_logits,
-)
+from appliance.kernels.filtered_draw import draw_filtered
+from appliance.kernels.sampling import GREEDY_TEMPERATURE, apply_penalties, draw, pack_logprobs
 from appliance.types import SamplingParams, TokenLogprobs
 
 # One row of the parameter table, on the host and on the device: words of 32 bits, so that one copy moves it.
@@ -232,16 +226,11 @@ class Sampler:
     def _draw(self, logits: Tensor, params: Tensor, positions: Tensor, batch: SamplingBatch) -> Tensor:
         floats = params.view(torch.float32)
         temperature = floats[:, _COLUMN["temperature"]]
-        thresholds = None
-        if batch.any_filter:
-            thresholds = filter_thresholds(
-                scale_logits(logits, temperature),
-                params[:, _COLUMN["top_k"]],
-                floats[:, _COLUMN["top_p"]],
-                floats[:, _COLUMN["min_p"]],
-                batch.num_sorted,
-            )
-        return draw(logits, temperature, params[:, _SEED], positions, thresholds)
+        seeds = params[:, _SEED]
+        if not batch.any_filter:
+            return draw(logits, temperature, seeds, positions, None)
+        filters = params[:, _COLUMN["top_k"]], floats[:, _COLUMN["top_p"]], floats[:, _COLUMN["min_p"]]
+        return draw_filtered(logits, temperature, seeds, positions, *filters, batch.num_sorted)
 
 
 def _pack_bias(entries: list[tuple[int, float, int]]) -> np.ndarray:
