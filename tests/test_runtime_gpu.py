@@ -1,4 +1,4 @@
-"""The CUDA backend against the CPU reference: FlashInfer and Triton attention, CUDA graphs on and off, bf16, fp8, fp32."""
+"""The CUDA backend against the CPU reference: both attentions, CUDA graphs on and off, three precisions."""
 
 from __future__ import annotations
 
