@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,11 +19,14 @@ from appliance.server.state import ServerState
 from appliance.server.tokenizer import ServerTokenizer
 from appliance.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenLogprobs
 
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = {"bos_token": "<s>", "eos_token": "<|end|>"}
+HELLO = [{"role": "user", "content": "hello"}]
 CORPUS = ["hello world, this is a small text about numbers 12 34 and words", "Größe, naïve, 你好世界, 😀 emoji"] * 4
 
 
@@ -212,3 +216,19 @@ async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> Non
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": HELLO, **fields}
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": "hello", **fields}
+
+
+def events(body: str) -> list[dict[str, Any]]:
+    """The JSON of each event; checks the framing."""
+    assert body.endswith("data: [DONE]\n\n")
+    lines = body.split("\n\n")[:-2]
+    assert all(line.startswith("data: {") for line in lines)
+    return [json.loads(line[6:]) for line in lines]

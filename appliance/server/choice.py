@@ -55,6 +55,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
         self._discard = discard
+        self._begun = False  # an output came
         self._keep_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._stream = tokenizer.text_stream(request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
@@ -76,7 +77,10 @@ class Choice:
         return delta
 
     def _take_one(self, output: EngineOutput, delta: Delta) -> None:
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if not self._begun:
+            # Later ones would count generated tokens too, found in the prefix cache after a preemption or a restart.
+            self.num_cached_tokens = min(output.num_cached_tokens, len(self.request.prompt_token_ids))
+            self._begun = True
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if not self._discard:

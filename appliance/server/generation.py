@@ -23,6 +23,8 @@ from appliance.server.wire.responses import PromptTokensDetails, Usage
 from appliance.types import EngineOutput, EngineRequest, SamplingParams
 
 _SEED_MASK = 2**63 - 1
+_QUICK_LOOK = 8  # characters per token of context: twice what a token of usual text has
+_CUT_SLACK = 16  # tokens that cutting a text may add at most
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ class Wanted:
     max_tokens: int | None  # None: what the context leaves; 0: only score the prompt
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+async def encode_prompt(state: ServerState, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a prompt. Raises ContextLengthError for a text that is far too long after looking at its beginning
+    only: tokenizing megabytes to refuse them would cost seconds."""
+    tokenizer, max_model_len = state.require_tokenizer(), state.require_engine().max_model_len
+    beginning = _QUICK_LOOK * max_model_len
+    if len(text) > 2 * beginning:
+        count = len(await tokenizer.encode_async(text[:beginning], add_special_tokens=add_special_tokens))
+        if count > max_model_len + _CUT_SLACK:
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens. However, the first {beginning} of "
+                f"{len(text)} characters of the {param} alone have {count} tokens",
+                hint="send a shorter prompt",
+                param=param,
+            )
+    return await tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
 
 
 def new_id(prefix: str) -> str:

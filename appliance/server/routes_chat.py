@@ -16,7 +16,7 @@ from starlette.responses import Response
 from appliance.errors import InvalidRequestError
 from appliance.server.choice import Choice, Delta, Position
 from appliance.server.errors import parse
-from appliance.server.generation import Generation, Prompt, Wanted, new_id, start_generation
+from appliance.server.generation import Generation, Prompt, Wanted, encode_prompt, new_id, start_generation
 from appliance.server.logprobs import chat_logprobs
 from appliance.server.sse import EventStream, event, until_disconnect
 from appliance.server.state import ServerState
@@ -59,7 +59,7 @@ async def chat_completions(request: Request) -> Response:
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
     )
-    token_ids = await tokenizer.encode_async(text, add_special_tokens=bool(body.add_special_tokens))
+    token_ids = await encode_prompt(state, text, "messages", add_special_tokens=bool(body.add_special_tokens))
     wanted = Wanted(
         response_id=new_id("chatcmpl"),
         param="messages",

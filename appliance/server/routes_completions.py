@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from appliance.server.choice import Choice, Position
 from appliance.server.errors import parse
-from appliance.server.generation import Generation, Prompt, Wanted, new_id, start_generation
+from appliance.server.generation import Generation, Prompt, Wanted, encode_prompt, new_id, start_generation
 from appliance.server.logprobs import completion_logprobs, echo_logprobs, joined
 from appliance.server.sse import EventStream, event, until_disconnect
 from appliance.server.state import ServerState
@@ -42,7 +42,7 @@ async def completions(request: Request) -> Response:
     model = state.resolve_model(body.model)
     state.journal.check_accepting((body.n or 1) * len(body.prompts))
     tokenizer = state.require_tokenizer()
-    prompts = [await _prompt(body, tokenizer, given) for given in body.prompts]
+    prompts = [await _prompt(state, body, given) for given in body.prompts]
     wanted = Wanted(
         response_id=new_id("cmpl"),
         param="prompt",
@@ -58,11 +58,11 @@ async def completions(request: Request) -> Response:
     return Response(encode(completion) if completion else b"", headers=headers, media_type="application/json")
 
 
-async def _prompt(body: CompletionRequest, tokenizer: ServerTokenizer, given: str | list[int]) -> Prompt:
+async def _prompt(state: ServerState, body: CompletionRequest, given: str | list[int]) -> Prompt:
     if isinstance(given, list):
         return Prompt(given, None)
     add = body.add_special_tokens is not False
-    return Prompt(await tokenizer.encode_async(given, add_special_tokens=add), given)
+    return Prompt(await encode_prompt(state, given, "prompt", add_special_tokens=add), given)
 
 
 @dataclass

@@ -91,7 +91,7 @@ class ServerTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Blocking, about 1 µs per character; releases the interpreter lock."""
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As `encode`, long texts in a thread so that the event loop goes on."""
