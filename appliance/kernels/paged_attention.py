@@ -40,7 +40,7 @@ class _Shape:
 
     @property
     def dim_block(self) -> int:
-        return max(16, triton.next_power_of_2(self.head_dim))
+        return max(16, int(triton.next_power_of_2(self.head_dim)))
 
     @property
     def precision(self) -> str:
