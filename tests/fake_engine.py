@@ -1,7 +1,7 @@
 """A child process that speaks ipc and can misbehave: what tests of `appliance.launch` supervise instead of an engine.
 
-`python -m fake_engine --ipc ADDRESS MODE [FILE]`. Token i of a request is its prompt length + i, so a resumed request
-shows whether its tokens came with it.
+`python -m fake_engine --ipc ADDRESS [MODE] [FILE]`; without a mode it is that of FAKE_ENGINE_MODE. Token i of a request
+is its prompt length + i, so a resumed request shows whether its tokens came with it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def crashes_this_time(mode: str, marker: Path | None) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ipc", required=True)
-    parser.add_argument("mode")
+    parser.add_argument("mode", nargs="?", default=os.environ.get("FAKE_ENGINE_MODE", "ok"))
     parser.add_argument("file", nargs="?", type=Path)
     args = parser.parse_args()
     mode = args.mode if crashes_this_time(args.mode, args.file) else "ok"

@@ -5,13 +5,18 @@ Shared by the start of a server and by the commands that only look (`serve --dry
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import msgspec
+
 from appliance import builder, profiles
+from appliance.engines import EngineManifest
+from appliance.errors import HardwareError
 from appliance.profiles import Outcome, Overrides, Selection
-from appliance.settings import Settings
+from appliance.settings import Settings, export_hub_environment
 from appliance.types import EngineOptions, Hardware, KvCacheDtype, ModelConfig, Precision
 
 
@@ -23,6 +28,29 @@ class Plan:
     selection: Selection
     outcome: Outcome  # the one that serves
     checkpoint: Path
+
+
+def config_only(settings: Settings) -> Path | None:
+    """A directory with config.json of a hub model, without its weights: enough to select by, before a download of many
+    gigabytes. None for a model that is here already, offline, or when it cannot be had so: then `resolve` explains."""
+    name, _, revision = settings.model.removeprefix("hf://").partition("@")
+    if settings.offline or settings.model == "builtin" or Path(settings.model).expanduser().exists():
+        return None
+    export_hub_environment(settings)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(
+            name,
+            "config.json",
+            revision=revision or "main",
+            cache_dir=settings.cache_dir / "hub",
+            token=settings.hf_token,
+        )
+    except Exception:  # no such model, no access, no network: `resolve` has the words for each
+        return None
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    return Path(path).parent if isinstance(config, dict) and {"dtype", "torch_dtype"} & config.keys() else None
 
 
 def overrides_of(settings: Settings) -> Overrides:
@@ -95,3 +123,45 @@ def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:
         seed=settings.seed,
         verify_digests=False,  # the start has checked every file, with stamps, so that only the first load reads all
     )
+
+
+def options_of_directory(
+    engine_dir: Path, manifest: EngineManifest, settings: Settings, machine: Hardware
+) -> EngineOptions:
+    """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
+    HardwareError if this machine cannot run it."""
+    options = EngineOptions(
+        engine_dir=str(engine_dir),
+        backend=manifest.backend,
+        devices=_devices_for(manifest, machine),
+        max_model_len=settings.max_model_len or 0,
+        memory_fraction=settings.memory_fraction,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        prefix_caching=settings.prefix_caching,
+        cuda_graphs=settings.cuda_graphs,
+        attention=settings.attention,
+        seed=settings.seed,
+        verify_digests=False,
+    )
+    chosen = {
+        name: value
+        for name in ("max_num_seqs", "max_num_batched_tokens")
+        if (value := getattr(settings, name)) is not None
+    }
+    return msgspec.structs.replace(options, **chosen)
+
+
+def _devices_for(manifest: EngineManifest, machine: Hardware) -> tuple[str, ...]:
+    """GPUs of the engine's compute capability, one per rank, those with most free memory. Raises HardwareError."""
+    if manifest.compute_capability is None:
+        return ()
+    fitting = [gpu for gpu in machine.usable_gpus if gpu.compute_capability == manifest.compute_capability]
+    needed = manifest.tp_size * manifest.pp_size
+    if len(fitting) < needed:
+        capability = ".".join(map(str, manifest.compute_capability))
+        raise HardwareError(
+            f"the engine was built for {needed} GPU(s) of compute capability {capability}; here are {len(fitting)}",
+            hint=machine.problem or "build it here, from its checkpoint",
+        )
+    fitting.sort(key=lambda gpu: (-gpu.free_memory, gpu.index))
+    return tuple(gpu.uuid for gpu in fitting[:needed])

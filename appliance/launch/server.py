@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from appliance import __version__, logs
+from appliance import __version__, builtin, logs
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
 from appliance.settings import Settings, child_environment
@@ -287,6 +287,8 @@ async def _reap_for_ever() -> None:
 
 def default_model_name(model: str) -> str:
     """The name of a model nobody named: a hub id without scheme and revision, the last part of a directory."""
+    if model == "builtin":
+        return builtin.MODEL_NAME
     name = model.removeprefix("hf://")
     if name == model and (Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))):
         return Path(model).expanduser().resolve().name or model

@@ -29,17 +29,27 @@ from appliance.engines import (
     Snapshot,
     VerifyLevel,
     fetch,
+    verify_engine,
 )
+from appliance.engines.manifest import MANIFEST_NAME
 from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
 from appliance.ipc import Built, Failed, Progress, ToServer
 from appliance.launch.child import Child, error_of
 from appliance.launch.engine import show_progress
-from appliance.launch.plan import Plan, build_request, choose, engine_options, make_plan
+from appliance.launch.plan import (
+    Plan,
+    build_request,
+    choose,
+    config_only,
+    engine_options,
+    make_plan,
+    options_of_directory,
+)
 from appliance.server.lifecycle import Lifecycle, Phase
 from appliance.server.state import ServerState
 from appliance.server.tokenizer import load_tokenizer
 from appliance.settings import Settings, child_environment, cuda_visible_devices, export_hub_environment
-from appliance.types import EngineOptions, Hardware, ModelConfig
+from appliance.types import EngineOptions, Hardware
 
 log = logging.getLogger("appliance.launch")
 
@@ -86,16 +96,22 @@ class Startup:
     async def prepare(self) -> EngineOptions:
         """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
         machine = await self._detect()
+        given = Path(self._settings.model).expanduser()
+        if (given / MANIFEST_NAME).is_file():
+            return await self._open_engine(given, machine)
+        early = await in_thread(lambda: config_only(self._settings))
+        if early is not None:  # before the weights are downloaded: what cannot run need not come
+            await self._select(machine, early)
         checkpoint = await self._find_checkpoint()
-        model = await in_thread(lambda: read_model_config(checkpoint))
-        self._plan = await self._select(machine, model, checkpoint)
+        self._plan = await self._select(machine, checkpoint)
         engine_dir = await self._obtain_engine()
         await self._load_tokenizer(engine_dir)
         return engine_options(self._plan, engine_dir)
 
     async def repair(self, error: EngineDamagedError) -> EngineOptions:
         """The engine process found a damaged file: check all, move the engine aside, obtain it anew."""
-        assert self._plan is not None
+        if self._plan is None:
+            raise error  # an engine directory that the user gave: nothing to build it from
         key = await self._key()
         try:
             await in_thread(lambda: self._store.verify(key, "full"))
@@ -163,8 +179,9 @@ class Startup:
             )
         )
 
-    async def _select(self, machine: Hardware, model: ModelConfig, checkpoint: Path) -> Plan:
+    async def _select(self, machine: Hardware, checkpoint: Path) -> Plan:
         self._enter("selecting")
+        model = await in_thread(lambda: read_model_config(checkpoint))
         selection = await in_thread(lambda: choose(self._settings, machine, model))
         self._state.selection = profiles.explain_json(selection)
         plan = make_plan(self._settings, selection, checkpoint)
@@ -173,6 +190,17 @@ class Startup:
         self._state.metrics.profile = labels | {"tp_size": str(outcome.tp_size), "backend": outcome.backend}
         log.info("profile %s (id %s); `select --explain` says why", outcome.name, outcome.id[:12])
         return plan
+
+    async def _open_engine(self, engine_dir: Path, machine: Hardware) -> EngineOptions:
+        """An engine directory as the model: nothing to select and nothing to build."""
+        self._enter("verifying", str(engine_dir))
+        progress = self._progress()
+        level: VerifyLevel = "full" if self._settings.verify_digests else "size"
+        checked = await in_thread(lambda: verify_engine(engine_dir, level, progress=progress))
+        self._state.manifest = msgspec.to_builtins(checked.manifest)
+        self._state.metrics.engine_cache_hit = True
+        await self._load_tokenizer(engine_dir)
+        return options_of_directory(engine_dir, checked.manifest, self._settings, machine)
 
     async def _key(self) -> str:
         assert self._plan is not None

@@ -1,0 +1,163 @@
+"""The command line: help, exit codes, what the looking commands print; nothing here loads an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appliance import __version__, cli
+
+ROOT = Path(__file__).parent.parent
+H100 = ROOT / "tests" / "hardware" / "h100-x1.yaml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(words)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def config_json(tmp_path: Path) -> Path:
+    """A model directory with nothing but the shape of an 8B Llama."""
+    model = tmp_path / "model-8b"
+    model.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS])
+def test_every_command_has_help_a_person_can_read(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert cli.COMMANDS[command].help in " ".join(out.split())
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in cli.COMMANDS)
+
+
+def test_serve_is_the_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "--dry-run", "--cache", str(tmp_path), "--port", "8001", "--json")
+    assert code == 0
+    settings = json.loads(out)["settings"]
+    assert settings["port"] == {"value": "8001", "origin": "command line (--port)"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["serve", "--port", "0"], 2, "--port: '0' is not allowed"),
+        (["serve", "--hardware", "x"], 2, "only for --dry-run"),
+        (["select", "--model", "./no-such-directory"], 4, "neither a directory here nor a hub id"),
+        (["select", "--profile", "fp9"], 3, "there is no profile 'fp9'"),
+        (["select", "--require-gpu", "--hardware", str(ROOT / "tests/hardware/none.yaml")], 3, "a GPU is required"),
+        (["engines", "verify", "abc", "--cache", "/nonexistent/x"], 2, "no engine in"),
+        (["create-model-store", "-m", str(ROOT / "tests")], 2, "is not an empty directory"),
+    ],
+)
+def test_errors_are_one_line_with_a_hint_and_a_code(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = run(capsys, *words)
+    assert found == code and out == ""
+    assert err.startswith("error: ") and message in err and len(err.splitlines()) <= 2
+
+
+def test_unknown_command_and_flag_are_usage_errors() -> None:
+    for words in (["sreve"], ["serve", "--prot", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+
+
+def test_select_json_on_a_recorded_machine(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "select", "--json", "--hardware", str(H100), "--model", str(config_json))
+    chosen = json.loads(out)
+    keys = {"name", "precision", "kv_cache", "tp_size", "pp_size", "backend"}
+    assert code == 0 and chosen["wanted"]["precision"] == "fp8"
+    assert keys <= chosen["selected"].keys() and keys <= chosen["wanted"].keys()
+    assert all(row["score"] is not None or row["reason"] for row in chosen["profiles"])
+    code, out, _ = run(capsys, "select", "--hardware", str(H100), "--model", str(config_json))
+    assert code == 0 and out.splitlines()[0] == chosen["selected"]["name"]
+    # What a command prints is accepted back.
+    again = ("select", "--json", "--hardware", str(H100), "--model", str(config_json), "--profile")
+    assert json.loads(run(capsys, *again, chosen["selected"]["id"])[1])["selected"] == chosen["selected"]
+
+
+def test_list_model_profiles_shape(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list-model-profiles", "--hardware", str(H100), "--model", str(config_json))
+    assert code == 0
+    assert out.splitlines()[0] == "SYSTEM INFO" and "- Compatible with system and runnable:" in out
+
+
+def test_select_exits_3_when_nothing_can_serve(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(config_json), "--precision", "int4", "--hardware", str(ROOT / "tests/hardware/none.yaml")]
+    code, _, err = run(capsys, "select", *words)
+    assert code == 3 and err.startswith("error: ")
+    code, out, _ = run(capsys, "select", "--json", *words)
+    assert code == 3 and json.loads(out)["selected"] is None
+
+
+def test_dry_run_shows_values_and_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("max_num_seqs: 3\n")
+    code, out, _ = run(capsys, "serve", "--dry-run", "--config", str(config), "--cache", str(tmp_path))
+    rows = {line.split()[0]: line for line in out.splitlines() if line and not line.startswith("-")}
+    assert code == 0
+    assert rows["max_num_seqs"].split(maxsplit=2)[1:] == ["3", f"config file ({config})"]
+    assert rows["precision"].split()[2] == "profile"
+    assert "to be built" in rows["engine"] + out and not (tmp_path / "engines").exists()
+
+
+def test_engines_list_of_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(run(capsys, "engines", "list", "--json", "--cache", str(tmp_path))[1]) == []
+
+
+def test_the_command_line_imports_neither_torch_nor_the_server() -> None:
+    code = (
+        "import sys; from appliance import cli\n"
+        "try: cli.main(['serve', '--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'fastapi', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_entrypoint_with_a_python_that_lacks_everything(tmp_path: Path) -> None:
+    """In a copy without .venv: one line that says what to do; with one: it goes on with its Python."""
+    (tmp_path / "appliance").symlink_to(ROOT / "appliance")
+    entry = tmp_path / "entrypoint.py"
+    entry.write_text((ROOT / "entrypoint.py").read_text())
+    bare = [sys.executable, "-S", str(entry), "version"]  # -S: no site-packages
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(bare, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "run `make install` first" in done.stderr and len(done.stderr.splitlines()) == 1
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(bare, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.strip() == __version__, done.stderr

@@ -1,0 +1,217 @@
+"""The server process with a fake start and a fake engine: live at once, exit codes, signals, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import SettingsError
+from appliance.launch.report import breakdown, progress_line, write_termination_log
+from appliance.launch.server import default_model_name, open_sockets
+from appliance.server.lifecycle import Lifecycle
+from appliance.settings import load
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import asyncio, sys
+from appliance.errors import CheckpointError
+from appliance.launch.server import serve
+from appliance.settings import load
+from appliance.types import EngineOptions
+
+class Start:
+    def __init__(self, settings, state, directory):
+        self.state = state
+    async def prepare(self):
+        if sys.argv[1] == "hang":
+            self.state.lifecycle.enter("building", "layers.0")
+            await asyncio.sleep(600)
+        if sys.argv[1] == "fail":
+            raise CheckpointError("the shard is truncated", hint="download it again")
+        return EngineOptions(engine_dir="/nowhere", backend="fake")
+    async def repair(self, error):
+        raise error
+
+flags = dict(word.split("=") for word in sys.argv[2:])
+sys.exit(serve(load(flags), sequence=Start, engine_module="fake_engine"))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def get(port: int, path: str) -> tuple[int, dict[str, object]]:
+    """Status and JSON body; (0, {}) if nothing answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except OSError:
+        return 0, {}
+
+
+def wait_for(port: int, path: str, status: int, seconds: float) -> dict[str, object]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, body = get(port, path)
+        if found == status:
+            return body
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not answer {status} within {seconds} s")
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.port = port
+
+    def end(self, seconds: float = 20) -> tuple[int, str]:
+        """Exit code and log."""
+        _, log = self.process.communicate(timeout=seconds)
+        return self.process.returncode, log
+
+
+@contextmanager
+def server(tmp_path: Path, start: str, mode: str = "ok", **flags: object) -> Iterator[Server]:
+    port = free_port()
+    words = [f"{name}={value}" for name, value in ({"port": port, "host": "127.0.0.1"} | flags).items()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+        "FAKE_ENGINE_MODE": mode,
+        "TMPDIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", SCRIPT, start, *words]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Server(process, port)
+        finally:
+            process.kill()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> bool:
+    return all(
+        not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text() for pid in pids
+    )
+
+
+def test_live_at_once_while_the_start_hangs_then_leaves_on_sigterm(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with server(tmp_path, "hang") as running:
+        wait_for(running.port, "/v1/health/live", 200, 10)
+        # 2 s on an idle machine of the smallest class; the tests may share it with others.
+        assert time.monotonic() - began < 5.0
+        status, body = get(running.port, "/v1/health/ready")
+        assert status == 503 and body["phase"] == "building" and body["reason"] == "layers.0"
+        children = children_of(running.process.pid)
+        assert len(children) == 1, "the engine process is started early"
+        running.process.send_signal(signal.SIGTERM)
+        code, log = running.end()
+        assert code == 0, log
+        assert gone(children) and not list(tmp_path.glob("appliance-*")), "nothing is left behind"
+
+
+def test_ready_with_breakdown_on_both_ports(tmp_path: Path) -> None:
+    health_port = free_port()
+    with server(tmp_path, "ok", health_port=health_port, served_model_name="a,b") as running:
+        assert wait_for(running.port, "/v1/health/ready", 200, 15)["phase"] == "ready"
+        assert get(health_port, "/v1/health/ready")[0] == 200
+        models = get(running.port, "/v1/models")[1]["data"]
+        assert isinstance(models, list) and [model["id"] for model in models] == ["a", "b"]
+        running.process.send_signal(signal.SIGINT)
+        code, log = running.end()
+        messages = [json.loads(line)["message"] for line in log.splitlines()]
+        assert code == 0
+        assert any(message.startswith("ready after ") and "loading" in message for message in messages)
+
+
+def test_a_failed_start_gives_its_exit_code_and_one_line(tmp_path: Path) -> None:
+    with server(tmp_path, "fail") as running:
+        code, log = running.end()
+    assert code == 4
+    errors = [line for line in map(json.loads, log.splitlines()) if line["level"] == "ERROR"]
+    assert [line["message"] for line in errors] == ["the shard is truncated (download it again)"]
+
+
+def test_an_engine_that_keeps_crashing_ends_the_server(tmp_path: Path) -> None:
+    with server(tmp_path, "ok", "crash-in-load", restart_budget=0) as running:
+        code, log = running.end()
+    assert code == 8 and "failed 1 times within 10 minutes" in log
+
+
+def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    with server(tmp_path, "ok", "stubborn") as running:
+        wait_for(running.port, "/v1/health/live", 200, 10)
+        while get(running.port, "/v1/health/ready")[1].get("phase") != "warming":
+            time.sleep(0.02)
+        children = children_of(running.process.pid)
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert running.process.poll() is None, "the first signal waits for the engine, which does not listen"
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.end()[0] == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 2.0
+        time.sleep(0.2)
+        assert gone(children)
+
+
+def test_port_in_use_is_one_clear_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=rf"cannot listen on 127.0.0.1 port {port}: .* \(stop what uses it"):
+            open_sockets(load({"port": port, "host": "127.0.0.1"}, {}))
+
+
+def test_model_names(tmp_path: Path) -> None:
+    assert default_model_name("hf://org/name@main") == "org/name"
+    assert default_model_name("org/name") == "org/name"
+    assert default_model_name(str(tmp_path / "nothing" / "model-x")) == "model-x"
+    assert default_model_name("builtin") == "appliance-builtin"
+
+
+def test_progress_lines_and_breakdown() -> None:
+    now = 0.0
+    life = Lifecycle(lambda: now)
+    life.enter("building", "x")
+    life.progress(percent=43.2, detail="layers.3", bytes_done=1 << 30, bytes_total=3 << 30, eta_seconds=20.4)
+    assert progress_line(life) == "building: layers.3 (43%, 1.00 of 3.00 GiB, 20 s left)"
+    now = 2.0
+    life.enter("loading")
+    now = 3.0
+    life.enter("ready")
+    line = breakdown(life, 0.5, {"import_torch": 2.0, "weights": 0.4, "tiny": 0.001})
+    parts, beside = line.split("; ")
+    assert parts == "3.5 s: python 0.5, starting 0.0, building 2.0, loading 1.0 (weights 0.4)"
+    assert beside == "beside it torch was imported in 2.0 s"
+
+
+def test_termination_log_only_where_kubernetes_made_it(tmp_path: Path) -> None:
+    path = tmp_path / "termination-log"
+    write_termination_log("reason", path)
+    assert not path.exists()
+    path.touch()
+    write_termination_log("reason", path)
+    assert path.read_text() == "reason\n"
