@@ -1,0 +1,473 @@
+"""`select` on recorded machines: a table of machine × model, overrides, explanations, and properties."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selection_cases import (
+    BUILTIN,
+    FACTS,
+    FIRST,
+    FULL,
+    GIB,
+    LLAMA_8B,
+    LLAMA_70B,
+    ODD,
+    PROFILES,
+    QWEN_2KV,
+    choose,
+    machine,
+    names,
+)
+
+from appliance.errors import ProfileError, SettingsError
+from appliance.profiles import (
+    Overrides,
+    engine_values,
+    explain_json,
+    explain_text,
+    list_profiles_text,
+    reasons,
+    require,
+    select,
+)
+from appliance.types import Gpu, Hardware
+
+HOPPER = ("fp8-tp1", "fp8-tp1")
+OTHER = ("bf16-tp1", "int4-tp1")
+CPU = ("bf16-cpu-tp1", "int4-cpu-tp1")
+NOTHING = (None, None)
+
+# machine: (selected, wanted) of the 8B, the 70B, the builtin and the Qwen-like model, in the first release
+TABLE = {
+    "h100-x1": (HOPPER, (None, "int4-tp1"), HOPPER, HOPPER),
+    "h100-x2": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
+    "h100-x4": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
+    "h100-x8": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
+    "h100-pcie-x2": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
+    "h200-x1": (HOPPER, HOPPER, HOPPER, HOPPER),
+    "h200-x2": (HOPPER, HOPPER, HOPPER, HOPPER),
+    "h200-x4": (HOPPER, HOPPER, HOPPER, HOPPER),
+    "h200-x8": (HOPPER, HOPPER, HOPPER, HOPPER),
+    "h100-mig-3g.40gb": (HOPPER, NOTHING, HOPPER, HOPPER),
+    "a100-40gb": (OTHER, NOTHING, OTHER, OTHER),
+    "a100-80gb-x1": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
+    "a100-80gb-x2": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
+    "a100-80gb-x4": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
+    "a100-80gb-x8": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
+    "l40s": (OTHER, NOTHING, OTHER, OTHER),
+    "a10": (OTHER, NOTHING, OTHER, OTHER),
+    "a10g-x4": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
+    "l4": (OTHER, NOTHING, OTHER, OTHER),
+    "t4": ((None, "int4-tp1"), NOTHING, ("fp16-tp1", "int4-tp1"), ("fp16-tp1", "int4-tp1")),
+    "rtx-4090": (OTHER, NOTHING, OTHER, OTHER),
+    "rtx-4090-desktop": (OTHER, NOTHING, OTHER, OTHER),
+    "rtx-5090": (OTHER, NOTHING, OTHER, OTHER),
+    "rtx-pro-6000": (OTHER, ("fp8-tp1", "int4-tp1"), OTHER, OTHER),
+    "b200-x8": (OTHER, OTHER, OTHER, OTHER),
+    "gb10": (OTHER, ("fp8-tp1", "int4-tp1"), OTHER, OTHER),
+    "future-gpu": (OTHER, OTHER, OTHER, OTHER),
+    "mixed": (OTHER, NOTHING, OTHER, OTHER),
+    "mixed-volta": (OTHER, NOTHING, OTHER, OTHER),
+    "busy-node": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
+    "busy-all": (NOTHING, NOTHING, HOPPER, HOPPER),
+    "unhealthy": (HOPPER, (None, "int4-tp1"), HOPPER, HOPPER),
+    "v100": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
+    "driver-too-old": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
+    "driver-failing": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
+    "none": ((None, "int4-cpu-tp1"), NOTHING, CPU, CPU),
+    "none-small": (NOTHING, NOTHING, CPU, NOTHING),
+}
+MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B, "builtin": BUILTIN, "qwen": QWEN_2KV}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table(name: str):
+    assert tuple(names(choose(name, model)) for model in MODELS.values()) == TABLE[name]
+
+
+# What the policy chooses when everything is built: (throughput, latency).
+WHEN_BUILT = [
+    ("h100-x8", LLAMA_70B, "fp8-tp2", "fp8-tp8"),
+    ("h200-x4", LLAMA_70B, "fp8-tp1", "fp8-tp4"),
+    ("h100-x4", LLAMA_8B, "fp8-tp1", "fp8-tp4"),
+    ("h100-pcie-x2", LLAMA_8B, "fp8-tp1", "fp8-tp1"),  # all-reduces over PCIe cost more than a second GPU brings
+    ("h100-x8", BUILTIN, "fp8-tp1", "fp8-tp1"),
+    ("a10g-x4", LLAMA_70B, "int4-tp4", "int4-tp4"),
+    ("a100-80gb-x8", LLAMA_70B, "int4-tp1", "int4-tp8"),
+    ("none", LLAMA_8B, "int4-cpu-tp1", "int4-cpu-tp1"),
+    ("t4", LLAMA_8B, "int4-tp1", "int4-tp1"),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "throughput", "latency"), WHEN_BUILT)
+def test_objectives_when_everything_is_built(name: str, model, throughput: str, latency: str):
+    assert names(choose(name, model, "throughput", FULL)) == (throughput, throughput)
+    assert names(choose(name, model, "latency", FULL)) == (latency, latency)
+
+
+def test_the_first_builds_batching_limits_follow_the_objective():
+    throughput, latency = choose("h100-x1").selected, choose("h100-x1", objective="latency").selected
+    assert throughput is not None and latency is not None
+    assert latency.max_num_seqs < throughput.max_num_seqs
+
+
+def by_name(selection, name: str):
+    return next(outcome for outcome in selection.outcomes if outcome.name == name)
+
+
+# ---------------------------------------------------------------- the model decides
+
+
+def test_bf16_where_the_scheme_cannot_work_on_the_model():
+    selection = choose("h100-x1", ODD, build=FULL)
+    assert names(selection) == ("bf16-tp1", "bf16-tp1")
+    assert "multiples of 16, and the model's hidden_size is 200" in by_name(selection, "fp8-tp1").reason
+    assert any("not fp8-tp1" in line and "multiples of 16" in line for line in reasons(selection))
+
+
+def test_heads_limit_tensor_parallelism():
+    selection = choose("h100-x8", QWEN_2KV, build=FULL)  # 12 heads, 2 KV heads
+    assert "do not divide the model's 12 heads" in by_name(selection, "fp8-tp8").reason
+    assert by_name(selection, "fp8-tp4").status == "runnable"  # KV heads repeated
+    three = msgspec.structs.replace(LLAMA_8B, num_key_value_heads=3)
+    assert "3 KV heads do not divide" in by_name(choose("h100-x8", three, build=FULL), "bf16-tp2").reason
+
+
+def test_a_quantized_checkpoint_is_not_claimed():
+    selection = choose("h100-x1", msgspec.structs.replace(LLAMA_8B, quantization="gptq"))
+    assert names(selection) == NOTHING
+    with pytest.raises(ProfileError, match="already quantized \\(gptq\\)"):
+        require(selection)
+
+
+# ---------------------------------------------------------------- the machine decides
+
+
+def test_free_memory_counts_and_not_total():
+    hardware = machine("h100-x1")
+    full = [msgspec.structs.replace(gpu, free_memory=10 * GIB) for gpu in hardware.gpus]
+    selection = choose(msgspec.structs.replace(hardware, gpus=tuple(full)))
+    assert selection.selected is None and by_name(selection, "fp8-tp1").status in ("low_memory", "incompatible")
+
+
+def test_a_desktops_two_gigabytes_leave_everything_runnable():
+    idle, desktop = choose("rtx-4090"), choose("rtx-4090-desktop")
+    assert names(idle) == names(desktop) == OTHER
+    assert not [o for o in desktop.outcomes if o.status == "low_memory"]
+
+
+def test_a_busy_gpu_is_left_out_with_a_line():
+    selection = choose("busy-node", build=FULL, objective="latency")
+    assert selection.selected is not None and 0 not in selection.selected.gpu_indices
+    assert any("GPU 0 is busy" in line for line in reasons(selection))
+    assert by_name(selection, "fp8-tp4").status == "incompatible"
+
+
+def test_an_idle_gpu_is_taken_before_a_working_one():
+    hardware = machine("h100-x2")
+    working = msgspec.structs.replace(hardware.gpus[0], utilization=90)
+    selection = choose(msgspec.structs.replace(hardware, gpus=(working, hardware.gpus[1])))
+    assert require(selection).gpu_indices == (1,)
+
+
+def test_an_unhealthy_gpu_is_left_out_with_its_reason():
+    selection = choose("unhealthy", build=FULL)
+    assert require(selection).gpu_indices == (1,)
+    assert any("GPU 0" in line and "remapped" in line for line in reasons(selection))
+    assert "needs 2 identical GPUs, and 1 can be used" in by_name(selection, "fp8-tp2").reason
+
+
+def test_a_mixed_machine_uses_its_largest_group_and_says_so():
+    selection = choose("mixed", build=FULL, objective="latency")
+    assert require(selection).gpu_indices[0] in (0, 1)
+    assert any("mixed" in line and "RTX A6000" in line and "T4" in line for line in reasons(selection))
+    volta = choose("mixed-volta")
+    assert require(volta).gpu_indices == (2,)
+    assert sum("V100" in line and "7.0 is older" in line for line in reasons(volta)) == 2
+
+
+def test_another_group_serves_when_the_largest_cannot():
+    hardware = machine("mixed")
+    full = tuple(msgspec.structs.replace(g, free_memory=GIB) if g.index < 2 else g for g in hardware.gpus)
+    assert require(choose(msgspec.structs.replace(hardware, gpus=full))).gpu_indices == (2,)
+
+
+def test_linked_gpus_are_taken_together():
+    pairs = {0: {1: "nvlink", 2: "pcie", 3: "pcie"}, 1: {0: "nvlink", 2: "pcie", 3: "pcie"}}
+    pairs |= {2: {3: "nvlink", 0: "pcie", 1: "pcie"}, 3: {2: "nvlink", 0: "pcie", 1: "pcie"}}
+    gpus = [msgspec.structs.replace(g, links=pairs[g.index]) for g in machine("h100-x4").gpus]
+    gpus[0] = msgspec.structs.replace(gpus[0], free_memory=2 * GIB)
+    selection = choose(Hardware(tuple(gpus), 8, 64 * GIB, 60 * GIB), LLAMA_70B, build=FULL, tp_size=2)
+    assert require(selection).gpu_indices == (2, 3)
+
+
+def test_mig_slices_are_not_joined():
+    selection = choose("h100-mig-3g.40gb", build=FULL)
+    assert require(selection).devices[0].startswith("MIG-")
+    assert "MIG slices cannot be joined" in by_name(selection, "fp8-tp2").reason
+
+
+def test_idle_gpus_are_mentioned():
+    assert any(line.startswith("7 of 8 GPUs stay idle") for line in reasons(choose("h100-x8")))
+    assert not any("stay idle" in line for line in reasons(choose("h100-x1")))
+
+
+def test_the_cpu_serves_loudly_when_no_gpu_can():
+    for name, words in (("none", "no NVIDIA driver"), ("v100", "7.0 is older"), ("driver-too-old", "CUDA 12.2")):
+        first = reasons(choose(name, BUILTIN))[0]
+        assert first.startswith("the CPU serves: ") and words in first
+    assert "there is a GPU" in by_name(choose("h100-x1"), "bf16-cpu-tp1").reason
+
+
+@pytest.mark.parametrize("asked", [{"backend": "cpu"}, {"profile": "bf16-cpu"}, {"tags": "backend=cpu"}])
+def test_the_cpu_serves_on_request_beside_a_gpu(asked: dict[str, object]):
+    selection = choose("h100-x1", BUILTIN, **asked)
+    assert require(selection).name == "bf16-cpu-tp1" and require(selection).devices == ()
+    assert reasons(selection)[0] == "the CPU serves as asked" or "int4-cpu" in reasons(selection)[0]
+
+
+def test_unknown_gpus_are_served_with_generic_facts_and_a_line():
+    assert any("generic Blackwell is assumed" in line for line in reasons(choose("future-gpu")))
+
+
+# ---------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"precision": "bf16"}, "bf16-tp1"),
+        ({"tags": "precision=fp16,tp=1"}, "fp16-tp1"),
+        ({"profile": "fp32-tp1"}, "fp32-tp1"),
+        ({"profile": "BF16"}, "bf16-tp1"),
+        ({"backend": "cuda"}, "fp8-tp1"),
+        ({"tp_size": 2}, "fp8-tp2"),
+        ({"tp_size": 2, "precision": "bf16"}, "bf16-tp2"),
+        ({"pp_size": 2, "tp_size": 1}, "fp8-tp1-pp2"),
+        ({"profile": "fp8-tp4-pp2", "tp_size": 4}, "fp8-tp4-pp2"),
+    ],
+)
+def test_overrides_choose(asked: dict[str, object], name: str):
+    assert names(choose("h100-x8", build=FULL, **asked))[0] == name
+
+
+def test_a_size_that_no_profile_lists_can_be_asked_for():
+    hardware = machine("h100-x8")
+    model = msgspec.structs.replace(LLAMA_8B, num_attention_heads=24, num_key_value_heads=6, intermediate_size=14400)
+    selection = choose(hardware, model, build=FULL, tp_size=3)
+    assert names(selection)[0] == "fp8-tp3" and len(require(selection).devices) == 3
+
+
+def test_an_override_never_falls_back_silently():
+    selection = choose("h100-x1", precision="int4")
+    assert names(selection) == (None, "int4-tp1")
+    with pytest.raises(ProfileError, match="int4 is not built yet"):
+        require(selection)
+    with pytest.raises(ProfileError, match="tensor parallelism over 2 is not built yet"):
+        require(choose("h100-x2", tp_size=2))
+    with pytest.raises(ProfileError, match="pipeline parallelism over 2 is not built yet"):
+        require(choose("h100-x2", pp_size=2))
+    with pytest.raises(ProfileError, match="fp8 KV cache is not built yet"):
+        require(choose("h100-x1", kv_cache_dtype="fp8"))
+    with pytest.raises(ProfileError, match="8.9, and NVIDIA A100"):
+        require(choose("a100-80gb-x1", precision="fp8"))
+    with pytest.raises(ProfileError, match="no profile agrees"):
+        require(choose("h100-x1", precision="bf16", profile="fp8"))
+    with pytest.raises(ProfileError, match="did you mean 'fp8-tp1'"):
+        choose("h100-x1", profile="fp8-pt1")
+    with pytest.raises(SettingsError, match="unknown tag"):
+        choose("h100-x1", tags="precison=fp8")
+
+
+def test_kv_cache_precision_follows_the_device():
+    assert [require(choose(m, BUILTIN)).kv_cache for m in ("h100-x1", "t4", "none")] == ["bf16", "fp16", "fp32"]
+    assert require(choose("h100-x1", precision="fp32")).kv_cache == "fp32"
+    halved = choose("h100-x1", build=FULL, kv_cache_dtype="fp8")
+    assert require(halved).kv_cache == "fp8"
+    assert require(halved).requires_bytes_per_gpu < require(choose("h100-x1", build=FULL)).requires_bytes_per_gpu
+
+
+def test_limits_are_passed_on_to_the_engine():
+    selection = choose("h100-x1", max_num_seqs=7, max_num_batched_tokens=512, memory_fraction=0.5, max_model_len=4096)
+    assert engine_values(selection) == {
+        "backend": "cuda",
+        "devices": (selection.hardware.gpus[0].uuid,),
+        "kv_cache_dtype": "bf16",
+        "max_model_len": 4096,
+        "max_num_seqs": 7,
+        "max_num_batched_tokens": 512,
+        "memory_fraction": 0.5,
+    }
+    assert engine_values(choose("h100-x1"))["max_model_len"] == 0  # the engine takes what really fits
+
+
+def test_low_memory_names_a_context_that_fits():
+    selection = choose("h100-x1", LLAMA_70B)
+    low = by_name(selection, "fp8-tp1")
+    assert low.status == "low_memory" and low.suggested_max_model_len >= 256
+    with pytest.raises(ProfileError, match=f"--max-model-len={low.suggested_max_model_len}"):
+        require(selection)
+    again = choose("h100-x1", LLAMA_70B, max_model_len=low.suggested_max_model_len)
+    assert require(again).name == "fp8-tp1"
+    assert require(again).requires_bytes_per_gpu == low.suggested_bytes_per_gpu
+    assert any("small KV cache" in line for line in reasons(again))
+
+
+# ---------------------------------------------------------------- explanations
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_every_profile_has_a_score_or_a_reason_and_everything_can_be_printed(name: str, model):
+    selection = choose(name, model)
+    data = json.loads(json.dumps(explain_json(selection)))
+    assert {"selected", "wanted", "profiles", "hardware", "model", "reasons"} <= data.keys()
+    for key in ("selected", "wanted"):
+        assert (
+            data[key] is None or {"name", "precision", "kv_cache", "tp_size", "pp_size", "backend"} <= data[key].keys()
+        )
+    assert {entry["name"] for entry in data["profiles"]} == {
+        f"{p.name}-tp{size}" for p in PROFILES for size in p.tp_sizes
+    }
+    for entry in data["profiles"]:
+        runnable = entry["status"] == "runnable"
+        assert (entry["score"] is not None and entry["reason"] is None) if runnable else entry["reason"]
+        assert "\n" not in (entry["reason"] or "")
+    if data["selected"] is None:
+        with pytest.raises(ProfileError):
+            require(selection)
+        assert data["reasons"][0].startswith("nothing can serve")
+    else:
+        assert (
+            data["selected"] == {k: v for k, v in data["profiles"][0].items() if k in data["selected"]}
+            or len([p for p in data["profiles"] if p["status"] == "runnable"]) > 1
+        )
+    text, listing = explain_text(selection), list_profiles_text(selection)
+    for outcome in selection.outcomes:
+        assert outcome.name in text and f"{outcome.id} ({outcome.name})" in listing
+
+
+def test_the_policys_wish_is_explained():
+    lines = reasons(choose("a10"))
+    assert "the policy wants int4-tp1, but int4 is not built yet; bf16-tp1 serves instead" in lines
+    lines = reasons(choose("h100-x2", LLAMA_70B))
+    assert any("wants fp8-tp2, but tensor parallelism over 2 is not built yet" in line for line in lines)
+
+
+def test_the_listing_has_the_known_shape():
+    lines = list_profiles_text(choose("h200-x1")).splitlines()
+    assert lines[:3] == ["SYSTEM INFO", "- Free GPUs:", "  -  [2335:10de] (0) NVIDIA H200 [current utilization: 0%]"]
+    assert "MODEL PROFILES" in lines
+    runnable = lines[lines.index("- Compatible with system and runnable:") + 1]
+    identifier, name, *_ = runnable.removeprefix("  - ").split()
+    assert name == "(fp8-tp1)" and "[requires >=" in runnable and runnable.endswith("GB/gpu]")
+    assert require(choose("h200-x1", profile=identifier)).name == "fp8-tp1"
+    low = list_profiles_text(choose("h100-x1", LLAMA_70B))
+    assert "low memory:\n" in low and "try --max-model-len=" in low and "to reduce to >=" in low
+    assert "- Free GPUs: <None>" in list_profiles_text(choose("none"))
+
+
+# ---------------------------------------------------------------- properties
+
+
+def gpus(draw) -> tuple[Gpu, ...]:
+    kinds = [machine(name).gpus[0] for name in ("h100-x1", "l4", "t4", "rtx-4090")]
+    count = draw(st.integers(0, 4))
+    found = []
+    for index in range(count):
+        kind = draw(st.sampled_from(kinds))
+        found.append(
+            msgspec.structs.replace(
+                kind,
+                index=index,
+                uuid=f"GPU-{index}",
+                free_memory=int(kind.total_memory * draw(st.floats(0, 1))),
+                utilization=draw(st.integers(0, 100)),
+                healthy=draw(st.booleans()) or draw(st.booleans()),
+                links={other: draw(st.sampled_from(["nvlink", "pcie", "none"])) for other in range(count)},
+            )
+        )
+    return tuple(found)
+
+
+@st.composite
+def machines(draw) -> Hardware:
+    memory = draw(st.integers(1, 256)) * GIB
+    return Hardware(gpus(draw), draw(st.integers(1, 64)), memory, int(memory * draw(st.floats(0, 1))))
+
+
+asked_for = st.builds(
+    Overrides,
+    memory_fraction=st.floats(0.1, 1.0),
+    max_model_len=st.sampled_from([None, 256, 2048, 8192]),
+    max_num_seqs=st.sampled_from([None, 1, 512]),
+    tp_size=st.sampled_from([None, 1, 2]),
+)
+drawn = {
+    "hardware": machines(),
+    "model": st.sampled_from(list(MODELS.values())),
+    "objective": st.sampled_from(["throughput", "latency"]),
+    "build": st.sampled_from([FIRST, FULL]),
+    "overrides": asked_for,
+}
+
+
+def chosen(hardware, model, objective, build, overrides, profiles=PROFILES):
+    return select(hardware, model, profiles, objective, overrides, capabilities=build, gpu_facts=FACTS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**drawn)
+def test_what_is_runnable_fits_free_memory_and_is_built(hardware, model, objective, build, overrides):
+    selection = chosen(hardware, model, objective, build, overrides)
+    usable = {gpu.uuid: gpu for gpu in hardware.usable_gpus}
+    for outcome in selection.outcomes:
+        if outcome.status != "runnable":
+            continue
+        required, backend = outcome.requires_bytes_per_gpu, build.backends[outcome.backend]
+        assert outcome.precision in build.schemes and outcome.precision in backend.precisions
+        assert outcome.tp_size <= backend.max_tp and outcome.kv_cache in backend.kv_cache
+        assert outcome.max_model_len <= model.max_position_embeddings
+        if outcome.backend == "cpu":
+            assert not usable and required <= hardware.free_memory
+            continue
+        team = [usable[uuid] for uuid in outcome.devices]
+        assert len(set(outcome.devices)) == outcome.tp_size * outcome.pp_size
+        assert len({gpu.pci_id for gpu in team}) == 1
+        for gpu in team:
+            assert required <= gpu.free_memory
+            stored = outcome.memory.fixed + outcome.max_model_len * outcome.memory.kv_per_token
+            assert stored <= gpu.free_memory * overrides.memory_fraction + 1
+    runnable = [outcome.id for outcome in selection.outcomes if outcome.status == "runnable"]
+    assert (selection.selected.id in runnable) if runnable else selection.selected is None
+    assert selection.selected is None or selection.wanted is not None
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn, seed=st.integers(0, 1000))
+def test_selection_does_not_depend_on_the_order_of_profiles(hardware, model, objective, build, overrides, seed):
+    shuffled = list(PROFILES)
+    random.Random(seed).shuffle(shuffled)
+    assert chosen(hardware, model, objective, build, overrides) == chosen(
+        hardware, model, objective, build, overrides, shuffled
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(**drawn, more=st.lists(st.floats(0, 1), min_size=5, max_size=5))
+def test_more_free_memory_never_makes_less_runnable(hardware, model, objective, build, overrides, more):
+    def runnable(machine: Hardware) -> set[str]:
+        return {o.id for o in chosen(machine, model, objective, build, overrides).outcomes if o.status == "runnable"}
+
+    grown = tuple(
+        msgspec.structs.replace(g, free_memory=g.free_memory + int((g.total_memory - g.free_memory) * share))
+        for g, share in zip(hardware.gpus, more, strict=False)
+    )
+    free = hardware.free_memory + int((hardware.memory - hardware.free_memory) * more[-1])
+    assert runnable(hardware) <= runnable(msgspec.structs.replace(hardware, gpus=grown, free_memory=free))
