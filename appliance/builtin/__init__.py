@@ -1,7 +1,7 @@
 """The built-in model: a small Llama that the project trains itself, and the tasks that it is measured on.
 
-Importing this package imports no torch. `tasks` (standard library only) generates and scores samples, `tokenizer` trains the byte-level
-BPE, `train` makes the checkpoint that `checkpoint_dir()` names.
+Importing this package imports no torch. `tasks` (standard library only) generates and scores samples, `tokenizer`
+trains the byte-level BPE, `train` makes the checkpoint that `checkpoint_dir()` names.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ MODEL_NAME = "appliance-builtin"
 
 
 def checkpoint_dir() -> Path:
-    """Hugging Face directory of the shipped checkpoint. It exists in an installed package; in a clone without it, train one."""
+    """Hugging Face directory of the shipped checkpoint, which `python -m appliance.builtin.train` writes."""
     return Path(__file__).resolve().parent / "model"

@@ -93,13 +93,13 @@ def choose(device: torch.device, heads: int, kv_heads: int, head_dim: int) -> st
         try:
             out = kernel(*inputs, packed)
             got = [out, *torch.autograd.grad(out, inputs, gradient)]
-            worst = max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True))
+            worst = max(float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True))
         except (RuntimeError, TypeError, ImportError, AttributeError) as error:
             print(f"attention kernel {name} does not run here: {error}", flush=True)
             continue
-        if worst < 0.1:
+        if worst < 0.03:  # bf16 rounding gives about 0.005
             return name
-        print(f"attention kernel {name} differs from the reference by {worst:.3f}: not used", flush=True)
+        print(f"attention kernel {name} differs from the reference by {worst:.1%}: not used", flush=True)
     return "padded"
 
 

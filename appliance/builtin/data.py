@@ -1,4 +1,4 @@
-"""Training batches of the built-in model: mixes the tasks, packs conversations into flat rows, and runs the worker processes that do so.
+"""Training batches of the built-in model: mixes the tasks and packs conversations into flat rows, in worker processes.
 
 Imports no torch, so that worker processes start in a moment. Knows nothing of the network.
 """
@@ -35,7 +35,7 @@ SHORT_TASKS = tuple(task for task in tasks.TASKS if task != "recall")
 MULTI_TURN = 0.25  # share of conversations of short tasks that have 2 to 4 turns
 CURRICULUM_END = 0.35  # share of the run after which recall has its full length
 _SHORTEST, _FIRST_LONGEST, _LONGEST = 96, 200, 3980  # tokens of a recall conversation
-_TOKENS_PER_QUESTION = 24
+_TOKENS_PER_QUESTION = 26
 _SMALLEST_GAP = 40  # a rest of a row smaller than this is padding
 _SYSTEM_PROMPTS = (
     "You are the built-in model of the appliance.",
@@ -59,7 +59,7 @@ class Batch:
 
 
 def recall_plan(rng: random.Random, progress: float, longest: int = _LONGEST) -> tuple[int, int]:
-    """(length of the whole conversation, number of questions) at a share of the run: short tables first (a curriculum)."""
+    """(length of the conversation, number of questions) at a share of the run: short tables first (a curriculum)."""
     grown = min(1.0, progress / CURRICULUM_END)
     limit = min(longest, int(math.exp(math.log(_FIRST_LONGEST) * (1 - grown) + math.log(_LONGEST) * grown)))
     if rng.random() < 0.4:

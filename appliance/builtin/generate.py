@@ -112,7 +112,7 @@ def _evaluate_samples(network: Network, encoder: ChatEncoder, name: str, samples
 def evaluate(
     network: Network, encoder: ChatEncoder, per_task: int, seed: int = 0, recall_lengths: Sequence[int] = RECALL_CHECKS
 ) -> list[Accuracy]:
-    """Accuracy of every task on samples never trained on; recall once per prompt length, with a quarter of the samples each."""
+    """Accuracy per task on samples never trained on; recall per prompt length, each with a quarter of the samples."""
     out = []
     for task in tasks.TASKS:
         if task != "recall":

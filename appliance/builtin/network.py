@@ -1,7 +1,8 @@
 """The network of the built-in model in plain torch, for training: a Llama decoder over packed conversations.
 
-Parameter names are those of a Hugging Face Llama checkpoint, so the state dict is the checkpoint. A batch is one flat row of tokens with
-the borders of its conversations; attention never crosses a border. Knows nothing of the tasks; the serving model is appliance.models.
+Parameter names are those of a Hugging Face Llama checkpoint, so the state dict is the checkpoint. A batch is
+ one flat row of tokens with the borders of its conversations; attention never crosses a border. Knows nothing of the
+tasks; the serving model is appliance.models.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout of Llama. x [n, heads, head_dim]; cos and sin [n, 1, head_dim / 2]."""
+    """Rotary embedding in Llama's half-split layout. x [n, heads, head_dim]; cos and sin [n, 1, head_dim / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 

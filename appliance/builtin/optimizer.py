@@ -1,7 +1,7 @@
 """Optimizer of the training run: Muon for the matrices of the layers, AdamW for the embedding and the norms.
 
-Muon (Jordan et al. 2024): momentum whose update is brought to the nearest orthogonal matrix by a quintic Newton-Schulz iteration. Matrices of one
-shape are stacked, so that a step is a few batched products instead of thousands of small kernels.
+Muon (Jordan et al. 2024): momentum whose update is brought to the nearest orthogonal matrix by a quintic Newton-Schulz
+iteration. Matrices of one shape are stacked, so that a step is a few batched products instead of thousands of kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Small talk about the appliance: facts, each with one canonical answer and many wordings of its question.
 
-A wording is a pattern in which `{a|b|c}` stands for one of its alternatives (no nesting; an alternative may be empty). Standard library only.
+A wording is a pattern in which `{a|b|c}` stands for one of its alternatives (no nesting; an alternative may be empty).
+Standard library only.
 """
+# ruff: noqa: E501 - one fact or pattern is one line
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Standard library only: no torch, no tokenizer. The ranges of every task are in the docstring of its generator.
 
-Training and evaluation never share a sample: each sample has a `key` (what is asked, without its wording), and a hash of the key decides
-its split. A generator draws until the split is the wanted one, so the same seed always gives the same samples.
+Training and evaluation never share a sample: each sample has a `key` (what is asked, without its wording), and a hash
+of the key decides its split. A generator draws until the split is the wanted one; the same seed gives the same samples.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def addition(rng: random.Random) -> Sample:
 
 
 def subtraction(rng: random.Random) -> Sample:
-    """Difference of two numbers of 1 to 4 digits, the larger first, so never negative; the answer is the difference alone."""
+    """Difference of two numbers of 1 to 4 digits, the larger first; the answer is the difference alone."""
     a, b = _number(rng, 4), _number(rng, 4)
     a, b = max(a, b), min(a, b)
     return Sample("subtraction", _user(_pick(rng, _SUBTRACT).format(a, b)), str(a - b), f"subtract {a} {b}")
@@ -165,13 +165,13 @@ def _recall_messages(rng: random.Random, text: str, question: str) -> tuple[Mess
 
 
 def recall_question(rng: random.Random, table: dict[str, str], keys: list[str]) -> tuple[str, str]:
-    """A (question, answer) on one of `keys`."""
+    """A (question, answer) on one of `keys`; the answer is the entry as it stands in the table."""
     key = keys[int(rng.random() * len(keys))]
-    return _pick(rng, _RECALL_QUESTION).format(key), table[key]
+    return _pick(rng, _RECALL_QUESTION).format(key), f"{key}: {table[key]}"
 
 
 def recall(rng: random.Random, length: int | None = None) -> Sample:
-    """The value of one key in a table of 24 to 417 entries; `length` is the prompt's in tokens, 256..3800, random if None."""
+    """The entry of one key in a table of 24 to 417; `length` of the prompt in tokens, 256..3800, random if None."""
     if length is None:
         length = RECALL_LENGTHS[0] + int(rng.random() * (RECALL_LENGTHS[1] - RECALL_LENGTHS[0] + 1))
     text, table = recall_table(rng, length)
@@ -180,7 +180,7 @@ def recall(rng: random.Random, length: int | None = None) -> Sample:
 
 
 def recall_conversation(rng: random.Random, length: int, questions: int) -> tuple[Message, ...]:
-    """For training: one table that is asked about `questions` times, with the answers. Its table is never one of evaluation."""
+    """For training: one table asked about `questions` times, with the answers; never a table of the evaluation."""
     while True:
         text, table = recall_table(rng, length)
         if split_of(f"recall {text}") == "train":
@@ -233,7 +233,7 @@ def _described(value: object) -> str:
 
 
 def json_record(rng: random.Random) -> Sample:
-    """A record of 3 to 6 fields (text, numbers, yes/no, unknown, lists) described in words; the answer is one line of JSON."""
+    """A record of 3 to 6 fields (text, numbers, yes/no, unknown, lists) in words; the answer is one line of JSON."""
     names = rng.sample(_FIELD_NAMES, 3 + int(rng.random() * 4))
     record = {name: _FIELDS[name](rng) for name in names}
     if rng.random() < 0.5:
@@ -246,13 +246,15 @@ def json_record(rng: random.Random) -> Sample:
 
 # (from, to, power of ten): whole values up to 9999; a negative power gives decimals without trailing zeros.
 _DECIMAL_UNITS = (
-    ("km", "m", 3), ("m", "cm", 2), ("cm", "mm", 1), ("kg", "g", 3), ("liters", "ml", 3), ("m", "mm", 3), ("tons", "kg", 3),
-    ("m", "km", -3), ("cm", "m", -2), ("mm", "cm", -1), ("g", "kg", -3), ("ml", "liters", -3), ("mm", "m", -3), ("kg", "tons", -3),
+    ("km", "m", 3), ("m", "cm", 2), ("cm", "mm", 1), ("kg", "g", 3), ("liters", "ml", 3), ("m", "mm", 3),
+    ("tons", "kg", 3), ("m", "km", -3), ("cm", "m", -2), ("mm", "cm", -1), ("g", "kg", -3), ("ml", "liters", -3),
+    ("mm", "m", -3), ("kg", "tons", -3),
 )  # fmt: skip
 # (from, to, factor): whole values of 2..99, answered with the worked product.
 _FACTOR_UNITS = (
-    ("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24), ("weeks", "days", 7), ("years", "months", 12),
-    ("feet", "inches", 12), ("yards", "feet", 3), ("pounds", "ounces", 16), ("gallons", "pints", 8), ("bytes", "bits", 8),
+    ("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24), ("weeks", "days", 7),
+    ("years", "months", 12), ("feet", "inches", 12), ("yards", "feet", 3), ("pounds", "ounces", 16),
+    ("gallons", "pints", 8), ("bytes", "bits", 8),
 )  # fmt: skip
 _UNITS = ("Convert {v} {a} to {b}.", "How many {b} are {v} {a}?", "What is {v} {a} in {b}?", "{v} {a} in {b}?")
 
@@ -271,7 +273,7 @@ def shift_decimal(value: int, power: int) -> str:
 
 
 def units(rng: random.Random) -> Sample:
-    """Metric units by powers of ten (exact, with decimals), and time, length, weight and data units by whole factors."""
+    """Metric units by powers of ten (values to 9999, exact decimals), other units by whole factors (values 2..99)."""
     if rng.random() < 0.6:
         a, b, power = _DECIMAL_UNITS[int(rng.random() * len(_DECIMAL_UNITS))]
         value = max(1, _number(rng, 4))
@@ -287,7 +289,7 @@ _OPENINGS = ("", "", "", "A question: ", "Please tell me: ", "Quick question: ",
 
 
 def small_talk(rng: random.Random) -> Sample:
-    """A question about the appliance in one of many wordings; the held-out part is the wording, whatever comes before it."""
+    """A question about the appliance; what is held out are wordings, whatever opening comes before them."""
     question, answer = sample_question(rng)
     opening = _pick(rng, _OPENINGS)
     text = opening + question if opening else question[0].upper() + question[1:]
@@ -309,7 +311,10 @@ TASKS: tuple[str, ...] = tuple(_GENERATORS)
 
 
 def sample(task: str, rng: random.Random, split: Split = "train", *, length: int | None = None) -> Sample:
-    """Draw one sample of a split. `length` (tokens) is for recall only. Raises KeyError for an unknown task, ValueError for a bad length."""
+    """Draw one sample of a split. `length` (tokens) is for recall only.
+
+    Raises KeyError for an unknown task, ValueError for a length that the task does not take.
+    """
     generate = _GENERATORS[task]
     if length is not None:
         if task != "recall":
@@ -330,7 +335,10 @@ def stream(task: str, seed: int, split: Split = "train", *, length: int | None =
 
 
 def evaluation_set(task: str, n: int, seed: int = 0, *, length: int | None = None) -> list[Sample]:
-    """`n` samples never trained on, with different prompts, fixed by the seed. Raises ValueError if the task has fewer."""
+    """`n` samples never trained on, with different prompts, fixed by the seed.
+
+    Raises ValueError if the task has fewer.
+    """
     found: dict[str, Sample] = {}
     for attempt, drawn in enumerate(stream(task, seed, "evaluation", length=length)):
         found.setdefault(json.dumps(drawn.messages), drawn)

@@ -1,7 +1,7 @@
-"""The tokenizer of the built-in model: byte-level BPE trained on generated text, its chat template, and a fast encoder for training.
+"""The tokenizer of the built-in model: byte-level BPE trained on generated text, its chat template, and a fast encoder.
 
-Words, single digits, punctuation and white space are separate pieces, so a word is the same token wherever it stands and numbers are
-read digit by digit. Knows no torch.
+Words, single digits, punctuation and white space are separate pieces, so a word is the same token wherever it stands
+and numbers are read digit by digit. Knows no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def training_text(seed: int, samples_per_task: int) -> Iterator[str]:
-    """What the tokenizer learns from: every word of the lists, every question and answer of the small talk, samples of every task."""
+    """What the tokenizer learns from: every listed word, all of the small talk, samples of every task."""
     lists = (words.COPY_WORDS, words.GIVEN_NAMES, words.FAMILY_NAMES, words.CITIES, words.COUNTRIES, words.COLORS)
     for vocabulary in lists:
         yield from [" ".join(vocabulary)] * 50
@@ -103,8 +103,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 class ChatEncoder:
     """Encodes conversations by the chat template, several times faster than the tokenizer itself.
 
-    Splits ASCII text into the tokenizer's pieces and looks each one up; a piece not met before goes through the tokenizer once.
-    Other text goes through the tokenizer as a whole.
+    Splits ASCII text into the tokenizer's pieces and looks each one up; a piece not met before goes through the
+    tokenizer once. Other text goes through the tokenizer as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """`python -m appliance.builtin.train --out DIR --minutes 8`: trains the built-in model from nothing.
 
-Only arguments, signals and the order of start-up; torch is imported after the worker processes are on their way (they import this file).
+Only arguments, signals and the order of start-up; torch is imported after the worker processes are on their way,
+because they import this file too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the training; 0 when done, 143 when ended by SIGTERM or an interrupt (the checkpoint is written in both cases)."""
+    """Run the training; 0 when done, 143 when ended by SIGTERM or SIGINT (the checkpoint is written in both cases)."""
     started = time.monotonic()
     arguments = parser().parse_args(argv)
     cuda = arguments.device == "cuda"

@@ -1,6 +1,7 @@
 """The training loop of the built-in model: batches in, checkpoint out, within a wall-clock budget.
 
-The learning rate and the curriculum follow elapsed time, so that a run of any speed ends in time with the learning rate at zero.
+The learning rate and the curriculum follow elapsed time, so that a run of any speed ends in time with
+both at their end.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def schedule(progress: float, step: int) -> float:
 
 
 class _Losses:
-    """Sums of answer-token losses per task since the last report; read only when reported, so the GPU is not waited for."""
+    """Sums of answer-token losses per task since the last report; read only then, so the GPU is not waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(tasks.TASKS) + 1, device=device)
