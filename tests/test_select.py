@@ -229,7 +229,7 @@ def test_the_cpu_serves_loudly_when_no_gpu_can():
 def test_the_cpu_serves_on_request_beside_a_gpu(asked: dict[str, object]):
     selection = choose("h100-x1", BUILTIN, **asked)
     assert require(selection).name == "bf16-cpu-tp1" and require(selection).devices == ()
-    assert reasons(selection)[0] == "the CPU serves as asked" or "int4-cpu" in reasons(selection)[0]
+    assert reasons(selection)[0] == "the CPU serves, as asked"
 
 
 def test_unknown_gpus_are_served_with_generic_facts_and_a_line():
@@ -275,7 +275,7 @@ def test_an_override_never_falls_back_silently():
         require(choose("h100-x2", pp_size=2))
     with pytest.raises(ProfileError, match="fp8 KV cache is not built yet"):
         require(choose("h100-x1", kv_cache_dtype="fp8"))
-    with pytest.raises(ProfileError, match="8.9, and NVIDIA A100"):
+    with pytest.raises(ProfileError, match=r"8\.9, and NVIDIA A100"):
         require(choose("a100-80gb-x1", precision="fp8"))
     with pytest.raises(ProfileError, match="no profile agrees"):
         require(choose("h100-x1", precision="bf16", profile="fp8"))
@@ -344,10 +344,7 @@ def test_every_profile_has_a_score_or_a_reason_and_everything_can_be_printed(nam
             require(selection)
         assert data["reasons"][0].startswith("nothing can serve")
     else:
-        assert (
-            data["selected"] == {k: v for k, v in data["profiles"][0].items() if k in data["selected"]}
-            or len([p for p in data["profiles"] if p["status"] == "runnable"]) > 1
-        )
+        assert data["selected"]["name"] in {p["name"] for p in data["profiles"] if p["status"] == "runnable"}
     text, listing = explain_text(selection), list_profiles_text(selection)
     for outcome in selection.outcomes:
         assert outcome.name in text and f"{outcome.id} ({outcome.name})" in listing

@@ -48,9 +48,9 @@ def _reasons(selection: Selection) -> Iterator[str]:
     if selected is None:
         message, hint = _failure(selection)
         yield f"nothing can serve this model here: {message}" + (f"; {hint}" if hint else "")
-    elif selected.backend == "cpu" and selection.overrides.backend != "cpu":
+    elif selected.backend == "cpu":
         usable = selection.hardware.usable_gpus
-        yield "the CPU serves" + (" as asked" if usable else f": {selection.hardware.problem or 'there is no GPU'}")
+        yield "the CPU serves" + (", as asked" if usable else f": {selection.hardware.problem or 'there is no GPU'}")
     if wanted is not None and (selected is None or wanted.id != selected.id):
         serves = f"; {selected.name} serves instead" if selected is not None else ""
         yield f"the policy wants {wanted.name}, but {wanted.reason or 'it cannot run'}{serves}"
