@@ -1,0 +1,512 @@
+"""The builder: what it writes, what it refuses, what it survives; and loading what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from appliance import registry
+from appliance.builder import BuildRequest, key_of
+from appliance.builder.build import build
+from appliance.builder.convert import convert, plan_tensors
+from appliance.builder.process import main
+from appliance.checkpoint import Checkpoint, SafetensorsWriter, read_model_config
+from appliance.engines import ByteMeter, DamagedFileError, EngineStore, read_manifest, verify_engine
+from appliance.errors import CheckpointError, EngineBuildError, EngineDamagedError, NoSpaceError
+from appliance.ipc import Built, Failed, Progress, ServerEnd, Shutdown
+from appliance.models import llama
+from appliance.quantization import fp8, unquantized
+from appliance.runtime.weights import load_weights, load_weights_reference
+from appliance.types import WeightSpec
+
+torch.set_num_threads(1)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with biases, in several shards, with a tokenizer file."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(path, max_shard_size="60KB")
+    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (path / "tokenizer_config.json").write_text("{}")
+    assert len(list(path.glob("model-*.safetensors"))) > 2
+    return path
+
+
+def request_of(source: Path, cache: Path, **changes: Any) -> BuildRequest:
+    defaults = {"checkpoint": str(source), "cache": str(cache), "precision": "bf16", "backend": "cpu"}
+    return BuildRequest(**(defaults | changes))
+
+
+def originals(source: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+class Plugins:
+    """Plug-ins whose quantize first calls `before`, to count, block or fail in mid-build."""
+
+    def __init__(self, before: Any) -> None:
+        class Scheme(unquantized.Scheme):
+            def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+                before()
+                return super().quantize(weight)
+
+        self._quantization = SimpleNamespace(Scheme=Scheme)
+
+    def __call__(self, kind: str, name: str) -> ModuleType:
+        return self._quantization if kind == "quantization" else registry.load(kind, name)  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_engine_holds_the_checkpoint_fused_and_cast(source: Path, tmp_path: Path, precision: str) -> None:
+    engine = build(request_of(source, tmp_path, precision=precision))
+    stored, original = load_file(engine / "rank-0.safetensors"), originals(source)
+    dtype = DTYPES[precision]
+    prefix = "model.layers.1"
+    for part in ("weight", "bias"):
+        qkv = torch.cat([original[f"{prefix}.self_attn.{x}_proj.{part}"] for x in "qkv"])
+        assert torch.equal(stored[f"layers.1.attention.qkv.{part}"], qkv.to(dtype))
+    gate_up = torch.cat([original[f"{prefix}.mlp.{x}_proj.weight"] for x in ("gate", "up")])
+    assert torch.equal(stored["layers.1.mlp.gate_up.weight"], gate_up.to(dtype))
+    assert torch.equal(stored["embedding.weight"], original["model.embed_tokens.weight"].to(dtype))
+    assert torch.equal(stored["lm_head.weight"], original["lm_head.weight"].to(dtype))
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in original.values())
+    assert (engine / "tokenizer" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert (engine / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_fp8_engine_and_its_manifest(source: Path, tmp_path: Path) -> None:
+    request = request_of(source, tmp_path, precision="fp8")
+    engine = build(request)
+    stored, original = load_file(engine / "rank-0.safetensors"), originals(source)
+    weight, scale = stored["layers.0.mlp.down.weight"], stored["layers.0.mlp.down.weight_scale"]
+    assert weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    expected = original["model.layers.0.mlp.down_proj.weight"]
+    assert ((weight.float() * scale - expected).norm() / expected.norm()) < 0.04
+    assert stored["norm.weight"].dtype == torch.bfloat16
+    manifest = read_manifest(engine)
+    assert manifest.key == engine.name == key_of(request)
+    assert (manifest.scheme, manifest.dtype, manifest.rank_files) == ("fp8", "bfloat16", ("rank-0.safetensors",))
+    assert manifest.model == read_model_config(source)
+    assert {file.name for file in manifest.files} == {
+        p.relative_to(engine).as_posix() for p in engine.rglob("*") if p.is_file() and p.name != "engine.json"
+    }
+    verify_engine(engine, "full")
+    checked = {check.name.partition(" ")[0]: check for check in manifest.self_check}
+    assert {"layers.0.attention.qkv", "lm_head", "forward"} <= checked.keys()
+    measured = checked["lm_head"].value
+    assert measured is not None and 0.01 < measured < 0.06, "FP8 products differ from exact ones by a few percent"
+    build_facts = manifest.build
+    assert build_facts.source == source.name and build_facts.source_bytes == sum(t.nbytes for t in original.values())
+    assert build_facts.device == "cpu" and build_facts.peak_memory > 0
+
+
+def test_tied_embeddings_and_double_build(tmp_path: Path) -> None:
+    """Every precision gives another key; the same request the same engine, with nothing built."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    source = tmp_path / "qwen"
+    config = Qwen2Config(
+        vocab_size=80,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(source)
+    seen: list[Progress] = []
+    engines = [build(request_of(source, tmp_path, precision=p), seen.append) for p in ("bf16", "fp8", "bf16")]
+    assert engines[0] == engines[2] != engines[1]
+    stored = load_file(engines[0] / "rank-0.safetensors")
+    assert torch.equal(stored["lm_head.weight"], stored["embedding.weight"])
+    assert "layers.0.attention.qkv.bias" in stored and "layers.0.attention.o.bias" not in stored
+    done = [m for m in seen if m.percent == 100.0 and m.detail == "checking the built engine"]
+    assert len(done) == 2 and all(m.bytes_done == m.bytes_total > 0 for m in done)
+    assert "no tokenizer" in " ".join(read_manifest(engines[0]).build.notes)
+
+
+def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from appliance.builder import convert as module
+
+    weight = torch.randn(37, 48)
+    whole = fp8.Scheme().quantize(weight)
+    monkeypatch.setattr(module, "_QUANTIZE_AT_ONCE", 10 * 48)
+    blocks = module.quantize(fp8.Scheme(), weight)
+    assert blocks.keys() == whole.keys()
+    for suffix, tensor in whole.items():
+        assert torch.equal(blocks[suffix].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) -> None:
+    read, most = 0, 0
+
+    class Counting(Checkpoint):
+        def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+            nonlocal read
+            read += 1
+            return super().read(name, dim, start, stop)
+
+    class Slow(SafetensorsWriter):
+        written = 0
+
+        def write(self, name: str, tensor: torch.Tensor) -> None:
+            nonlocal most
+            time.sleep(0.005)
+            most = max(most, read - self.written)
+            self.written += 1
+            super().write(name, tensor)
+
+    scheme = unquantized.Scheme()
+    # One tensor each, so that reads and writes count the same.
+    names = [name for name, tensor in originals(source).items() if tensor.ndim == 2]
+    checkpoint = Counting(source)
+    specs = [WeightSpec(n, "linear", (n,), (checkpoint.info(n).shape,)) for n in names]
+    with Slow(tmp_path / "x", plan_tensors(specs, scheme, torch.float32)) as writer, ByteMeter(1, None) as meter:
+        convert(checkpoint, specs, scheme, torch.float32, torch.device("cpu"), writer, meter)
+        writer.finish()
+    assert writer.written == len(names) > 10
+    assert most <= 7, "two read ahead, one in hand, two or three to be written"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineBuildError, match="tp_size=2"):
+        build(request_of(source, tmp_path, tp_size=2))
+    with pytest.raises(EngineBuildError, match="int4 cannot be built; allowed"):
+        build(request_of(source, tmp_path, precision="int4"))
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    config = json.loads((source / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(CheckpointError, match=r"already quantized \(awq\)"):
+        build(request_of(broken, tmp_path))
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight .* \[112, 64\], expected \[96, 64\]"):
+        build(request_of(broken, tmp_path))
+    assert EngineStore(tmp_path).list_engines() == []
+
+
+def test_no_space_is_found_before_writing(source: Path, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path, free_bytes=lambda path: 1 << 20)
+    with pytest.raises(NoSpaceError, match=rf"the bf16 engine of {source.name} needs"):
+        build(request_of(source, tmp_path), store=store)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_self_check_finds_a_scheme_that_stores_nonsense_and_weights_that_are_not_finite(
+    source: Path, tmp_path: Path
+) -> None:
+    class Wrong(unquantized.Scheme):
+        def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"weight": weight.flip(0)}
+
+    def load_plugin(kind: str, name: str) -> Any:
+        return SimpleNamespace(Scheme=Wrong) if kind == "quantization" else registry.load(kind, name)
+
+    with pytest.raises(EngineBuildError, match=r"fails its self-check, layers\.0\.attention\.qkv.*relative error"):
+        build(request_of(source, tmp_path), load_plugin=load_plugin)
+    infinite = tmp_path / "infinite"
+    shutil.copytree(source, infinite)
+    shard = next(f for f in infinite.glob("*.safetensors") if "model.norm.weight" in load_file(f))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(EngineBuildError, match="forward pass on the CPU: logits are not finite"):
+        build(request_of(infinite, tmp_path))
+    assert EngineStore(tmp_path).list_engines() == []
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def test_tokenizer_without_a_fast_file_is_converted(source: Path, tmp_path: Path) -> None:
+    """GPT-2's form, vocabulary and merges, becomes tokenizer.json."""
+    old = tmp_path / "old"
+    shutil.copytree(source, old)
+    (old / "tokenizer.json").unlink()
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", "a", "b", "c", "ab", "abc"])}
+    (old / "vocab.json").write_text(json.dumps(vocab))
+    (old / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
+    (old / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    engine = build(request_of(old, tmp_path))
+    from tokenizers import Tokenizer
+
+    assert Tokenizer.from_file(str(engine / "tokenizer" / "tokenizer.json")).encode("abc").ids == [5]
+    assert "converted from" in " ".join(read_manifest(engine).build.notes)
+    (old / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
+    with pytest.raises(CheckpointError, match="own code"):
+        build(request_of(old, tmp_path))
+
+
+# ---------------------------------------------------------------- crashes and company
+
+_BLOCKING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from tests.test_builder import Plugins, build, request_of
+count = 0
+def before():
+    global count
+    count += 1
+    if count == 4:
+        print("mid-build", flush=True); time.sleep(60)
+build(request_of(Path(sys.argv[1]), Path(sys.argv[2])), load_plugin=Plugins(before))
+"""
+
+
+def _start_blocking(source: Path, cache: Path) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parent.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _BLOCKING, str(source), str(cache), root], stdout=subprocess.PIPE, text=True, cwd=root
+    )
+    assert child.stdout is not None and child.stdout.readline() == "mid-build\n"
+    return child
+
+
+def test_killed_in_mid_build_then_started_again(source: Path, tmp_path: Path) -> None:
+    child = _start_blocking(source, tmp_path)
+    staging = tmp_path / "engines" / ".staging"
+    (left,) = staging.iterdir()
+    assert (left / "rank-0.safetensors").stat().st_size > 0
+    # Meanwhile a second builder waits, says for whom, and goes on when that one dies.
+    seen: list[Progress] = []
+    done: list[Path] = []
+    second = threading.Thread(target=lambda: done.append(build(request_of(source, tmp_path), seen.append)))
+    second.start()
+    deadline = time.monotonic() + 10
+    while not any("waiting" in m.detail for m in seen) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert any(f"waiting for process {child.pid} on" in m.detail for m in seen)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert child.stdout is not None
+    child.stdout.close()
+    second.join(20)
+    assert done == [EngineStore(tmp_path).find(key_of(request_of(source, tmp_path)))]
+    verify_engine(done[0], "full")
+    assert list(staging.iterdir()) == []
+
+
+def test_two_builders_build_once(source: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    plugins = Plugins(lambda: (calls.append(1), time.sleep(0.01)))
+    done: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(build(request_of(source, tmp_path), load_plugin=plugins)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    linears = [s for s in llama.weight_specs(read_model_config(source)) if s.kind == "linear"]
+    assert len(done) == 2 and done[0] == done[1] and len(calls) == len(linears)
+
+
+def test_damaged_engine_is_named_and_built_anew(source: Path, tmp_path: Path) -> None:
+    request = request_of(source, tmp_path)
+    engine = build(request)
+    before = read_manifest(engine)
+    store = EngineStore(tmp_path)
+    time.sleep(0.05)
+    store.verify(before.key)
+    os.truncate(engine / "rank-0.safetensors", (engine / "rank-0.safetensors").stat().st_size - 1)
+    with pytest.raises(DamagedFileError, match=r"rank-0\.safetensors is damaged"):
+        store.verify(before.key)
+    assert build(request) == engine
+    assert store.verify(before.key, "full").manifest.files == before.files, "the same bytes as before"
+
+
+# ---------------------------------------------------------------- the child process
+
+
+def _run_main(address: str, request: str) -> int:
+    return subprocess.run(
+        [sys.executable, "-m", "appliance.builder", "--ipc", address, "--request", request],
+        cwd=Path(__file__).parent.parent,
+        timeout=60,
+    ).returncode
+
+
+async def _messages(end: ServerEnd) -> list[Any]:
+    messages: list[Any] = []
+    while not messages or not isinstance(messages[-1], Built | Failed):
+        messages.append(await end.receive())
+    return messages
+
+
+async def test_child_process_reports_progress_and_result(source: Path, tmp_path: Path) -> None:
+    end = ServerEnd(tmp_path / "s")
+    request = request_of(source, tmp_path)
+    code: list[int] = []
+    file = tmp_path / "request.json"
+    file.write_bytes(msgspec.json.encode(request))
+    runner = threading.Thread(target=lambda: code.append(_run_main(end.address, str(file))))
+    runner.start()
+    *progress, last = await _messages(end)
+    runner.join(30)
+    end.close()
+    assert isinstance(last, Built) and code == [0]
+    assert Path(last.engine_dir) == EngineStore(tmp_path).find(last.engine_key) and last.seconds > 0
+    assert all(isinstance(m, Progress) and m.phase == "build" for m in progress)
+    assert [m.percent for m in progress][-1] == 100.0
+
+
+async def test_child_process_reports_failure_with_its_exit_code(tmp_path: Path) -> None:
+    end = ServerEnd(tmp_path / "s")
+    request = msgspec.json.encode(request_of(tmp_path / "nothing", tmp_path)).decode()
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--ipc", end.address, "--request", request]) == 4
+    signal.signal(signal.SIGTERM, before)
+    failed = (await _messages(end))[-1]
+    end.close()
+    assert (failed.error, failed.hint) == ("CheckpointError", "is it the directory of a Hugging Face checkpoint?")
+
+
+def _fail(request: BuildRequest, send: Any) -> Path:
+    raise ZeroDivisionError("surprise")
+
+
+async def test_errors_of_our_own_bugs_and_of_subclasses_have_names_that_the_server_knows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(request: BuildRequest, send: Any) -> Path:
+        raise DamagedFileError(tmp_path, "rank-0.safetensors", "x")
+
+    request = msgspec.json.encode(request_of(tmp_path, tmp_path)).decode()
+    before = signal.getsignal(signal.SIGTERM)
+    for run, name, exit_code in ((_fail, "EngineBuildError", 7), (damaged, "EngineDamagedError", 7)):
+        end = ServerEnd(tmp_path / "s")
+        assert main(["--ipc", end.address, "--request", request], run) == exit_code
+        assert (await _messages(end))[-1].error == name
+        end.close()
+    signal.signal(signal.SIGTERM, before)
+    assert "ZeroDivisionError: surprise" in capfd.readouterr().err, "our own bugs leave a trace"
+
+
+@pytest.mark.parametrize("how", ["sigterm", "shutdown"])
+async def test_stopped_child_cleans_up(source: Path, tmp_path: Path, how: str) -> None:
+    end = ServerEnd(tmp_path / "s")
+    root = str(Path(__file__).parent.parent)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[3])\n"
+        "import time; from tests.test_builder import Plugins, build\n"
+        "from appliance.builder.process import main\n"
+        "def run(request, send):\n"
+        "    return build(request, send, load_plugin=Plugins(lambda: time.sleep(0.5)))\n"
+        "sys.exit(main(['--ipc', sys.argv[1], '--request', sys.argv[2]], run))\n"
+    )
+    request = msgspec.json.encode(request_of(source, tmp_path)).decode()
+    child = subprocess.Popen([sys.executable, "-c", code, end.address, request, root], cwd=root)
+    staging = tmp_path / "engines" / ".staging"
+    deadline = time.monotonic() + 20
+    while not list(staging.glob("*/rank-0.safetensors")) and time.monotonic() < deadline:
+        await end.receive()
+    if how == "sigterm":
+        child.terminate()
+    else:
+        await end.send(Shutdown())
+    assert child.wait(10) == 128 + signal.SIGTERM
+    end.close()
+    assert list(staging.iterdir()) == []
+
+
+# ---------------------------------------------------------------- loading
+
+
+def _model(source: Path, dtype: torch.dtype, scheme: Any) -> nn.Module:
+    with torch.device("meta"):
+        return llama.Model(read_model_config(source), scheme, dtype)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("bf16", "float32"), ("fp8", "float32")])
+def test_loading_equals_the_library(
+    source: Path, tmp_path: Path, precision: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from appliance.runtime import weights
+
+    monkeypatch.setattr(weights, "PIECE", 1000)  # so that tensors are made of many pieces
+    rank_file = build(request_of(source, tmp_path, precision=precision)) / "rank-0.safetensors"
+    scheme = (fp8 if precision == "fp8" else unquantized).Scheme()
+    ours, theirs = (_model(source, getattr(torch, dtype), scheme) for _ in range(2))
+    seen: list[tuple[int, int]] = []
+    nbytes = load_weights(ours, rank_file, "cpu", progress=lambda done, total: seen.append((done, total)))
+    load_weights_reference(theirs, rank_file, "cpu")
+    expected = dict(theirs.named_parameters())
+    assert expected.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == expected[name].dtype and not parameter.requires_grad
+        assert torch.equal(parameter.data.view(-1).view(torch.uint8), expected[name].data.view(-1).view(torch.uint8))
+    assert seen[-1] == (nbytes, nbytes) and nbytes == sum(t.nbytes for t in load_file(rank_file).values())
+
+
+def test_loading_refuses_another_models_file(source: Path, tmp_path: Path) -> None:
+    rank_file = build(request_of(source, tmp_path)) / "rank-0.safetensors"
+    with pytest.raises(EngineDamagedError, match=r"lacks layers\.0\.attention\.o\.weight_scale"):
+        load_weights(_model(source, torch.bfloat16, fp8.Scheme()), rank_file, "cpu")
+    smaller = msgspec.structs.replace(read_model_config(source), vocab_size=90)
+    with torch.device("meta"):
+        model = llama.Model(smaller, unquantized.Scheme(), torch.bfloat16)
+    with pytest.raises(EngineDamagedError, match=r"bfloat16\[96, 64\], the model wants bfloat16\[90, 64\]"):
+        load_weights(model, rank_file, "cpu")
+    os.truncate(rank_file, 5000)
+    with pytest.raises(EngineDamagedError, match="truncated"):
+        load_weights(model, rank_file, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_gpu_conversion_and_loading_equal_the_cpus(source: Path, tmp_path: Path, precision: str) -> None:
+    capability = torch.cuda.get_device_capability()
+    changes = {"precision": precision, "backend": "cuda", "compute_capability": capability}
+    engines = [build(request_of(source, tmp_path / device, device=device, **changes)) for device in ("cpu", "cuda")]
+    stored = [load_file(engine / "rank-0.safetensors") for engine in engines]
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), stored[1][name].view(-1).view(torch.uint8)), name
+    scheme = (fp8 if precision == "fp8" else unquantized).Scheme()
+    model = _model(source, torch.bfloat16, scheme)
+    load_weights(model, engines[1] / "rank-0.safetensors", "cuda")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.cpu().view(-1).view(torch.uint8), stored[0][name].view(-1).view(torch.uint8))
