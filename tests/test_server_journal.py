@@ -228,6 +228,54 @@ async def test_poison_request_is_given_up_and_a_later_one_is_not() -> None:
     state.journal.check_integrity()
 
 
+async def test_a_poison_request_does_not_take_its_neighbours_along() -> None:
+    state, engine = await ready_state(max_num_seqs=8)
+    engine.auto = False
+    engine.script = lambda request: range(100, 200)
+    names = [f"r{i}" for i in range(5)]
+    groups = {name: state.journal.submit([make(name, 6)]) for name in names}
+    crashes = 0
+    for _ in range(100):
+        await settle()
+        state.journal.check_integrity()
+        if not engine.running:
+            break
+        poison = engine.running.get("r2")
+        if poison is not None and poison.done >= 3:  # the fourth token of r2 kills the engine
+            crashes += 1
+            engine = await lose_and_restart(state, engine)
+        else:
+            engine.step()
+    assert crashes == 3
+    for name, group in groups.items():
+        outputs = await collect(group)
+        assert outputs[-1].finish_reason == ("error" if name == "r2" else "length"), name
+        assert [t for o in outputs for t in o.token_ids] == list(range(100, 103 if name == "r2" else 106))
+
+
+async def test_suspects_go_one_by_one() -> None:
+    state, engine = await manual()
+    groups = [state.journal.submit([make(name)]) for name in ("a", "b", "c")]
+    await settle()
+    for _ in range(2):
+        engine = await lose_and_restart(state, engine)
+    fresh = state.journal.submit([make("d")])
+    await settle()
+    assert sorted(engine.running) == ["a", "d"]  # "d" was in no crash
+    engine.step()
+    await settle()
+    assert sorted(engine.running) == ["a", "b", "d"]
+    groups[1].cancel()  # on probation: the next one's turn
+    await settle()
+    assert sorted(engine.running) == ["a", "c", "d"]
+    engine = await lose_and_restart(state, engine)  # blamed on "c" alone
+    while engine.running:
+        engine.step()
+        await settle()
+    ends = [(await collect(group))[-1].finish_reason for group in (groups[0], groups[2], fresh)]
+    assert ends == ["length", "error", "length"]
+
+
 async def test_fail_all() -> None:
     state, _engine = await manual()
     group = state.journal.submit([make("a"), make("b")])

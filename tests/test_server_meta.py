@@ -170,7 +170,7 @@ def test_histogram_buckets() -> None:
 
 
 def test_importing_the_server_stays_light() -> None:
-    """No torch, and with all modules loaded little of the two seconds (CPU time) in which /v1/health/live must answer."""
+    """No torch, and CPU time that leaves room in the two seconds in which /v1/health/live must answer."""
     code = (
         "import sys, time\n"
         "from appliance.server.app import create_app\nfrom appliance.server.state import ServerState\n"

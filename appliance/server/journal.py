@@ -109,7 +109,12 @@ class RequestGroup(AsyncIterator[list[EngineOutput]]):
 
 class RequestJournal:
     """`max_waiting` requests may be accepted beyond the engine's own `max_num_seqs`; `max_engine_crashes` is how many
-    lost engines a request may have been in before it is taken for their cause and ended."""
+    lost engines a request may have been in before it is taken for their cause and ended.
+
+    So that one bad request does not take its neighbours with it, requests that could not survive another crash are
+    *suspects*: they go to the new engine one after the other, each after the one before gave a token (it resumed at the
+    point where the engine died, so that is past the danger). A crash meanwhile is blamed on that one alone.
+    """
 
     def __init__(
         self,
@@ -129,6 +134,8 @@ class RequestJournal:
         self._link: EngineLink | None = None
         self._outbox: list[_Entry] = []
         self._aborts: list[str] = []
+        self._suspects: list[_Entry] = []  # not yet handed to this engine
+        self._on_probation: _Entry | None = None  # the suspect that was, and gave no token yet
         self._flush_lock = asyncio.Lock()
         self._flusher: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -216,6 +223,8 @@ class RequestJournal:
                 self._record_tokens(entry, output, now)
             if output.prompt_logprobs is not None:
                 entry.prompt_logprobs_sent = True
+            if entry is self._on_probation:
+                self._next_suspect()
             if output.finish_reason is not None:
                 self._close(entry, output.finish_reason)
             entry.group._push(output)
@@ -240,26 +249,43 @@ class RequestJournal:
         self._link = None
         self._metrics.engine_lost()
         self._aborts.clear()
+        culprit, self._on_probation = self._on_probation, None
+        if culprit is not None and culprit.link is None:
+            culprit = None  # it was not sent yet
         for entry in list(self._entries.values()):
             if entry.link is None:
                 continue
             entry.link = None
+            if culprit is not None and entry is not culprit:
+                continue
             entry.crashes += 1
             if entry.crashes >= self._max_engine_crashes:
-                log.warning(
-                    "request %s was in %d engine crashes, giving it up", entry.request.request_id, entry.crashes
-                )
+                log.warning("giving up request %s after %d engine crashes", entry.request.request_id, entry.crashes)
                 self._terminate(entry, "error", f"the engine crashed {entry.crashes} times while it ran this request")
 
     async def on_engine_ready(self, link: EngineLink) -> None:
-        """An engine is up: hand it everything unfinished, oldest first. Returns after it was sent."""
+        """An engine is up: hand it everything unfinished, oldest first, suspects last. Returns after it was sent."""
         self._link = link
-        self._outbox = list(self._entries.values())
-        resumed = sum(1 for entry in self._outbox if entry.crashes)
+        self._outbox, self._suspects = [], []
+        for entry in self._entries.values():
+            suspect = 0 < entry.crashes >= self._max_engine_crashes - 1
+            (self._suspects if suspect else self._outbox).append(entry)
+        resumed = sum(1 for entry in self._entries.values() if entry.crashes)
         self._metrics.resubmitted += resumed
         if resumed:
             log.warning("resubmitting %d requests to the restarted engine", resumed)
+        self._next_suspect()
         await self._flush()
+
+    def _next_suspect(self) -> None:
+        """The suspect on probation, if any, is cleared: hand over the next."""
+        self._on_probation = None
+        while self._suspects and self._on_probation is None:
+            entry = self._suspects.pop(0)
+            if self._entries.get(entry.request.request_id) is entry:
+                self._on_probation = entry
+                self._outbox.append(entry)
+                self._schedule_flush()
 
     # ------------------------------------------------------------ endings
 
@@ -293,7 +319,9 @@ class RequestJournal:
         live = {id(entry) for entry in self._entries.values()}
         if self._link is not None:
             unsent = {id(entry) for entry in self._entries.values() if entry.link is None}
-            assert unsent <= {id(entry) for entry in self._outbox} & live
+            queued = {id(entry) for entry in self._outbox} | {id(entry) for entry in self._suspects}
+            assert unsent <= queued & live
+            assert self._on_probation is not None or not any(id(entry) in live for entry in self._suspects)
 
     def _end_early(self, request_id: str, reason: FinishReason) -> None:
         """End a request whose group needs no event for it."""
@@ -310,6 +338,8 @@ class RequestJournal:
         del self._entries[entry.request.request_id]
         if not self._entries:
             self._idle.set()
+        if entry is self._on_probation:
+            self._next_suspect()
         if not entry.internal:
             prompt, output = len(entry.request.prompt_token_ids), len(entry.output_ids)
             decode_seconds = entry.last_token - entry.first_token
