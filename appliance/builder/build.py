@@ -13,7 +13,6 @@ from types import ModuleType
 
 import torch
 
-import appliance
 from appliance import registry
 from appliance.builder.convert import convert, plan_tensors, source_bytes
 from appliance.builder.progress import SendFn, sender
@@ -202,6 +201,6 @@ def _manifest(
             engine_bytes=sum(file.size for file in files),
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             device=str(job.device),
-            notes=(f"appliance {appliance.__version__}, torch {torch.__version__}", *([note] if note else [])),
+            notes=(f"torch {torch.__version__}", *([note] if note else [])),
         ),
     )

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-import appliance
 from appliance import registry
 from appliance.errors import EngineBuildError
 from appliance.types import Precision, Struct
@@ -31,7 +30,7 @@ class KeyInputs(Struct, frozen=True):
     tp_size: int
     pp_size: int
     backend: str
-    backend_version: str
+    backend_version: str  # PLUGIN["version"] of the backend: raised when it wants other bytes in its engines
     builder_version: str
     compute_capability: tuple[int, int] | None  # None: the backend does not run on a GPU
 
@@ -88,7 +87,7 @@ def make_key_inputs(
         tp_size=tp_size,
         pp_size=pp_size,
         backend=backend,
-        backend_version=str(facts.get("version", appliance.__version__)),
+        backend_version=str(facts.get("version", "1")),
         builder_version=BUILDER_VERSION,
         compute_capability=compute_capability if facts.get("device") == "gpu" else None,
     )
