@@ -13,7 +13,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix in a stack [n, rows, columns]; singular values end up within about 0.7..1.2."""
+    """Approximate U V^T of each matrix in a stack [n, rows, columns]; all but tiny singular values become 0.7..1.2."""
     a, b, c = _COEFFICIENTS
     x = stack.to(torch.bfloat16) if stack.is_cuda else stack
     tall = x.shape[1] > x.shape[2]

@@ -340,11 +340,14 @@ def evaluation_set(task: str, n: int, seed: int = 0, *, length: int | None = Non
     Raises ValueError if the task has fewer.
     """
     found: dict[str, Sample] = {}
-    for attempt, drawn in enumerate(stream(task, seed, "evaluation", length=length)):
-        found.setdefault(json.dumps(drawn.messages), drawn)
+    repeated = 0  # draws in a row that were known already
+    for drawn in stream(task, seed, "evaluation", length=length):
+        prompt = json.dumps(drawn.messages)
+        repeated = repeated + 1 if prompt in found else 0
+        found.setdefault(prompt, drawn)
         if len(found) == n:
             return list(found.values())
-        if attempt > 50 * n + 1000:
+        if repeated > 1000:
             break
     raise ValueError(f"task {task} has only about {len(found)} different evaluation samples, {n} were asked for")
 
