@@ -164,7 +164,7 @@ def test_old_gpu_old_driver_and_cpu_torch_are_left_out_with_a_reason():
     assert "7.0 is older than 7.5" in (old.problem or "") and old.usable_gpus == ()
     driver = detect(*TWO, cuda=12020, driver="535.1")
     assert "driver 535.1 supports CUDA 12.2" in (driver.problem or "") and "580" in (driver.problem or "")
-    assert driver.usable_gpus == () and len(driver.gpus) == 2
+    assert driver.usable_gpus == () and len(driver.gpus) == 2 and driver.cuda_version == "12.2"
     torch = detect(*TWO, cuda_build=None)
     assert "no CUDA support" in (torch.problem or "")
     mixed = detect(card("GPU-aaaa0000", cc=(7, 0)), card("GPU-bbbb0001"))

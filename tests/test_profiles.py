@@ -277,6 +277,15 @@ def test_memory_decides_where_a_file_says_so():
     assert facts_of(gpu((8, 0), "10de:20b0", gib=64), [*a100, *generic]).name == "generic Ampere"
 
 
+def test_of_two_matching_files_the_one_with_more_conditions_wins():
+    h100 = next(f for f in FACTS if f.name == "H100 SXM")
+    only_80 = msgspec.structs.replace(
+        h100, name="A first by name", match=msgspec.structs.replace(h100.match, memory_gib=(70, 90))
+    )
+    assert facts_of(gpu((9, 0), "10de:2330"), [h100, only_80]).name == "A first by name"
+    assert facts_of(gpu((9, 0), "10de:2330", gib=64), [h100, only_80]).name == "H100 SXM"
+
+
 def test_a_mig_slice_has_its_share():
     whole = facts_of(machine("h100-x1").gpus[0], FACTS)
     part = facts_of(machine("h100-mig-3g.40gb").gpus[0], FACTS)

@@ -117,6 +117,20 @@ def test_the_first_builds_batching_limits_follow_the_objective():
     assert latency.max_num_seqs < throughput.max_num_seqs
 
 
+def test_room_for_several_users_is_worth_a_second_gpu():
+    one = choose("h100-x1", LLAMA_70B, build=FULL, precision="fp8", memory_fraction=0.98)
+    assert require(one).name == "fp8-tp1" and not require(one).roomy
+    two = choose("h100-x2", LLAMA_70B, build=FULL, precision="fp8", memory_fraction=0.98)
+    assert require(two).name == "fp8-tp2" and by_name(two, "fp8-tp1").status == "runnable"
+
+
+def test_the_facts_say_which_precisions_a_gpu_can_work_with():
+    lacking = [msgspec.structs.replace(f, precisions=("fp32", "fp16", "bf16")) for f in FACTS]
+    selection = select(machine("h100-x1"), LLAMA_8B, PROFILES, capabilities=FULL, gpu_facts=lacking)
+    assert names(selection) == ("bf16-tp1", "bf16-tp1")
+    assert by_name(selection, "fp8-tp1").reason == "NVIDIA H100 80GB HBM3 cannot work with fp8"
+
+
 def by_name(selection, name: str):
     return next(outcome for outcome in selection.outcomes if outcome.name == name)
 
