@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_fakes import FakeEngine, engine_info, eventually, ready_state, server_tokenizer
+from server_fakes import FakeEngine, engine_info, eventually, ready_state
 
 from appliance.errors import InvalidRequestError, OverloadedError, RequestFailedError, UnavailableError
 from appliance.server.journal import RequestGroup
@@ -359,7 +359,3 @@ def test_every_request_ends_exactly_once(actions: list[str]) -> None:
                 assert [t for o in outputs for t in o.token_ids] == [100, 101, 102, 103]
 
     asyncio.run(run())
-
-
-def test_tokenizer_fixture_has_an_end_token() -> None:
-    assert server_tokenizer().eos_token_ids == (1,)

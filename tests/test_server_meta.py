@@ -16,7 +16,6 @@ from server_fakes import (
     client,
     eventually,
     ready_state,
-    saying,
     server_tokenizer,
     text,
 )
@@ -188,7 +187,3 @@ def test_importing_the_server_stays_light() -> None:
 
 def test_create_app_needs_nothing() -> None:
     assert create_app(ServerState(("m",))).state.server.model_names == ("m",)
-
-
-def test_scripts_end_with_the_end_token() -> None:
-    assert saying(server_tokenizer(), "a")(None)[-1] == 1  # type: ignore[arg-type]

@@ -240,7 +240,7 @@ def test_template_features() -> None:
     )
     template = ChatTemplate({"default": source}, {})
     text = template.render([{"role": "developer", "content": "x"}, {"role": "user", "content": "<é>"}])
-    assert text == '"<é>"\n' + time.strftime("%Y") or text == '"<é>"' + time.strftime("%Y")
+    assert text == '"<é>"' + time.strftime("%Y")
 
 
 def test_template_refusal_and_sandbox() -> None:
@@ -257,3 +257,27 @@ def test_continue_final_message() -> None:
     messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "I will "}]
     text = template.render(messages, add_generation_prompt=False, continue_final_message=True)
     assert text == "<s><|user|>go<|end|>\n<|assistant|>I will "
+
+
+LOOPING = (
+    "{{ bos_token }}{% set first = messages[0] %}\n{%- for m in messages %}\n"
+    "  {% if not m.content %}{% continue %}{% endif %}\n"
+    "[{{ m['role'] }}]{{ m['content'] | trim }} {{ {'b': '<é>', 'a': [1, loop.index0]} | tojson(indent=2) }}"
+    "{{ eos_token }}\n"
+    "{% endfor %}\n{% if add_generation_prompt %}[assistant]{{ extra | default('') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, LOOPING], ids=["plain", "looping"])
+def test_templates_render_as_in_transformers(source: str) -> None:
+    """transformers is the reference: the same text for whole conversations and for a last message to continue."""
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(), **SPECIAL)
+    reference.chat_template = source
+    ours = ChatTemplate({"default": source}, SPECIAL)
+    talk = [{"role": "user", "content": "<b> hé"}, {"role": "assistant", "content": " well,  "}]
+    for generate in (True, False):
+        want = reference.apply_chat_template(talk, tokenize=False, add_generation_prompt=generate, extra="x")
+        assert ours.render(talk, add_generation_prompt=generate, variables={"extra": "x"}) == want
+    want = reference.apply_chat_template(talk, tokenize=False, continue_final_message=True)
+    assert ours.render(talk, add_generation_prompt=False, continue_final_message=True) == want

@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appliance.errors import CheckpointError, InvalidRequestError
 
+_END_MARK = "<|the last message is continued here|>"
+
 
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its content."""
@@ -93,6 +95,9 @@ class ChatTemplate:
             name = next(iter(self._templates))
         if not self._knows_developer[name]:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if continue_final_message:
+            # Marked rather than searched for: the same words may be elsewhere, and templates trim.
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{_END_MARK}"}]
         values = {**self._special_tokens, "tools": tools, "documents": None, **(variables or {})}
         try:
             text = self._templates[name].render(
@@ -102,20 +107,14 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template does not take these messages: {error}", param="messages"
             ) from error
-        return _cut_after(text, str(messages[-1]["content"])) if continue_final_message else text
-
-
-def _cut_after(text: str, content: str) -> str:
-    """The rendered text up to the end of the last message's content."""
-    stripped = content.strip()
-    start = text.rfind(stripped)
-    if start < 0:
-        raise InvalidRequestError(
-            "the chat template does not give back the last message as it is, so it cannot be continued",
-            param="continue_final_message",
-        )
-    whole = text.rfind(content)
-    return text[: whole + len(content)] if whole >= 0 else text[: start + len(stripped)]
+        if not continue_final_message:
+            return text
+        if (end := text.rfind(_END_MARK)) < 0:
+            raise InvalidRequestError(
+                "the chat template does not give back the last message as it is, so it cannot be continued",
+                param="continue_final_message",
+            )
+        return text[:end]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
