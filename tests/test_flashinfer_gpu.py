@@ -9,6 +9,9 @@ import torch
 from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
 from appliance.kernels.flashinfer import FlashInferAttention, available, page_lists
 
+# The first plans compile FlashInfer's kernels: four modules (two backends, with and without window), minutes in all.
+pytestmark = pytest.mark.timeout(1200)
+
 PAGE, PAGES, KV_HEADS, HEADS, DIM = 16, 400, 2, 8, 128
 
 
