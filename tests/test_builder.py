@@ -430,13 +430,24 @@ async def test_errors_of_our_own_bugs_and_of_subclasses_have_names_that_the_serv
 async def test_stopped_child_cleans_up(source: Path, tmp_path: Path, how: str) -> None:
     end = ServerEnd(tmp_path / "s")
     root = str(Path(__file__).parent.parent)
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[3])\n"
-        "import time; from tests.test_builder import Plugins, build\n"
-        "from appliance.builder.process import main\n"
+    real = (
+        "from tests.test_builder import Plugins, build\n"
         "def run(request, send):\n"
         "    return build(request, send, load_plugin=Plugins(lambda: time.sleep(0.5)))\n"
-        "sys.exit(main(['--ipc', sys.argv[1], '--request', sys.argv[2]], run))\n"
+    )
+    without_torch = (
+        "from pathlib import Path; from appliance.engines import EngineStore; from appliance.ipc import Progress\n"
+        "def run(request, send):\n"
+        "    store = EngineStore(Path(request.cache))\n"
+        "    with store.build_lock('0'), store.staging('0') as directory:\n"
+        "        (directory / 'rank-0.safetensors').touch()\n"
+        "        while True: send(Progress(phase='build')); time.sleep(0.05)\n"
+    )
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[3])\n"
+        "from appliance.builder.process import main\n"
+        + (real if how == "sigterm" else without_torch)
+        + "sys.exit(main(['--ipc', sys.argv[1], '--request', sys.argv[2]], run))\n"
     )
     request = msgspec.json.encode(request_of(source, tmp_path)).decode()
     child = subprocess.Popen([sys.executable, "-c", code, end.address, request, root], cwd=root)

@@ -312,6 +312,9 @@ def test_reader_equals_the_library(sharded: Path) -> None:
         name = "model.layers.0.mlp.down_proj.weight"
         assert torch.equal(opened.read(name, 0, 3, 7), expected[name][3:7])
         assert torch.equal(opened.read(name, 1, 40), expected[name][:, 40:])
+        view = opened.read(name)
+        opened.release(name)
+        assert torch.equal(view, expected[name])
 
 
 TENSORS = {
@@ -394,6 +397,8 @@ class Hub(BaseHTTPRequestHandler):
         elif path == f"/api/models/org/tiny/tree/{self.SHA}":
             listed = [{"type": "file", "oid": f"{i:040d}", "size": len(d), "path": n} for i, (n, d) in enumerate(files)]
             self._send(json.dumps(listed).encode())
+        elif path.startswith("/org/tiny/resolve/") and body and self.state.get("refuse") and ".safetensors" in path:
+            self._send(b"{}", 403, {"X-Error-Message": "not for you"})
         elif path.startswith("/org/tiny/resolve/"):
             names = [name for name, _ in files]
             index = names.index(path.split("/", 5)[-1])
@@ -495,6 +500,15 @@ def test_download_that_arrives_damaged_is_removed(hub: tuple[str, dict[str, Any]
         checkpoint.resolve("org/tiny", tmp_path, endpoint=endpoint, resumable_from=1000)
     del state["promised"]
     Checkpoint(checkpoint.resolve("org/tiny", tmp_path, endpoint=endpoint, resumable_from=1000))
+
+
+def test_refusal_of_a_file_is_not_tried_again(hub: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    endpoint, state = hub
+    state["refuse"] = True
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"the hub refuses access to org/tiny \(status 403\)"):
+        checkpoint.resolve("org/tiny", tmp_path, endpoint=endpoint, resumable_from=1000)
+    assert time.monotonic() - begin < 3
 
 
 def test_without_a_network_what_is_there_serves(hub: tuple[str, dict[str, Any]], tmp_path: Path) -> None:

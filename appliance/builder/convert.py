@@ -69,7 +69,10 @@ def quantize(scheme: PrecisionScheme, weight: Tensor) -> dict[str, Tensor]:
 def _read(checkpoint: Checkpoint, spec: WeightSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """The joined weight, then the joined bias if there is one."""
     groups = [spec.sources] + ([spec.bias_sources] if spec.bias_sources else [])
-    return [join(checkpoint, names, device, dtype) for names in groups]
+    tensors = [join(checkpoint, names, device, dtype) for names in groups]
+    for name in (*spec.sources, *spec.bias_sources):
+        checkpoint.release(name)
+    return tensors
 
 
 def _read_ahead(

@@ -29,7 +29,7 @@ IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 RESUMABLE_FROM = 8 << 20  # bytes; smaller files are not worth a partial one
 _MARGIN = 64 << 20  # bytes left free by a download
 _PARALLEL_FILES = 4
-_ATTEMPTS = 5  # of a file without a new byte
+_ATTEMPTS = 8  # of a file without a new byte
 _CONNECT_TIMEOUT = 10.0  # seconds
 _STALL_TIMEOUT = 60.0  # seconds without a byte
 
@@ -122,9 +122,9 @@ class HubRepository:
             while (have := part.stat().st_size) < facts.size:
                 try:
                     self._append(url, build_hf_headers(token=self._token), sink, have)
-                except Exception:
+                except Exception as error:
                     failures = failures + 1 if part.stat().st_size <= have else 1
-                    if failures >= _ATTEMPTS:
+                    if failures >= _ATTEMPTS or _is_final(error):
                         raise
                     time.sleep(min(0.1 * 2**failures, 8.0))
             _check_content(part, facts.etag, facts.size, f"{self.name}/{filename}")
@@ -138,6 +138,8 @@ class HubRepository:
             headers = headers | {"Range": f"bytes={have}-"}
         timeout = (_CONNECT_TIMEOUT, _STALL_TIMEOUT, _STALL_TIMEOUT, _CONNECT_TIMEOUT)  # connect, read, write, pool
         with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            if response.status_code >= 400:
+                response.read()  # the error's text is in the body
             hf_raise_for_status(response)
             if have and response.status_code != 206:  # no ranges here: in one piece
                 sink.truncate(0)
@@ -246,6 +248,12 @@ class HubRepository:
 
 class NoNetworkError(CheckpointError):
     """The hub does not answer, or not to the end."""
+
+
+def _is_final(error: Exception) -> bool:
+    """An HTTP status that asking again does not change."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is not None and 400 <= status < 500 and status not in (408, 429)
 
 
 def _check_content(part: Path, etag: str, size: int, name: str) -> None:

@@ -91,6 +91,15 @@ class Checkpoint:
             return tensor
         return tensor.narrow(dim, start, (info.shape[dim] if stop is None else stop) - start)
 
+    def release(self, name: str) -> None:
+        """Say that a tensor's pages are done with: they leave this process's resident memory, not the page cache. Views
+        of them stay valid."""
+        info = self.info(name)
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (info.offset + info.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and info.file in self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, length)
+
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as opened:
