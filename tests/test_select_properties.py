@@ -1,0 +1,112 @@
+"""Properties of `select` on random machines: what is runnable fits, order does not matter, more memory never hurts."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selection_cases import BUILTIN, FACTS, FIRST, FULL, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
+
+from appliance.profiles import Overrides, select
+from appliance.types import Gpu, Hardware
+
+MODELS = [LLAMA_8B, LLAMA_70B, BUILTIN, QWEN_2KV]
+
+
+def gpus(draw) -> tuple[Gpu, ...]:
+    kinds = [machine(name).gpus[0] for name in ("h100-x1", "l4", "t4", "rtx-4090")]
+    count = draw(st.integers(0, 4))
+    found = []
+    for index in range(count):
+        kind = draw(st.sampled_from(kinds))
+        found.append(
+            msgspec.structs.replace(
+                kind,
+                index=index,
+                uuid=f"GPU-{index}",
+                free_memory=int(kind.total_memory * draw(st.floats(0, 1))),
+                utilization=draw(st.integers(0, 100)),
+                healthy=draw(st.booleans()) or draw(st.booleans()),
+                links={other: draw(st.sampled_from(["nvlink", "pcie", "none"])) for other in range(count)},
+            )
+        )
+    return tuple(found)
+
+
+@st.composite
+def machines(draw) -> Hardware:
+    memory = draw(st.integers(1, 256)) * GIB
+    return Hardware(gpus(draw), draw(st.integers(1, 64)), memory, int(memory * draw(st.floats(0, 1))))
+
+
+asked_for = st.builds(
+    Overrides,
+    memory_fraction=st.floats(0.1, 1.0),
+    max_model_len=st.sampled_from([None, 256, 2048, 8192]),
+    max_num_seqs=st.sampled_from([None, 1, 512]),
+    tp_size=st.sampled_from([None, 1, 2]),
+)
+drawn = {
+    "hardware": machines(),
+    "model": st.sampled_from(MODELS),
+    "objective": st.sampled_from(["throughput", "latency"]),
+    "build": st.sampled_from([FIRST, FULL]),
+    "overrides": asked_for,
+}
+
+
+def chosen(hardware, model, objective, build, overrides, profiles=PROFILES):
+    return select(hardware, model, profiles, objective, overrides, capabilities=build, gpu_facts=FACTS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**drawn)
+def test_what_is_runnable_fits_free_memory_and_is_built(hardware, model, objective, build, overrides):
+    selection = chosen(hardware, model, objective, build, overrides)
+    usable = {gpu.uuid: gpu for gpu in hardware.usable_gpus}
+    for outcome in selection.outcomes:
+        if outcome.status != "runnable":
+            continue
+        required, backend = outcome.requires_bytes_per_gpu, build.backends[outcome.backend]
+        assert outcome.precision in build.schemes and outcome.precision in backend.precisions
+        assert outcome.tp_size <= backend.max_tp and outcome.kv_cache in backend.kv_cache
+        assert outcome.max_model_len <= model.max_position_embeddings
+        if outcome.backend == "cpu":
+            assert not usable and required <= hardware.free_memory
+            continue
+        team = [usable[uuid] for uuid in outcome.devices]
+        assert len(set(outcome.devices)) == outcome.tp_size * outcome.pp_size
+        assert len({gpu.pci_id for gpu in team}) == 1
+        for gpu in team:
+            assert required <= gpu.free_memory
+            stored = outcome.memory.fixed + outcome.max_model_len * outcome.memory.kv_per_token
+            assert stored <= gpu.free_memory * overrides.memory_fraction + 1
+    runnable = [outcome.id for outcome in selection.outcomes if outcome.status == "runnable"]
+    assert (selection.selected.id in runnable) if runnable else selection.selected is None
+    assert selection.selected is None or selection.wanted is not None
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn, seed=st.integers(0, 1000))
+def test_selection_does_not_depend_on_the_order_of_profiles(hardware, model, objective, build, overrides, seed):
+    shuffled = list(PROFILES)
+    random.Random(seed).shuffle(shuffled)
+    assert chosen(hardware, model, objective, build, overrides) == chosen(
+        hardware, model, objective, build, overrides, shuffled
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(**drawn, more=st.lists(st.floats(0, 1), min_size=5, max_size=5))
+def test_more_free_memory_never_makes_less_runnable(hardware, model, objective, build, overrides, more):
+    def runnable(machine: Hardware) -> set[str]:
+        return {o.id for o in chosen(machine, model, objective, build, overrides).outcomes if o.status == "runnable"}
+
+    grown = tuple(
+        msgspec.structs.replace(g, free_memory=g.free_memory + int((g.total_memory - g.free_memory) * share))
+        for g, share in zip(hardware.gpus, more, strict=False)
+    )
+    free = hardware.free_memory + int((hardware.memory - hardware.free_memory) * more[-1])
+    assert runnable(hardware) <= runnable(msgspec.structs.replace(hardware, gpus=grown, free_memory=free))
