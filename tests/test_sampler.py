@@ -205,6 +205,16 @@ def test_slot_is_replaced_completely():
     assert batch.penalty_rows is None
 
 
+def test_slot_that_was_never_set_is_greedy():
+    rig = Rig()
+    logits = random_logits(2, seed=6)
+    batch = rig.sampler.prepare(np.array([7, 7]))
+    assert batch.all_greedy
+    assert batch.penalty_rows is None
+    rig.set(0, SamplingParams(top_p=0.5))
+    assert rig.ids(logits, [0, 7], [5, 5])[1] == int(logits[1].argmax())
+
+
 def test_batch_description_is_kept_while_nothing_changes():
     rig = Rig()
     rig.set(0, SamplingParams(frequency_penalty=1.0))

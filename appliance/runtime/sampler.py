@@ -80,8 +80,11 @@ class Sampler:
         self._device = torch.device(device)
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        # A slot that was never set is greedy and wants nothing (rows that only pad a batch use such a slot).
         self._params = np.zeros(max_num_seqs, dtype=_ROW)
-        self._table = torch.zeros(max_num_seqs, _WORDS, dtype=torch.int32, device=self._device)
+        self._params["top_p"] = self._params["repetition"] = 1
+        host_table = torch.from_numpy(self._params.view(np.int32).reshape(-1, _WORDS))
+        self._table = host_table.to(self._device, copy=True)
         self._bias: list[np.ndarray | None] = [None] * max_num_seqs  # int64 [3, k]: token, value bits, until
         self._logprobs: list[int | None] = [None] * max_num_seqs
         self._changed: set[int] = set()
