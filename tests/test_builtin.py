@@ -25,6 +25,7 @@ from appliance.builtin.network import Network, NetworkConfig
 from appliance.builtin.optimizer import Optimizer, orthogonalize
 
 TINY = NetworkConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1)
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -288,7 +289,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int, in
     result = orthogonalize(u * spread @ v)
     values = torch.linalg.svdvals(result)
     assert float(values.min()) > 0.5 and float(values.max()) < 1.3
-    torch.testing.assert_close(u.mT @ result @ v.mT, torch.diag_embed(values), atol=0.3, rtol=0)
+    torch.testing.assert_close(u.mT @ result @ v.mT, torch.eye(len(spread)).expand(shape[0], -1, -1), atol=0.4, rtol=0)
 
 
 def test_training_steps_lower_the_loss() -> None:
@@ -301,7 +302,7 @@ def test_training_steps_lower_the_loss() -> None:
         loss = network.token_losses(hidden, tokens.roll(-1)).mean()
         loss.backward()
         optimizer.step(1.0)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
     before = {name: p.clone() for name, p in network.named_parameters()}
     network.token_losses(

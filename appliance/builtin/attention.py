@@ -6,6 +6,7 @@ Both take query [n, heads, head_dim] and key, value [n, kv_heads, head_dim] of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
     """The reference: conversations of similar length are padded to one shape and attended to together."""
     heads = query.shape[1]
     key, value = expand_heads(key, heads), expand_heads(value, heads)
-    starts = packed.cu_seqlens.tolist()
+    starts = [0, *accumulate(packed.lengths)]
     classes: dict[int, list[int]] = {}
     for index, length in enumerate(packed.lengths):
         classes.setdefault(max(16, 1 << (length - 1).bit_length()), []).append(index)
@@ -94,7 +95,7 @@ def choose(device: torch.device, heads: int, kv_heads: int, head_dim: int) -> st
             out = kernel(*inputs, packed)
             got = [out, *torch.autograd.grad(out, inputs, gradient)]
             worst = max(float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True))
-        except (RuntimeError, TypeError, ImportError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as error:
             print(f"attention kernel {name} does not run here: {error}", flush=True)
             continue
         if worst < 0.03:  # bf16 rounding gives about 0.005
