@@ -8,9 +8,9 @@ import pytest
 from paged_fake import VOCAB_SIZE, Collector, FakeExecutor, logprobs_of, make_request, reference
 
 from appliance.batching.core import EngineCore
-from appliance.batching.request import RequestLimits, derive_seed
+from appliance.batching.request import derive_seed
 from appliance.batching.step import StepResult
-from appliance.errors import ContextLengthError, InvalidRequestError
+from appliance.errors import InvalidRequestError
 from appliance.types import EngineRequest
 
 PROMPT = [5, 9, 2, 30, 7, 7, 1]
@@ -320,48 +320,7 @@ def test_seeds() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-# ---------------------------------------------------------------- refusals and failures
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        (make_request("a", [1] * 128), ContextLengthError, "128 tokens.*limit is 128 tokens.*at most 127"),
-        (make_request("a", []), InvalidRequestError, "empty"),
-        (make_request("a", [1, -1]), InvalidRequestError, "token ids"),
-        (make_request("a", [1, 2**31]), InvalidRequestError, "token ids"),
-        (make_request("a", [1, 2], resumed=2), InvalidRequestError, "num_resumed_tokens is 2.*0 to 1"),
-        (make_request("a", [1], max_tokens=-1), InvalidRequestError, "max_tokens is -1.*at least 0"),
-        (
-            make_request("a", [1], max_tokens=4, min_tokens=5),
-            InvalidRequestError,
-            "min_tokens is 5.*0 to max_tokens, 4",
-        ),
-        (make_request("a", [1], min_tokens=-2), InvalidRequestError, "min_tokens is -2.*at least 0"),
-    ],
-)
-def test_refused_with_the_limit(request_: EngineRequest, error: type[InvalidRequestError], message: str) -> None:
-    core = EngineCore(FakeExecutor())
-    for refuse in (core.validate, core.add_request):
-        with pytest.raises(error, match=message):
-            refuse(request_)
-    assert not core.has_work
-
-
-def test_the_page_count_is_a_limit_too() -> None:
-    limits = RequestLimits(max_model_len=128, num_pages=5, page_size=4)
-    with pytest.raises(ContextLengthError, match=r"KV cache holds 20 tokens.*at most 19"):
-        limits.validate(make_request("a", [1] * 20))
-    limits.validate(make_request("a", [1] * 19))
-    core = EngineCore(FakeExecutor(num_pages=5))
-    got = serve(core, make_request("a", [1] * 19), make_request("b", [1, 2], max_tokens=200))
-    assert len(got.tokens("a")) == 1
-    assert len(got.tokens("b")) == 18
-
-
-def test_a_prompt_of_the_whole_context_can_be_scored() -> None:
-    got = serve(EngineCore(FakeExecutor()), make_request("a", [1] * 128, max_tokens=0, prompt_logprobs=0))
-    assert len(got.outputs["a"][0].prompt_logprobs or []) == 128
+# ---------------------------------------------------------------- failures
 
 
 def test_a_request_id_that_is_running_is_refused() -> None:
