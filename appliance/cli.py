@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from appliance import __version__
 from appliance.errors import ApplianceError
-from appliance.settings import add_flags, load
+from appliance.settings import add_flags, load, yield_idle_threads
 
 DESCRIPTION = """\
 Serves a language model behind an OpenAI-compatible API: detects the GPUs, selects an optimization profile, builds an
@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
+    yield_idle_threads()
     args = make_parser(words[0]).parse_args(words)
     try:
         return COMMANDS[args.command].run(args)
