@@ -19,23 +19,23 @@ from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineReque
 Phase = Literal["detect", "select", "download", "fetch", "build", "verify", "load", "warmup"]
 
 
-class AddRequests(Struct, tag=True):
+class AddRequests(Struct, frozen=True, tag=True):
     requests: list[EngineRequest]
 
 
-class AbortRequests(Struct, tag=True):
+class AbortRequests(Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
-class Shutdown(Struct, tag=True):
+class Shutdown(Struct, frozen=True, tag=True):
     """Finish nothing, release the device, exit 0."""
 
 
-class StartEngine(Struct, tag=True):
+class StartEngine(Struct, frozen=True, tag=True):
     options: EngineOptions
 
 
-class Progress(Struct, tag=True):
+class Progress(Struct, frozen=True, tag=True):
     """Of a long phase; at least one every few seconds while one runs."""
 
     phase: Phase
@@ -46,22 +46,22 @@ class Progress(Struct, tag=True):
     eta_seconds: float | None = None
 
 
-class Ready(Struct, tag=True):
+class Ready(Struct, frozen=True, tag=True):
     info: EngineInfo
 
 
-class Outputs(Struct, tag=True):
+class Outputs(Struct, frozen=True, tag=True):
     outputs: list[EngineOutput]
     stats: EngineStats
 
 
-class Built(Struct, tag=True):
+class Built(Struct, frozen=True, tag=True):
     engine_dir: str
     engine_key: str
     seconds: float
 
 
-class Failed(Struct, tag=True):
+class Failed(Struct, frozen=True, tag=True):
     """The child is about to exit. `error` is the class name in errors.py (or the exception's own), so that the exit
     code survives the process border."""
 
@@ -86,7 +86,7 @@ class ServerEnd:
         self._socket.set_hwm(0)  # the server's journal bounds what is in flight; ZeroMQ must not drop or block
         self._socket.linger = 0
         self._socket.bind(self.address)
-        self._decoder = msgspec.msgpack.Decoder(ToServer)
+        self._decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
     async def send(self, message: ToChild) -> None:
         await self._socket.send(_encoder.encode(message))
@@ -103,11 +103,11 @@ class ChildEnd:
     """The child's end: blocking, connects."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.set_hwm(0)
-        self._socket.linger = 2000  # ms: a Failed message sent just before exit must get out
+        self._socket.setsockopt(zmq.LINGER, 2000)  # ms: a Failed message sent just before exit must get out
         self._socket.connect(address)
-        self._decoder = msgspec.msgpack.Decoder(ToChild)
+        self._decoder: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)
 
     def send(self, message: ToServer) -> None:
         self._socket.send(_encoder.encode(message))

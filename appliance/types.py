@@ -22,7 +22,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 # ---------------------------------------------------------------- requests
 
 
-class SamplingParams(Struct):
+class SamplingParams(Struct, frozen=True):
     """How to choose tokens. Validated by whoever accepts the request (`validate`), trusted below."""
 
     temperature: float = 1.0  # 0 is greedy
@@ -49,7 +49,7 @@ class SamplingParams(Struct):
         return self.temperature < 1e-5
 
 
-class EngineRequest(Struct):
+class EngineRequest(Struct, frozen=True):
     """One sequence for the engine. `n` choices of one HTTP request are n of these."""
 
     request_id: str
@@ -63,7 +63,7 @@ class EngineRequest(Struct):
     priority: int = 0  # lower runs first; ties by arrival
 
 
-class TokenLogprobs(Struct):
+class TokenLogprobs(Struct, frozen=True):
     """Log probabilities of one position: the token itself and the most likely ones (natural log, after no processing
     but temperature-free log-softmax of the raw logits)."""
 
@@ -73,7 +73,7 @@ class TokenLogprobs(Struct):
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
-class EngineOutput(Struct):
+class EngineOutput(Struct, frozen=True):
     """What one step gave one request. The last one of a request has a finish_reason, and there is exactly one such."""
 
     request_id: str
@@ -89,7 +89,7 @@ class EngineOutput(Struct):
 # ---------------------------------------------------------------- models
 
 
-class RopeScaling(Struct):
+class RopeScaling(Struct, frozen=True):
     """Rotary scaling: kind "llama3", "linear", "dynamic" or "yarn", parameters as in config.json."""
 
     kind: str
@@ -102,7 +102,7 @@ class RopeScaling(Struct):
     beta_slow: float = 1.0
 
 
-class ModelConfig(Struct):
+class ModelConfig(Struct, frozen=True):
     """A decoder's shape, read from config.json by `checkpoint.read_model_config`; the same names as there."""
 
     architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
@@ -148,7 +148,7 @@ class ModelConfig(Struct):
         return None
 
 
-class WeightSpec(Struct):
+class WeightSpec(Struct, frozen=True):
     """One entry of an engine and the checkpoint tensors it is made of. Architectures yield these (`models/*.py`), the
     builder consumes them, and tests compare them with the module's own parameters."""
 
@@ -164,14 +164,14 @@ class WeightSpec(Struct):
 # ---------------------------------------------------------------- hardware
 
 
-class MigSlice(Struct):
+class MigSlice(Struct, frozen=True):
     uuid: str
     profile: str  # e.g. "3g.40gb"
     total_memory: int  # bytes
     free_memory: int  # bytes
 
 
-class Gpu(Struct):
+class Gpu(Struct, frozen=True):
     """One GPU, or one MIG slice offered as a device."""
 
     index: int
@@ -197,7 +197,7 @@ class Gpu(Struct):
         return self.healthy and self.problem is None
 
 
-class Hardware(Struct):
+class Hardware(Struct, frozen=True):
     """What was detected, or recorded in a file (`--hardware FILE`)."""
 
     gpus: tuple[Gpu, ...]  # visible ones (CUDA_VISIBLE_DEVICES applied), in their visible order
@@ -217,7 +217,7 @@ class Hardware(Struct):
 # ---------------------------------------------------------------- engines
 
 
-class EngineOptions(Struct):
+class EngineOptions(Struct, frozen=True):
     """How to load an engine: everything that is chosen at start and rebuilds nothing."""
 
     engine_dir: str
@@ -237,7 +237,7 @@ class EngineOptions(Struct):
     verify_digests: bool = True
 
 
-class EngineInfo(Struct):
+class EngineInfo(Struct, frozen=True):
     """What a loaded engine is; sent once when it is ready."""
 
     engine_key: str
@@ -254,7 +254,7 @@ class EngineInfo(Struct):
     startup_seconds: dict[str, float]  # phase -> seconds, in order
 
 
-class EngineStats(Struct):
+class EngineStats(Struct, frozen=True):
     """A snapshot after a step; counters are totals since the engine started."""
 
     num_running: int = 0
