@@ -38,28 +38,33 @@ torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with biases, in several shards, with a tokenizer file."""
+def _save_llama(path: Path, **changes: Any) -> None:
+    """A tiny Llama with biases, in several shards."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-    )
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_bias": True,
+    }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**(shape | changes)))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     model.save_pretrained(path, max_shard_size="60KB")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer file."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    _save_llama(path)
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
     (path / "tokenizer_config.json").write_text("{}")
     assert len(list(path.glob("model-*.safetensors"))) > 2
@@ -224,6 +229,10 @@ def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight .* \[112, 64\], expected \[96, 64\]"):
         build(request_of(broken, tmp_path))
+    odd = {"precision": "fp8", "backend": "cuda", "compute_capability": (9, 0), "device": "cpu"}
+    _save_llama(tmp_path / "odd", intermediate_size=72)
+    with pytest.raises(EngineBuildError, match=r"multiples of 16; layers\.0\.mlp\.down has 72"):
+        build(request_of(tmp_path / "odd", tmp_path, **odd))
     assert EngineStore(tmp_path).list_engines() == []
 
 
@@ -390,7 +399,7 @@ async def test_child_process_reports_progress_and_result(source: Path, tmp_path:
     end.close()
     assert isinstance(last, Built) and code == [0]
     assert Path(last.engine_dir) == EngineStore(tmp_path).find(last.engine_key) and last.seconds > 0
-    assert all(isinstance(m, Progress) and m.phase == "build" for m in progress)
+    assert all(isinstance(m, Progress) and m.phase in ("verify", "build") for m in progress)
     assert [m.percent for m in progress][-1] == 100.0
 
 

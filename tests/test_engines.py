@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -320,6 +321,15 @@ def _kill_in_mid_build(root: Path, key: str) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
+
+
+def test_file_system_without_locks_is_refused_in_words(store: EngineStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("appliance.engines.store._try_lock", no_locks)
+    with pytest.raises(CacheNotWritableError, match=r"cannot lock files \(No locks available\)"), store.build_lock(KEY):
+        pass
 
 
 def test_live_staging_of_another_key_is_left_alone(store: EngineStore) -> None:

@@ -35,7 +35,7 @@ from appliance.engines.manifest import (
 from appliance.engines.meter import ByteMeter
 from appliance.engines.store import EngineStore, LockHolder
 from appliance.engines.verify import DamagedFileError, verify_engine
-from appliance.errors import CheckpointError
+from appliance.errors import CheckpointError, EngineBuildError
 from appliance.ipc import Progress
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.types import ModelConfig, WeightSpec
@@ -67,7 +67,7 @@ def build(
         )
     store = store or EngineStore(Path(request.cache))
     ensure_writable(store.engines)
-    inputs = key_inputs_of(request, sender("build", send))
+    inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)
 
     def waiting(holder: LockHolder | None) -> None:
@@ -109,6 +109,7 @@ class _Job:
         architecture = load_plugin("models", registry.architectures()[config.architecture].name)
         specs: list[WeightSpec] = architecture.weight_specs(config)
         checkpoint.check(specs)
+        _check_dimensions(inputs, specs)
         return _Job(
             inputs=inputs,
             config=config,
@@ -120,6 +121,20 @@ class _Job:
             device=_device(request),
             started=time.monotonic(),
         )
+
+
+def _check_dimensions(inputs: KeyInputs, specs: list[WeightSpec]) -> None:
+    """A scheme's kernels may want input sizes that are multiples of a number. Raises EngineBuildError."""
+    multiple = int(inputs.scheme_parameters.get("dimension_multiple", 1))
+    if registry.plugins("backends")[inputs.backend].facts.get("device") != "gpu":
+        return
+    for spec in specs:
+        if spec.kind == "linear" and spec.shapes[0][1] % multiple:
+            raise EngineBuildError(
+                f"{inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has "
+                f"{spec.shapes[0][1]}",
+                hint="choose a profile of another precision, for example bf16",
+            )
 
 
 def _device(request: BuildRequest) -> torch.device:

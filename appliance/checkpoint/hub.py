@@ -28,7 +28,7 @@ ALLOW_PATTERNS = ["*.safetensors", "*.json", *TOKENIZER_FILES]
 IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 RESUMABLE_FROM = 8 << 20  # bytes; smaller files are not worth a partial one
 _MARGIN = 64 << 20  # bytes left free by a download
-_PARALLEL_FILES = 4
+_PARALLEL_FILES = 8
 _ATTEMPTS = 8  # of a file without a new byte
 _CONNECT_TIMEOUT = 10.0  # seconds
 _STALL_TIMEOUT = 60.0  # seconds without a byte
@@ -61,7 +61,7 @@ class HubRepository:
         if not any(file.filename == "config.json" for file in files):
             raise CheckpointError(f"{self.name} has no config.json", hint="is it a model in transformers' format?")
         total = sum(file.file_size or 0 for file in files)
-        with self._explained(), self._watched(total, progress if missing else None):
+        with self._explained(), self._watched(total, total - needed, progress if missing else None):
             large = [file for file in missing if (file.file_size or 0) >= resumable_from]
             with ThreadPoolExecutor(_PARALLEL_FILES, thread_name_prefix="download") as pool:
                 try:
@@ -168,15 +168,17 @@ class HubRepository:
         return total
 
     @contextmanager
-    def _watched(self, total: int, progress: ProgressFn | None) -> Iterator[None]:
-        """Look at the growing files, which no version of the library's own progress bars can take away."""
+    def _watched(self, total: int, there: int, progress: ProgressFn | None) -> Iterator[None]:
+        """Look at the growing files, which no version of the library's own progress bars can take away. Of `total` bytes
+        `there` are on disk already; other revisions may be too."""
         done = threading.Event()
+        before = self._present_bytes()
         with ByteMeter(total, progress, detail=f"downloading {self.name}") as meter:
-            meter.skip(min(self._present_bytes(), total))
+            meter.skip(there)
 
             def look() -> None:
                 while not done.wait(0.5):
-                    meter.move_to(min(self._present_bytes(), total))
+                    meter.move_to(min(there + self._present_bytes() - before, total))
 
             watcher = threading.Thread(target=look, name="download-progress", daemon=True)
             if progress is not None:

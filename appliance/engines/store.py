@@ -28,7 +28,7 @@ from appliance.engines import disk
 from appliance.engines.manifest import MANIFEST_NAME, EngineManifest, read_manifest
 from appliance.engines.meter import ProgressFn
 from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, identity_of, verify_engine
-from appliance.errors import EngineBuildError, EngineDamagedError
+from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError
 
 _MARGIN = 64 << 20  # bytes kept free beyond what is asked for: logs, stamps, compiled kernels
 
@@ -110,7 +110,7 @@ class EngineStore:
             raise disk.not_writable(self._locks / key, error) from error
         try:
             told = 0.0
-            while not _try_lock(fd):
+            while not self._try(fd):
                 if on_wait is not None and time.monotonic() - told >= 1.0:
                     told = time.monotonic()
                     on_wait(_read_holder(fd))
@@ -122,6 +122,15 @@ class EngineStore:
         finally:
             self._held.discard(key)
             os.close(fd)  # frees the lock; the file stays, since removing it would let two hold "the" lock
+
+    def _try(self, fd: int) -> bool:
+        try:
+            return _try_lock(fd)
+        except OSError as error:
+            raise CacheNotWritableError(
+                f"the file system of {self.engines} cannot lock files ({error.strerror}), which sharing a cache needs",
+                hint="choose a cache directory on a local disk with --cache, or mount this one with locks",
+            ) from error
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -252,6 +261,10 @@ def _lock_if_free(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _try_lock(fd)
+        try:
+            free = _try_lock(fd)
+        except OSError:  # a file system without locks
+            free = False
+        yield free
     finally:
         os.close(fd)
