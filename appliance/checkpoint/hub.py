@@ -169,7 +169,7 @@ class HubRepository:
 
     @contextmanager
     def _watched(self, total: int, there: int, progress: ProgressFn | None) -> Iterator[None]:
-        """Look at the growing files, which no version of the library's own progress bars can take away. Of `total` bytes
+        """Look at the growing files, which no version of the library's progress bars can take away. Of `total` bytes
         `there` are on disk already; other revisions may be too."""
         done = threading.Event()
         before = self._present_bytes()
