@@ -96,6 +96,8 @@ def main() -> int:
             seen += 1
             # The first request is the probe, or what is resumed.
             crash = mode.startswith("crash-in-request") and seen == 2
+            if mode.startswith("hang-in-request") and seen == 2:
+                time.sleep(600)
             answer(end, request, 0.01, 2 if crash else None)
     return 0
 

@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__fil
 class Rig:
     """A supervisor of fake engines, with a real journal and lifecycle."""
 
-    def __init__(self, directory: Path, mode: str, *, budget: int = 3) -> None:
+    def __init__(self, directory: Path, mode: str, *, budget: int = 3, hang_seconds: float = 60.0) -> None:
         self.directory = directory
         self.marker = directory / "marker"
         self.children: list[Child] = []
@@ -47,6 +47,7 @@ class Rig:
             on_ready=self.infos.append,
             restart_budget=budget,
             backoff_seconds=0.01,
+            hang_seconds=hang_seconds,
         )
 
     def spawn(self) -> Child:
@@ -122,6 +123,16 @@ async def test_killed_in_mid_request_the_client_sees_a_pause_only(tmp_path: Path
         await rig.until_ready(task)
         assert len(rig.children) == 2 and "restarting" in rig.lifecycle.phase_seconds
         rig.journal.check_integrity()
+
+
+async def test_an_engine_that_hangs_on_a_request_is_replaced(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, "hang-in-request-once", hang_seconds=0.5)
+    async with rig.running() as task:
+        await rig.until_ready(task)
+        await asyncio.sleep(1.0)
+        assert len(rig.children) == 1, "an idle engine says nothing and is left alone"
+        assert await rig.tokens_of(request(4)) == [3, 4, 5, 6]
+        assert len(rig.children) == 2
 
 
 async def test_crash_during_load_is_retried_within_the_budget(tmp_path: Path) -> None:

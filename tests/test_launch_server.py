@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -143,6 +144,30 @@ def test_ready_with_breakdown_on_both_ports(tmp_path: Path) -> None:
         messages = [json.loads(line)["message"] for line in log.splitlines()]
         assert code == 0
         assert any(message.startswith("ready after ") and "loading" in message for message in messages)
+
+
+def test_tls_and_client_certificates(tmp_path: Path) -> None:
+    """MTLS with one self-signed certificate for both ends: served to who shows it, refused to who does not."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert), "-keyout", str(key)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    files = {"ssl_certs_path": cert, "ssl_key_path": key, "ssl_ca_certs_path": cert}
+    with server(tmp_path, "hang", ssl_mode="MTLS", **files) as running:
+        known = ssl.create_default_context(cafile=str(cert))
+        known.load_cert_chain(cert, key)
+        url = f"https://127.0.0.1:{running.port}/v1/health/live"
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                with urllib.request.urlopen(url, context=known, timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        with pytest.raises(OSError):
+            urllib.request.urlopen(url, context=ssl.create_default_context(cafile=str(cert)), timeout=5)
 
 
 def test_a_failed_start_gives_its_exit_code_and_one_line(tmp_path: Path) -> None:

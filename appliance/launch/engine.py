@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BUDGET_WINDOW_SECONDS = 600.0
 _FIRST_TOKEN_SECONDS = 300.0  # of a loaded engine; more is a hang. Generous: its queue may be full after a restart
 _MAX_BACKOFF_SECONDS = 30.0
+_HANG_SECONDS = 600.0  # with requests in flight and not one message: longer than any step, also on a slow CPU
 
 PHASES: dict[ChildPhase, ServerPhase] = {
     "detect": "detecting",
@@ -59,6 +60,8 @@ def show_progress(lifecycle: Lifecycle, message: Progress) -> None:
 class Journal(Protocol):
     """What the supervisor needs of `server.journal.RequestJournal`."""
 
+    @property
+    def in_flight(self) -> int: ...
     def on_outputs(self, outputs: Sequence[EngineOutput], stats: EngineStats) -> None: ...
     def on_engine_lost(self) -> None: ...
     async def on_engine_ready(self, link: Link) -> None: ...
@@ -94,6 +97,7 @@ class EngineSupervisor:
         restart_budget: int = 3,
         probe_token_ids: Sequence[int] = (1,),
         backoff_seconds: float = 1.0,
+        hang_seconds: float = _HANG_SECONDS,
         prepared: Child | None = None,
     ) -> None:
         self._spawn = spawn
@@ -104,6 +108,8 @@ class EngineSupervisor:
         self._budget = restart_budget
         self._probe_token_ids = probe_token_ids
         self._backoff_seconds = backoff_seconds
+        self._hang_seconds = hang_seconds
+        self._last_message = time.monotonic()
         self._child = prepared
         self._stopping = False
         self._crashes: deque[float] = deque()  # monotonic seconds
@@ -142,12 +148,14 @@ class EngineSupervisor:
     async def _run_once(self, options: EngineOptions) -> ApplianceError:
         """One life of an engine process. Returns why it ended."""
         child = self._fresh()
+        watch = asyncio.create_task(self._watch(child))
         try:
             with contextlib.suppress(ConnectionError):  # it died while it waited: listen says of what
                 await child.send(StartEngine(options=options))
             end = await child.listen(self._on_message)
         finally:
             self._child = None
+            watch.cancel()
             if self._warming is not None:
                 self._warming.cancel()
             child.close()
@@ -155,7 +163,21 @@ class EngineSupervisor:
             return error_of(self._failed, EngineCrashedError)
         return EngineCrashedError(str(end))
 
+    async def _watch(self, child: Child) -> None:
+        """Kill an engine that has work and says nothing: it hangs, and only a new one will go on."""
+        idle_since = time.monotonic()
+        while True:
+            await asyncio.sleep(self._hang_seconds / 20)
+            if not self._lifecycle.is_ready or not self._journal.in_flight:
+                idle_since = time.monotonic()
+            silent = time.monotonic() - max(idle_since, self._last_message)
+            if silent > self._hang_seconds:
+                log.error("the engine has said nothing for %.0f s with requests in flight: ending it", silent)
+                child.kill()
+                return
+
     def _on_message(self, message: ToServer) -> None:
+        self._last_message = time.monotonic()
         match message:
             case Outputs(outputs=outputs, stats=stats):
                 self._journal.on_outputs(outputs, stats)
