@@ -35,6 +35,7 @@ class Server:
         self.base = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "entrypoint.py", "serve", "--port", str(self.port), "--host", "127.0.0.1"]
         self.began = time.monotonic()
+        cache.parent.mkdir(parents=True, exist_ok=True)
         self._log = cache.parent / f"log-{self.port}"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen([*command, "--cache", str(cache), *flags], cwd=ROOT, stderr=log)
@@ -273,5 +274,20 @@ def test_an_engine_directory_is_a_model(server: Server, cache: Path, tmp_path: P
     try:
         again.until("/v1/health/ready", 60)
         assert greedy(again.client(), "one two three") and "built in" not in again.log
+    finally:
+        assert again.stop() == 0
+
+
+def test_an_engine_is_fetched_from_its_source_before_it_is_built(server: Server, cache: Path, tmp_path: Path) -> None:
+    """`build --publish`, then a start elsewhere with `--engine-source`; a source without it is no obstacle."""
+    command = [sys.executable, "entrypoint.py", "build", "--cache", str(cache), "--publish", str(tmp_path / "shelf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    key = Path(done.stdout.splitlines()[-1]).name
+    assert (tmp_path / "shelf" / key / "engine.json").is_file()
+    again = Server(tmp_path / "fresh" / "cache", "--engine-source", str(tmp_path / "shelf"))
+    try:
+        again.until("/v1/health/ready", 60)
+        assert f"engine {key[:12]} fetched" in again.log and "built in" not in again.log
     finally:
         assert again.stop() == 0
