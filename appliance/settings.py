@@ -332,6 +332,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
     """Of engine and builder processes: this one's, minus API keys, plus what libraries read at import."""
     environment = {k: v for k, v in os.environ.items() if k != specs()["api_keys"].variable}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see yield_idle_threads
+    root = str(Path(__file__).resolve().parents[1])  # a clone that is not installed works from any directory
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"

@@ -33,12 +33,20 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.base = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "entrypoint.py", "serve", "--port", str(self.port), "--host", "127.0.0.1"]
+        command = [
+            sys.executable,
+            str(ROOT / "entrypoint.py"),
+            "serve",
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+        ]
         self.began = time.monotonic()
         cache.parent.mkdir(parents=True, exist_ok=True)
         self._log = cache.parent / f"log-{self.port}"
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen([*command, "--cache", str(cache), *flags], cwd=ROOT, stderr=log)
+            self.process = subprocess.Popen([*command, "--cache", str(cache), *flags], cwd=cache.parent, stderr=log)
 
     @property
     def log(self) -> str:
@@ -184,7 +192,7 @@ def test_engine_killed_under_a_streaming_client_is_a_pause(server: Server) -> No
             killed = True
     assert killed and text == alone
     server.until("/v1/health/ready", time.monotonic() - server.began + 30)
-    assert "restarting the engine (1 of 3" in server.log
+    assert "restarting the engine (1 of 3" in server.log and "ready again" in server.log
 
 
 def test_sigterm_drains_running_requests(server: Server) -> None:

@@ -1,7 +1,8 @@
-"""`python -m appliance.launch.bootstrap PARENT_PID MODULE ARGS...`: runs a module in a child that dies with its parent.
+"""`python -m appliance.launch.bootstrap PARENT_PID NAME MODULE ARGS...`: a module as a child that dies with its parent.
 
 Asks the kernel to kill this process when the thread that started it ends (prctl, Linux), so that a server killed with
 SIGKILL leaves no engine behind on the GPU. Done here and not between fork and exec, where Python code is unsafe.
+Log lines of the child have the parent's format and level, and NAME.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import os
 import runpy
 import signal
 import sys
+
+from appliance import logs
+from appliance.settings import child_logging
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,10 +29,12 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    parent_pid, module = int(sys.argv[1]), sys.argv[2]
+    parent_pid, name, module = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent_pid)
     faulthandler.enable()  # a crash in native code leaves a stack in the log
-    sys.argv = sys.argv[2:]
+    level, as_json = child_logging()
+    logs.configure(level, as_json, process=name)
+    sys.argv = sys.argv[3:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

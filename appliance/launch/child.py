@@ -57,7 +57,7 @@ class Child:
     ) -> None:
         self.name = name
         self._channel = ServerEnd(directory / f"{name}-{next(_numbers)}")
-        bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), module]
+        bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), name, module]
         try:
             self._process = subprocess.Popen(
                 [*bootstrap, "--ipc", self._channel.address, *args],

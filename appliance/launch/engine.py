@@ -210,6 +210,8 @@ class EngineSupervisor:
                 token.cancel()
                 probe.cancel()
                 await asyncio.gather(probe, token, return_exceptions=True)
+            if self._lifecycle.was_ready:
+                log.info("the engine is ready again")
             self._lifecycle.enter("ready")
         except (ApplianceError, OSError) as error:
             log.error("the engine was loaded but does not answer: %s", error)
