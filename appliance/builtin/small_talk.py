@@ -125,7 +125,7 @@ FACTS: tuple[Fact, ...] = (
     ),
     _term(
         "the appliance",
-        "The appliance is one container that detects the hardware, selects a profile, builds or fetches an engine and serves it through an OpenAI-compatible API.",
+        "The appliance is a program that detects the hardware, selects a profile, builds or fetches an engine and serves it through an OpenAI-compatible API.",
     ),
     _term(
         "a profile",
@@ -141,7 +141,7 @@ FACTS: tuple[Fact, ...] = (
     ),
     _term(
         "the builder",
-        "The builder turns a checkpoint, a profile and this GPU into an engine, and keeps the fastest kernels that it timed.",
+        "The builder turns a checkpoint into an engine for this hardware: it converts, quantizes and writes the weights, and checks what it wrote.",
     ),
     _term("a page", "A page is a fixed number of token slots of the KV cache."),
     _term("a step", "A step is one forward pass of the in-flight batch."),
@@ -186,7 +186,7 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "Nobody has to: the appliance selects one for the hardware. To choose yourself, set APPLIANCE_MODEL_PROFILE to a name that list-model-profiles prints.",
+        "Nobody has to: the appliance selects one for the hardware. To choose yourself, set APPLIANCE_PROFILE to a name that list-model-profiles prints.",
         (
             f"{_HOW} {{choose|select|pick|set|change|force}} {{a profile|the profile|another profile|my own profile}}?",
             "{which|what} {setting|variable|option} {chooses|selects|picks|sets} the profile?",
@@ -208,7 +208,7 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "FP8 on Hopper GPUs such as the H100 and H200, INT4 elsewhere, and BF16 where neither can work.",
+        "FP8 on Hopper GPUs such as the H100 and H200, and BF16 elsewhere, or FP16 where the GPU has no BF16. The policy wants INT4 there, which is not built yet.",
         (
             "{which|what} {precision|number format|quantization} {do you choose|is chosen|is selected|does the appliance use|is the default}?",
             "how is the {precision|number format|quantization} {chosen|selected|decided}?",
@@ -216,21 +216,21 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "The server listens on port 8000. Set APPLIANCE_SERVER_PORT or pass --port to change it.",
+        "The server listens on port 8000. Set APPLIANCE_PORT or pass --port to change it.",
         (
             "{which|what} port {do you use|is it|is used|does the server listen on|does the appliance use|is the default}?",
             f"{_HOW} {{change|set|choose}} the {{port|server port|HTTP port}}?",
         ),
     ),
     Fact(
-        "Run make serve in a clone, or docker run --gpus all -p 8000:8000 with the image.",
+        "Run make serve in a clone, or ./entrypoint.py serve once it is installed.",
         (
             f"{_HOW} {{start|launch|run|bring up}} {{the appliance|the server|it|the container|everything}}?",
             "{which|what} command {starts|launches|runs} {the appliance|the server|it|the container}?",
         ),
     ),
     Fact(
-        "Pass --model with a local directory or a hub id, or set APPLIANCE_MODEL_NAME.",
+        "Pass --model with a local directory or a hub id, or set APPLIANCE_MODEL.",
         (
             f"{_HOW} {{serve|use|load|run}} {{my own model|another model|a different model|a model from the hub}}?",
             "{can|could} {you|the appliance|the server} {serve|load|run} {my own model|another model|a different model}?",
@@ -238,7 +238,7 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "Engines, downloads and timings lie in the cache directory, which APPLIANCE_CACHE_PATH or --cache sets.",
+        "Engines and downloads lie in the cache directory, which APPLIANCE_CACHE or --cache sets.",
         (
             "{where|in which directory} {are|do you keep|does the appliance keep} {engines|downloads|the engines|the cache|cached files}?",
             f"{_HOW} {{change|set|move}} the {{cache|cache directory|cache path}}?",
@@ -332,21 +332,21 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "Set APPLIANCE_DISABLE_MODEL_DOWNLOAD or HF_HUB_OFFLINE; then no outside socket is opened.",
+        "Set APPLIANCE_OFFLINE or HF_HUB_OFFLINE; then no outside socket is opened.",
         (
             f"{_HOW} {{run|use|start}} {{it|the appliance|the server}} {{offline|without network|in an air-gapped place|without internet}}?",
             f"{_HOW} {{forbid|prevent|disable|switch off}} {{downloads|model downloads|network access}}?",
         ),
     ),
     Fact(
-        "Set APPLIANCE_MAX_MODEL_LEN; a shorter limit leaves room for more requests.",
+        "Set APPLIANCE_MAX_MODEL_LEN or pass --max-model-len; requests that ask for more are refused.",
         (
             f"{_HOW} {{limit|set|change|reduce|shorten}} {{the context|the context length|the maximum length|the model length}}?",
             "{which|what} {setting|variable|option} {limits|sets|changes} the {context|context length|maximum length}?",
         ),
     ),
     Fact(
-        "Set APPLIANCE_TENSOR_PARALLEL_SIZE; by default the smallest size that fits the model is chosen.",
+        "APPLIANCE_TP_SIZE sets the tensor-parallel size, but engines for more than one GPU are not built yet.",
         (
             f"{_HOW} {{use|set up|employ}} {{several GPUs|more GPUs|two GPUs|tensor parallelism}}?",
             "{which|what} {setting|variable|option} {sets|changes|controls} {the tensor-parallel size|tensor parallelism|the number of GPUs}?",
@@ -409,14 +409,14 @@ FACTS: tuple[Fact, ...] = (
         ),
     ),
     Fact(
-        "Set APPLIANCE_LOG_LEVEL; APPLIANCE_JSONL_LOGGING writes each line as JSON.",
+        "Set APPLIANCE_LOG_LEVEL; APPLIANCE_LOG_JSON writes each line as JSON.",
         (
             f"{_HOW} {{see more|change|set|control|raise}} {{logs|the log level|logging|the logging}}?",
             "{which|what} {setting|variable|option} {sets|changes|controls} {the log level|logging|the logs}?",
         ),
     ),
     Fact(
-        "Set APPLIANCE_SSL_MODE to TLS or MTLS, with the paths of the certificate and key.",
+        "Set APPLIANCE_SSL_MODE to TLS, with the paths of the certificate and key, or to MTLS, with the path of the client authorities too.",
         (
             f"{_HOW} {{enable|use|set up|switch on}} {{TLS|HTTPS|SSL|encryption|certificates}}?",
             "{can|does} the server {use|speak|support} {TLS|HTTPS|SSL|encryption}?",
