@@ -169,7 +169,7 @@ def test_every_listed_word_and_digit_is_one_token(encoder: tokenizer.ChatEncoder
         *"0123456789",
     )
     assert [w for w in listed if len(encoder.encode(w)) != 1] == []
-    assert len(encoder.encode("\namber-falcon: 4821")) == tasks.TOKENS_PER_ENTRY
+    assert len(encoder.encode("\namber-falcon: above")) == tasks.TOKENS_PER_ENTRY
 
 
 def test_auto_tokenizer_loads_and_renders_the_same(
@@ -219,7 +219,7 @@ def test_recall_grows_with_progress() -> None:
     rng = random.Random(0)
     early = max(recall_plan(rng, 0.0)[0] for _ in range(300))
     late = [recall_plan(rng, 1.0) for _ in range(300)]
-    assert early <= 200 < 3500 < max(length for length, _ in late) <= tokenizer.MAX_LENGTH
+    assert early <= 300 < 3500 < max(length for length, _ in late) <= tokenizer.MAX_LENGTH
     assert all(26 * questions < length for length, questions in late if questions > 2)
 
 

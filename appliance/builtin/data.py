@@ -21,20 +21,19 @@ from appliance.builtin.tokenizer import MAX_LENGTH, ChatEncoder
 
 # Share of all tokens. Long recall prompts are many tokens and few answers, hence the large share.
 SHARES: dict[str, float] = {
-    "addition": 0.10,
-    "subtraction": 0.10,
-    "multiplication": 0.08,
-    "sorting": 0.12,
-    "copying": 0.07,
-    "recall": 0.34,
-    "json": 0.06,
-    "units": 0.07,
-    "small_talk": 0.06,
+    "addition": 0.09,
+    "subtraction": 0.09,
+    "multiplication": 0.06,
+    "sorting": 0.11,
+    "copying": 0.05,
+    "recall": 0.45,
+    "json": 0.05,
+    "units": 0.05,
+    "small_talk": 0.05,
 }
 SHORT_TASKS = tuple(task for task in tasks.TASKS if task != "recall")
 MULTI_TURN = 0.25  # share of conversations of short tasks that have 2 to 4 turns
-CURRICULUM_END = 0.35  # share of the run after which recall has its full length
-_SHORTEST, _FIRST_LONGEST, _LONGEST = 96, 200, 3980  # tokens of a recall conversation
+_SHORTEST, _FIRST_LONGEST, _LONGEST = 96, 300, 3980  # tokens of a recall conversation
 _TOKENS_PER_QUESTION = 26
 _SMALLEST_GAP = 40  # a rest of a row smaller than this is padding
 _SYSTEM_PROMPTS = (
@@ -58,9 +57,8 @@ class Batch:
     lengths: tuple[int, ...]  # of each conversation; their sum is num_tokens
 
 
-def recall_plan(rng: random.Random, progress: float, longest: int = _LONGEST) -> tuple[int, int]:
-    """(length of the conversation, number of questions) at a share of the run: short tables first (a curriculum)."""
-    grown = min(1.0, progress / CURRICULUM_END)
+def recall_plan(rng: random.Random, grown: float, longest: int = _LONGEST) -> tuple[int, int]:
+    """(length of the conversation, number of questions); `grown` (0..1): from short tables only to all lengths."""
     limit = min(longest, int(math.exp(math.log(_FIRST_LONGEST) * (1 - grown) + math.log(_LONGEST) * grown)))
     if rng.random() < 0.4:
         length = int(math.exp(rng.uniform(math.log(_SHORTEST), math.log(max(limit, _SHORTEST + 1)))))
@@ -71,7 +69,7 @@ def recall_plan(rng: random.Random, progress: float, longest: int = _LONGEST) ->
 
 
 class Packer:
-    """Endless batches of one worker, fixed by its seed and by the progress values passed in."""
+    """Endless batches of one worker, fixed by its seed and by the values of `grown` passed in."""
 
     def __init__(self, encoder: ChatEncoder, num_tokens: int, seed: int) -> None:
         self._encoder, self._num_tokens = encoder, num_tokens
@@ -79,11 +77,11 @@ class Packer:
         self._made = dict.fromkeys(tasks.TASKS, 0.0)  # tokens so far
         self._waiting: Encoded | None = None  # did not fit into the last batch
 
-    def _messages(self, task: str, progress: float) -> tuple[tuple[tasks.Message, ...], list[str]]:
+    def _messages(self, task: str, grown: float) -> tuple[tuple[tasks.Message, ...], list[str]]:
         """A conversation led by `task`, and the task of each of its answers."""
         rng = self._rng
         if task == "recall":
-            length, questions = recall_plan(rng, progress, min(_LONGEST, self._num_tokens - 64))
+            length, questions = recall_plan(rng, grown, min(_LONGEST, self._num_tokens - 64))
             length -= _TOKENS_PER_QUESTION * (questions - 1)
             return tasks.recall_conversation(rng, length, questions), ["recall"] * questions
         messages: list[tasks.Message] = []
@@ -98,29 +96,29 @@ class Packer:
             messages += [*drawn.messages, {"role": "assistant", "content": drawn.answer}]
         return tuple(messages), turns
 
-    def _encoded(self, task: str, progress: float) -> Encoded:
-        messages, answer_tasks = self._messages(task, progress)
+    def _encoded(self, task: str, grown: float) -> Encoded:
+        messages, answer_tasks = self._messages(task, grown)
         ids, answers = self._encoder.conversation(messages)
         self._made[task] += len(ids)
         return ids, [
             (start, end, 1 + tasks.TASKS.index(t)) for (start, end), t in zip(answers, answer_tasks, strict=True)
         ]
 
-    def _next(self, progress: float) -> Encoded:
+    def _next(self, grown: float) -> Encoded:
         """The conversation left over from the last batch, or one of the task that is furthest behind its share."""
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             return waiting
-        return self._encoded(min(SHARES, key=lambda task: self._made[task] / SHARES[task]), progress)
+        return self._encoded(min(SHARES, key=lambda task: self._made[task] / SHARES[task]), grown)
 
-    def batch(self, progress: float) -> Batch:
+    def batch(self, grown: float) -> Batch:
         """One batch of exactly `num_tokens` tokens; its end is padding without loss, as one more conversation."""
         tokens = np.full(self._num_tokens, self._encoder.pad, dtype=np.uint16)
         task_of = np.zeros(self._num_tokens, dtype=np.uint8)
         lengths: list[int] = []
         used = misses = 0
         while misses < 4 and self._num_tokens - used > _SMALLEST_GAP:
-            item = self._encoded(self._rng.choice(SHORT_TASKS), progress) if misses else self._next(progress)
+            item = self._encoded(self._rng.choice(SHORT_TASKS), grown) if misses else self._next(grown)
             ids, answers = item
             if len(ids) > self._num_tokens - used:
                 if not misses and len(ids) <= min(MAX_LENGTH, self._num_tokens):
@@ -137,12 +135,12 @@ class Packer:
         return Batch(tokens, task_of, tuple(lengths))
 
 
-def _work(tokenizer_json: str, num_tokens: int, seed: int, progress: Any, out: Any) -> None:
+def _work(tokenizer_json: str, num_tokens: int, seed: int, grown: Any, out: Any) -> None:
     """Body of a worker process: batches into the queue until the parent ends it."""
     packer = Packer(ChatEncoder(Tokenizer.from_str(tokenizer_json)), num_tokens, seed)
     try:
         while True:
-            out.put(packer.batch(progress.value))
+            out.put(packer.batch(grown.value))
     except (KeyboardInterrupt, BrokenPipeError):
         return
 
@@ -155,11 +153,11 @@ class BatchSource:
 
     def __init__(self, tokenizer: Tokenizer, num_tokens: int, workers: int, seed: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._progress = context.Value("d", 0.0)
+        self._grown = context.Value("d", 0.0)
         self._queue = context.Queue(maxsize=4 * workers)
         arguments = (tokenizer.to_str(), num_tokens)
         self._processes = [
-            context.Process(target=_work, args=(*arguments, seed * 1000 + i, self._progress, self._queue), daemon=True)
+            context.Process(target=_work, args=(*arguments, seed * 1000 + i, self._grown, self._queue), daemon=True)
             for i in range(workers)
         ]
         self._kept: list[Batch] = []
@@ -168,9 +166,9 @@ class BatchSource:
         for process in self._processes:
             process.start()
 
-    def next(self, progress: float) -> Batch:
-        """The next batch; `progress` (0..1) steers the curriculum of batches made from now on."""
-        self._progress.value = progress
+    def next(self, grown: float) -> Batch:
+        """The next batch; `grown` (0..1) is the curriculum of batches made from now on."""
+        self._grown.value = grown
         try:
             batch = self._queue.get(block=len(self._kept) < self.MIN_REPLAY, timeout=120)
         except queue.Empty:

@@ -23,7 +23,7 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 EVALUATION_SHARE = 16  # one key in so many belongs to evaluation
 RECALL_LENGTHS = (256, 3800)  # smallest and largest prompt of the recall task, in tokens of the built-in tokenizer
-TOKENS_PER_ENTRY = 9  # "amber-falcon: 4821\n": word, dash, word, colon, four digits, line end
+TOKENS_PER_ENTRY = 6  # "amber-falcon: above\n": word, dash, word, colon, word, line end
 _RECALL_OVERHEAD = 40  # tokens of the chat template, the instruction and the question
 
 
@@ -144,14 +144,14 @@ _RECALL_QUESTION = ("What is the value of {}?", "Look up {}.", "Which value belo
 def recall_table(rng: random.Random, length: int) -> tuple[str, dict[str, str]]:
     """A table whose chat prompt with one question is about `length` tokens long (within 15), and its content.
 
-    Keys are different random word pairs ("amber-falcon"), values are random numbers of four digits.
+    Keys are different random word pairs ("amber-falcon"), values are random words.
     """
     count = max(2, (length - _RECALL_OVERHEAD) // TOKENS_PER_ENTRY)
     nouns, adjectives = words.NOUNS, words.ADJECTIVES
     pairs = rng.sample(range(len(nouns) * len(adjectives)), count)
-    values = rng.choices(range(1000, 10000), k=count)
+    values = rng.choices(words.OTHERS, k=count)
     table = {
-        f"{adjectives[pair // len(nouns)]}-{nouns[pair % len(nouns)]}": str(value) for pair, value in zip(pairs, values)
+        f"{adjectives[pair // len(nouns)]}-{nouns[pair % len(nouns)]}": value for pair, value in zip(pairs, values)
     }
     return "\n".join([f"{key}: {value}" for key, value in table.items()]), table
 
@@ -171,7 +171,7 @@ def recall_question(rng: random.Random, table: dict[str, str], keys: list[str]) 
 
 
 def recall(rng: random.Random, length: int | None = None) -> Sample:
-    """The entry of one key in a table of 24 to 417; `length` of the prompt in tokens, 256..3800, random if None."""
+    """The entry of one key in a table of 36 to 626; `length` of the prompt in tokens, 256..3800, random if None."""
     if length is None:
         length = RECALL_LENGTHS[0] + int(rng.random() * (RECALL_LENGTHS[1] - RECALL_LENGTHS[0] + 1))
     text, table = recall_table(rng, length)

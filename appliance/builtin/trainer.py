@@ -38,7 +38,7 @@ LOSS_WEIGHTS: dict[str, float] = {
     "small_talk": 0.5,
 }
 WARMUP_STEPS = 100
-DECAY_FROM = 0.4  # share of the run after which the learning rate falls linearly to zero
+DECAY_FROM = 0.5  # share of the run after which the learning rate falls linearly to zero
 MATRIX_LR, ADAM_LR, WEIGHT_DECAY = 0.02, 0.003, 0.1
 _STEPS_IN_FLIGHT = 3
 
@@ -65,6 +65,27 @@ def schedule(progress: float, step: int) -> float:
     return warmup * min(1.0, max(0.0, (1.0 - progress) / (1.0 - DECAY_FROM)))
 
 
+class Curriculum:
+    """How long recall tables may be. The circuit that finds an entry forms suddenly, and only on short tables: they
+    stay short until the loss says that it is there, then grow steadily."""
+
+    FOUND = 0.15  # mean loss of recall's answer tokens; guessing the value among those of the table gives about 0.5
+    LATEST = 0.5  # share of the run at which tables grow in any case
+    GROWTH = 0.25  # share of the run that growing takes
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # share of the run at which growing began
+
+    def observe(self, progress: float, recall_loss: float) -> None:
+        """Take in the loss of the last interval."""
+        if self._since is None and (recall_loss < self.FOUND or progress > self.LATEST):
+            self._since = progress
+
+    def grown(self, progress: float) -> float:
+        """0: short tables only; 1: all lengths."""
+        return 0.0 if self._since is None else min(1.0, (progress - self._since) / self.GROWTH)
+
+
 class _Losses:
     """Sums of answer-token losses per task since the last report; read only then, so the GPU is not waited for."""
 
@@ -80,11 +101,12 @@ class _Losses:
         self.counts += counts
 
     def take(self) -> dict[str, tuple[float, float]]:
-        """Per task: mean loss, and the share of answer tokens given more than half the probability; starts anew."""
-        sums, right, counts = self.sums.tolist(), self.right.tolist(), np.maximum(self.counts, 1)
+        """Per task that was seen: mean loss, and the share of answer tokens given more than half the probability; starts
+        anew."""
+        sums, right, counts = self.sums.tolist(), self.right.tolist(), self.counts
         self.sums.zero_(), self.right.zero_()
         self.counts = np.zeros(len(tasks.TASKS) + 1)
-        return {t: (sums[i] / counts[i], right[i] / counts[i]) for i, t in enumerate(tasks.TASKS, 1)}
+        return {t: (sums[i] / counts[i], right[i] / counts[i]) for i, t in enumerate(tasks.TASKS, 1) if counts[i]}
 
 
 class Trainer:
@@ -101,6 +123,7 @@ class Trainer:
         self._weight_of = np.array(weights)
         self._weights = torch.tensor(weights, device=plan.device)
         self._losses = _Losses(plan.device)
+        self._curriculum = Curriculum()
         self.tokens = 0
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -158,7 +181,7 @@ class Trainer:
             if now - reported > plan.report_seconds:
                 self._report(step, progress, (self.tokens - reported_tokens) / (now - reported), now - started, norm)
                 reported, reported_tokens = now, self.tokens
-            loss, losses, task, counts = self._loss(self.source.next(progress))
+            loss, losses, task, counts = self._loss(self.source.next(self._curriculum.grown(progress)))
             loss.backward()
             norm = self.optimizer.step(schedule(progress, step))
             self._losses.add(losses, task, counts)
@@ -177,10 +200,14 @@ class Trainer:
     def _report(self, step: int, progress: float, speed: float, seconds: float, norm: Tensor) -> None:
         """One line: losses per task with the share of sure answer tokens, speed, remaining time."""
         remaining = seconds / progress - seconds if progress > 0 else 0.0
-        losses = " ".join(f"{t[:8]}={loss:.3f}/{right:.1%}" for t, (loss, right) in self._losses.take().items())
+        taken = self._losses.take()
+        losses = " ".join(f"{t[:8]}={loss:.3f}/{right:.1%}" for t, (loss, right) in taken.items())
+        if "recall" in taken:
+            self._curriculum.observe(progress, taken["recall"][0])
         print(
             f"step {step} {progress:.0%} left={remaining:.0f}s tok/s={speed / 1e6:.3f}M norm={float(norm):.2f} "
-            f"lr={schedule(progress, step):.2f} fresh={self.source.fresh} replayed={self.source.replayed} {losses}",
+            f"lr={schedule(progress, step):.2f} tables={self._curriculum.grown(progress):.2f} "
+            f"fresh={self.source.fresh} replayed={self.source.replayed} {losses}",
             flush=True,
         )
 

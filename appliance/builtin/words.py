@@ -24,7 +24,7 @@ otter oyster panda parrot pebble pencil pepper pigeon pirate planet pocket prair
 rocket saddle salmon shadow spider sparrow statue sunset temple thunder tiger tunnel turtle violin walnut
 """)
 
-# Further words of the copying task.
+# Further words of the copying task; the values of the recall task.
 OTHERS: tuple[str, ...] = _words("""
 above across again almost along always answer apple around arrive basket become before begin behind below between
 beyond bread bring build butter carry center chair change child circle clean climb close coffee color corner cotton
