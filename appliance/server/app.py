@@ -19,7 +19,10 @@ from appliance.server.wire.requests import ChatRequest, CompletionRequest, Detok
 
 def create_app(state: ServerState) -> FastAPI:
     """The application over this state. Cheap: it reads no file and needs neither tokenizer nor engine to be there."""
-    app = FastAPI(title="Inference appliance", version=state.version, redirect_slashes=False)
+    # FastAPI's own /docs and /redoc load their scripts from a public CDN: routes_meta has a page that needs none.
+    app = FastAPI(
+        title="Inference appliance", version=state.version, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     app.state.server = state
 
     async def on_error(request: Request, error: Exception) -> Response:

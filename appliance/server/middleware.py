@@ -18,7 +18,17 @@ from appliance.server.errors import error_response, plain_response
 
 # Answered without a key: probes, scrapers and the dashboard have none, and these tell nothing of any request.
 OPEN_PATHS = frozenset(
-    ["/", "/health", "/v1/health/live", "/v1/health/ready", "/v1/health/startup", "/metrics", "/v1/metrics"]
+    [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/health",
+        "/v1/health/live",
+        "/v1/health/ready",
+        "/v1/health/startup",
+        "/metrics",
+        "/v1/metrics",
+    ]
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 

@@ -21,7 +21,7 @@ from appliance.server.wire.unsupported import check_extra_fields
 router = APIRouter()
 
 API_VERSION = "1"
-_DASHBOARD = Path(__file__).parent / "static" / "index.html"
+_STATIC = Path(__file__).parent / "static"
 
 
 def _state(request: Request) -> ServerState:
@@ -194,9 +194,15 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}, headers=headers)
 
 
-# ---------------------------------------------------------------- dashboard
+# ---------------------------------------------------------------- pages: nothing in them comes from another host
 
 
 @router.get("/", include_in_schema=False)
 async def dashboard() -> Response:
-    return FileResponse(_DASHBOARD, media_type="text/html")
+    return FileResponse(_STATIC / "index.html", media_type="text/html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """A list of the operations; FastAPI's own pages load their scripts from a public CDN."""
+    return FileResponse(_STATIC / "docs.html", media_type="text/html")
