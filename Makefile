@@ -6,9 +6,6 @@ ARGS ?=
 JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
-# Checked strictly; what they import beyond (torch code) is typed too, but not judged here.
-CONTROL_PLANE := $(addprefix -p appliance.,server batching engines profiles hardware launch commands) \
-	$(addprefix -m appliance.,ipc types errors registry settings settings_table logs strict sizes cli doctor)
 
 .PHONY: help serve install install-dev test lint format clean
 
@@ -32,7 +29,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy --strict --follow-imports=silent $(CONTROL_PLANE)
+	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.installed-dev

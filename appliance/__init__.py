@@ -1,7 +1,7 @@
 """An open, self-optimizing inference appliance.
 
-Importing this package is cheap: `LLM` and what it needs (torch) load on first use only, so that the server process never
-imports torch.
+Importing this package is cheap: `LLM` and what it needs (torch) load on first use only, so that the server process
+never imports torch.
 """
 
 from __future__ import annotations

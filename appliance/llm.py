@@ -173,8 +173,8 @@ class LLM:
         Returns generations in the order of the prompts; with `stream`, chunks as steps give them. A stream that is not
         read to its end is cancelled. InvalidRequestError for a prompt that can never fit.
         """
-        listed = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)
-        token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]  # type: ignore[arg-type]
+        listed: Any = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else prompts
+        token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(token_ids)
         if len(each) != len(token_ids):
             raise InvalidRequestError(

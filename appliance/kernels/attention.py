@@ -1,4 +1,4 @@
-"""What every paged-attention implementation shares: the metadata of a step, the interface, and the plain torch reference.
+"""What every paged-attention implementation shares: a step's metadata, the interface, and the plain torch reference.
 
 KV cache of one layer: [num_pages, 2, page_size, num_kv_heads, head_dim]; index 1 is K (0) or V (1). The same layout
 serves FlashInfer ("NHD"), the Triton kernels and the reference.
@@ -44,7 +44,7 @@ class Attention(Protocol):
     def attend(
         self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
     ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] over the pages of each sequence, causal, K/V of this step already written.
+        """q [num_tokens, num_heads, head_dim] over each sequence's pages, causal; this step's K/V are written already.
 
         `window`: a token at position p sees positions (p - window, p]. Returns [num_tokens, num_heads, head_dim], q's
         dtype; accumulates in float32.

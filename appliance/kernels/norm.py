@@ -110,7 +110,7 @@ def _rms_norm_kernel(
 
 def _launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, scales: Tensor | None
-):
+) -> None:
     size = x.shape[-1]
     assert x.stride(-1) == 1 and (residual is None or residual.stride(-1) == 1)
     block = triton.next_power_of_2(size)
