@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +59,15 @@ def allocate_kv_cache(
     """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim]. Zeroed: attention may read (and
     mask) entries that nothing has written, and 0 x NaN is not 0."""
     shape = (num_pages, 2, page_size, num_kv_heads, config.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+    return [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on the CPU with pages that the system zeroes when first touched, where torch would write each now:
+    seconds per GB of start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def choose_max_model_len(options: EngineOptions, config: ModelConfig, num_pages: int) -> int:
