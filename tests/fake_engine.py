@@ -72,6 +72,8 @@ def main() -> int:
         return 0
     assert isinstance(start, StartEngine)
     end.send(Progress("load", detail="layers.0", percent=50.0))
+    if mode.startswith("slow-load"):
+        time.sleep(20)
     if mode.startswith("crash-in-load"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if mode.startswith("damaged"):

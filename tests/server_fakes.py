@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -111,6 +112,7 @@ class FakeEngine:
     async def add(self, requests: Sequence[EngineRequest]) -> None:
         if self.dead:
             raise ConnectionError("the engine is gone")
+        msgspec.msgpack.encode(requests)  # as the real link does: what cannot be encoded fails here
         self.added.append(list(requests))
         for request in requests:
             resumed = request.num_resumed_tokens

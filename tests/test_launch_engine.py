@@ -103,6 +103,18 @@ def gone(pid: int) -> bool:
     return False
 
 
+async def test_stop_does_not_wait_for_an_engine_that_still_loads(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, "slow-load")
+    async with rig.running():
+        async with asyncio.timeout(20):
+            while rig.lifecycle.phase != "loading":
+                await asyncio.sleep(0.01)
+        begun = time.monotonic()
+        await rig.supervisor.stop()
+        assert time.monotonic() - begun < 3.0
+    assert gone(rig.children[0].pid) and not rig.infos
+
+
 async def test_ready_after_a_token_then_serves_and_stops(tmp_path: Path) -> None:
     rig = Rig(tmp_path, "ok")
     async with rig.running() as task:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 from server_fakes import (
     CHAT,
     HELLO,
@@ -11,6 +14,7 @@ from server_fakes import (
     events,
     eventually,
     ready_state,
+    served,
     server_tokenizer,
     text,
 )
@@ -114,6 +118,26 @@ async def test_sampling_parameters_reach_the_engine() -> None:
     params = engine.added[1][0].params
     assert (params.temperature, params.top_k, params.top_p) == (1.0, 1, 1.0) and params.seed is not None
     assert params.max_tokens == 512 - len(engine.added[1][0].prompt_token_ids)
+
+
+async def test_a_top_k_beyond_the_vocabulary_is_off_whatever_its_size() -> None:
+    state, engine = await ready_state("hello")
+    assert state.tokenizer is not None
+    async with asyncio.timeout(5), client(state) as http:
+        response = await http.post(TEXT, json=text(top_k=10**20, temperature=1))
+    assert response.status_code == 200, response.text
+    assert engine.added[0][0].params.top_k == state.tokenizer.vocab_size
+
+
+async def test_head_is_answered_as_get_without_a_body() -> None:
+    state, _ = await ready_state("hello")
+    async with served(state) as url, httpx.AsyncClient(base_url=url) as http:
+        for path in ("/v1/health/live", "/v1/health/ready", "/v1/models", "/metrics", "/"):
+            response = await http.head(path)
+            assert response.status_code == 200 and response.content == b"", path
+        assert (await http.get("/v1/health/ready")).json()["phase"] == "ready"  # the connection is still in step
+        refused = await http.head(TEXT)
+        assert refused.status_code == 405 and refused.headers["allow"] == "POST"
 
 
 async def test_completions_with_many_prompts_and_choices() -> None:

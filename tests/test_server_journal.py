@@ -212,6 +212,20 @@ async def test_an_engine_that_dies_while_sending_loses_nothing() -> None:
     assert [t for o in await collect(group) for t in o.token_ids] == [100, 101]
 
 
+async def test_a_request_that_cannot_be_sent_ends_alone() -> None:
+    state, engine = await manual()
+    groups = [state.journal.submit([make(name, 1, top_k=top_k)]) for name, top_k in (("a", 0), ("b", 2**70), ("c", 0))]
+    await settle()
+    assert [request.request_id for batch in engine.added for request in batch] == ["a", "c"]
+    async with asyncio.timeout(5):
+        refused = await collect(groups[1])
+    assert [output.finish_reason for output in refused] == ["error"] and "cannot be sent" in (refused[0].error or "")
+    engine.step()
+    for group in (groups[0], groups[2]):
+        assert [output.finish_reason for output in await collect(group)] == ["length"]
+    state.journal.check_integrity()
+
+
 async def test_poison_request_is_given_up_and_a_later_one_is_not() -> None:
     state, engine = await manual()
     poison = state.journal.submit([make("p", 50)])

@@ -55,6 +55,7 @@ from appliance.types import EngineOutput, EngineStats
         (TEXT, text(prompt=[1, "a"]), "prompt", "list of token ids"),
         (TEXT, text(prompt=[1, 99999]), "prompt", "99999"),
         (TEXT, text(prompt=""), "prompt", "no tokens"),
+        (TEXT, text(priority=2**64), "priority", "less than"),
         ("/tokenize", {}, None, "either prompt or messages"),
         ("/detokenize", {"tokens": [-1]}, "tokens", "-1"),
     ],

@@ -114,6 +114,7 @@ class EngineSupervisor:
         self._stopping = False
         self._crashes: deque[float] = deque()  # monotonic seconds
         self._failed: Failed | None = None
+        self._loaded = False  # the present process said Ready
         self._first_token = asyncio.Event()  # of the present process
         self._warming: asyncio.Task[None] | None = None
 
@@ -140,6 +141,7 @@ class EngineSupervisor:
     def _fresh(self) -> Child:
         """The prepared process, with nothing known of its predecessor."""
         self._failed = None
+        self._loaded = False
         self._first_token.clear()
         self.prepare()
         assert self._child is not None
@@ -186,7 +188,10 @@ class EngineSupervisor:
             case Progress():
                 show_progress(self._lifecycle, message)
             case Ready(info=info):
+                if self._stopping:
+                    return  # what was meant to be loaded came too late
                 assert self._child is not None
+                self._loaded = True
                 self._warming = asyncio.create_task(self._warm(self._child, info))
             case Failed():
                 self._failed = message
@@ -240,4 +245,6 @@ class EngineSupervisor:
         """End the engine process and `run`. Idempotent."""
         self._stopping = True
         if self._child is not None:
+            if not self._loaded:
+                self._child.kill()  # it would read the message only once it is loaded, and has nothing to finish
             await self._child.stop()

@@ -183,7 +183,7 @@ def _sampling_params(request: GenerationRequest, wanted: Wanted, tokenizer: Serv
                 raise InvalidRequestError(
                     f"{param} has token id {token_id}, allowed are 0 to {tokenizer.vocab_size - 1}", param=param
                 )
-    top_k, top_p = max(0, request.top_k or 0), _or(request.top_p, 1.0)
+    top_k, top_p = min(max(0, request.top_k or 0), tokenizer.vocab_size), _or(request.top_p, 1.0)
     if top_p == 0:  # the smallest set of tokens that has any probability: the most likely one
         top_k, top_p = 1, 1.0
     return SamplingParams(

@@ -23,6 +23,9 @@ from appliance.types import EngineOutput, EngineRequest, EngineStats, FinishReas
 
 log = logging.getLogger(__name__)
 
+# What encoding a message raises. Validation should have refused such a request; it is no sign of a dead engine.
+_UNSENDABLE = (OverflowError, TypeError, ValueError, msgspec.MsgspecError)
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -367,10 +370,26 @@ class RequestJournal:
                     entry.link = link
                 try:
                     if add:
-                        await link.add([entry.resumed() for entry in add])
+                        await self._add(link, add)
                     if aborts:
                         await link.abort(aborts)
-                except Exception:
+                except ConnectionError as error:
                     # The supervisor notices the dead engine and calls on_engine_lost; the entries are still here.
+                    log.warning("%s; %d requests wait for its restart", error, len(add))
+                    return
+                except Exception:
                     log.exception("the engine took no message; %d requests wait for its restart", len(add))
                     return
+
+    async def _add(self, link: EngineLink, entries: Sequence[_Entry]) -> None:
+        """Hand these over. One that cannot be put into a message ends alone: it must not hold its neighbours."""
+        try:
+            await link.add([entry.resumed() for entry in entries])
+        except _UNSENDABLE as error:
+            if len(entries) > 1:
+                for entry in entries:
+                    await self._add(link, [entry])
+                return
+            log.exception("request %s cannot be sent to the engine", entries[0].request.request_id)
+            if self._entries.get(entries[0].request.request_id) is entries[0]:
+                self._terminate(entries[0], "error", f"the request cannot be sent to the engine: {error}")

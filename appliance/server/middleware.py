@@ -65,6 +65,9 @@ class Gate:
             response = plain_response(413, self._too_large(), "request_too_large", {"Connection": "close"})
             await response(scope, receive, send_with_id)
             return
+        if scope["method"] == "HEAD":
+            # Probes and proxies send it. Answered as GET; uvicorn, which has the original scope, drops the body.
+            scope = {**scope, "method": "GET"}
         await self._app(scope, self._limited(receive), send_with_id)
 
     def _has_key(self, headers: Headers) -> bool:

@@ -52,7 +52,7 @@ class GenerationRequest(BaseModel):
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    priority: int | None = None  # lower runs first
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # lower runs first
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
 
