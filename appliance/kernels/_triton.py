@@ -16,13 +16,13 @@ try:
 except ImportError:
 
     class _Absent:
-        """Accepts `@triton.jit` and `tl.constexpr` at import time, nothing else."""
+        """Accepts `@triton.jit`, with options or without, and `tl.constexpr` at import time, nothing else."""
 
         constexpr = Any
 
         @staticmethod
-        def jit(fn: Any) -> Any:
-            return fn
+        def jit(fn: Any = None, **options: Any) -> Any:
+            return fn if fn is not None else lambda decorated: decorated
 
     triton = tl = _Absent()
     HAS_TRITON = False

@@ -14,6 +14,7 @@ from torch import Tensor
 from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.fp8_linear import FP8, fp8_linear, quantize_rows, quantize_rows_reference
 from appliance.kernels.norm import rms_norm_quantize
+from appliance.kernels.skinny_linear import prefers_skinny, skinny_linear
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 PLUGIN = {
@@ -59,6 +60,8 @@ class Scheme(PrecisionScheme):
             return F.linear(values.float() * scales, weight, bias).to(dtype)
         if bias is not None and bias.shape[0] < weight.shape[0]:
             bias = F.pad(bias, (0, weight.shape[0] - bias.shape[0]))
+        if prefers_skinny(values, weight):
+            return skinny_linear(values, weight, bias, dtype, scales, tensors["weight_scale"])
         return fp8_linear(values, scales, weight, tensors["weight_scale"], bias, dtype)
 
     def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:

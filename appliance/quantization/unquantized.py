@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appliance.kernels.skinny_linear import prefers_skinny, skinny_linear
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 PLUGIN = {
@@ -28,4 +29,7 @@ class Scheme(PrecisionScheme):
 
     def apply(self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert isinstance(x, Tensor), "this scheme takes activations in the model's dtype"
-        return F.linear(x, tensors["weight"], bias)
+        weight = tensors["weight"]
+        if prefers_skinny(x, weight):
+            return skinny_linear(x, weight, bias, dtype)
+        return F.linear(x, weight, bias)
