@@ -11,6 +11,7 @@ import importlib
 # name -> one line of help. A module of that name is imported only when it is run, or asked for its options.
 BENCHMARKS = {
     "offline": "the engine without HTTP: decode steps, prefill, throughput, on a model shape with random weights",
+    "ops": "linear layers with few rows: own kernel in all its configs beside the library's products (needs a GPU)",
     "quality": "exact-match accuracy of the built-in model per task, per precision",
     "start": "seconds from process start to first token, with and without a built engine",
 }

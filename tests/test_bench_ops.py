@@ -1,0 +1,86 @@
+"""`appliance bench ops`: what it does with timings, failures and bad options; the timing itself on a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import pytest
+import torch
+from quantized_helpers import needs_fp8
+
+from appliance.bench import ops
+from appliance.errors import HardwareError, SettingsError
+from appliance.kernels import skinny_linear as skinny
+from appliance.kernels._triton import HAS_TRITON
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("argument", ["--products=kv", "--rows=0", "--rows=65", "--rows=", "--precisions=fp8,int4"])
+def test_options_that_are_not_known_are_refused(argument: str) -> None:
+    with pytest.raises(SettingsError, match=argument.split("=")[0]):
+        ops.run(options(argument))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_it_needs_a_gpu() -> None:
+    with pytest.raises(HardwareError, match="found no CUDA GPU"):
+        ops.run(options())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
+def test_every_config_is_checked_and_the_quickest_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the interpreter, with invented times: three configs, of which one cannot run and another is wrong."""
+    needs_fp8()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    right = [skinny.Config(16, 64, split, 4, 3, False) for split in (1, 2)]
+    impossible, wrong = skinny.Config(24, 64, 1, 4, 3, False), skinny.Config(32, 64, 1, 4, 3, False)
+    real = skinny.skinny_linear
+
+    def sometimes_wrong(*arguments: Any, config: skinny.Config) -> torch.Tensor:
+        return real(*arguments, config=config) * (1.1 if config == wrong else 1)
+
+    times = iter([3.0, 2.0])
+    monkeypatch.setattr(ops, "PRODUCTS", {"small": (48, 128)})
+    monkeypatch.setattr(ops, "_ROTATED_BYTES", 4 * 48 * 128)
+    monkeypatch.setattr(ops, "_library", lambda case: {})
+    monkeypatch.setattr(ops, "_microseconds", lambda call, weights: next(times))
+    monkeypatch.setattr(skinny, "candidates", lambda *shape: [right[0], impossible, wrong, right[1]])
+    monkeypatch.setattr(skinny, "skinny_linear", sometimes_wrong)
+    (case,) = ops._time_product("small", "fp8", [2], device)
+    assert case.weights.shape == (4, 48, 128)
+    assert [timing.get("us") for timing in case.timings] == [3.0, None, None, 2.0]
+    assert case.timings[1]["failed"] and "relative error" in case.timings[2]["failed"]
+    summary = ops._summary(case, bandwidth=48 * 128 / 1e-6)
+    assert summary == {
+        "precision": "fp8",
+        "product": "small",
+        "rows": 2,
+        "default": 3.0,
+        "skinny": 2.0,
+        "share": 0.5,
+        "config": [16, 64, 2, 4, 3, False],
+    }
+    ops._show([case], 1e12, every=False)
+    printed = capsys.readouterr().out
+    assert printed.count("left out: fp8 small of 2 rows") == 2
+    assert "16, 64, 2, 4, 3, False" in printed and "16, 64, 1, 4, 3, False" not in printed
+
+
+@pytest.mark.gpu
+def test_times_a_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ops, "PRODUCTS", {"small": (512, 1024)})
+    monkeypatch.setattr(ops, "_ROTATED_BYTES", 8 * 512 * 1024)
+    precisions = "fp8,bf16" if torch.cuda.get_device_capability() >= (8, 9) else "bf16"
+    assert ops.run(options("--products=small", "--rows=1,32", f"--precisions={precisions}")) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["best"]) == 2 * len(precisions.split(","))
+    assert all(case["skinny"] > 0 for case in result["best"])
