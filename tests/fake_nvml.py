@@ -27,11 +27,16 @@ def card(uuid: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def _fill_fabric(info: Any, state: int, status: int) -> None:
+    """As the C function does: through the pointer it was given."""
+    info.state, info.status = state, status
+
+
 class FakeNvml:
     """pynvml's functions over a list of cards. Handles are the cards; a MIG slice is a card of its own."""
 
     NVMLError = pynvml.NVMLError
-    c_nvmlGpuFabricInfo_t = SimpleNamespace
+    c_nvmlGpuFabricInfo_t = pynvml.c_nvmlGpuFabricInfo_t
 
     def __init__(
         self, cards: list[dict[str, Any]], *, init: int = 0, cuda: int = 13000, driver: str = "580.95"
@@ -59,9 +64,7 @@ class FakeNvml:
             "nvmlDeviceGetRemappedRows": lambda c: c["remapped"],
             "nvmlDeviceGetRetiredPagesPendingStatus": lambda c: c["retired"],
             "nvmlDeviceGetTotalEccErrors": lambda c, kind, counter: c["ecc"],
-            "nvmlDeviceGetGpuFabricInfo": lambda c, info: info.__dict__.update(
-                state=c["fabric"][0], status=c["fabric"][1]
-            ),
+            "nvmlDeviceGetGpuFabricInfo": lambda c, info: _fill_fabric(info._obj, *c["fabric"]),
             "nvmlDeviceGetComputeMode": lambda c: c["compute_mode"],
             "nvmlDeviceGetP2PStatus": lambda a, b, capability: a["p2p"][b["uuid"], capability],
             "nvmlDeviceGetNvLinkState": lambda c, link: c["nvlinks"][link] is not None,

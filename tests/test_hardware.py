@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +329,16 @@ def test_sizes(text: int | str, size: int):
 def test_wrong_sizes(text: Any):
     with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
+
+
+@pytest.mark.gpu
+def test_the_real_driver_answers() -> None:
+    """In a process of its own: a wrong call into the driver's library ends the process instead of raising."""
+    code = "from appliance import hardware; found = hardware.detect(); print(hardware.dump(found)); assert found.usable_gpus"
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    import torch
+
+    assert torch.cuda.get_device_name(0) in done.stdout

@@ -67,6 +67,13 @@ def prompt_logprobs(outputs: dict[str, list[EngineOutput]]) -> dict[str, list[fl
     return found
 
 
+def differences(got: dict[str, list[float]], wanted: dict[str, list[float]]) -> Any:
+    """float32 [n]: absolute differences over all positions of all prompts."""
+    import torch
+
+    return torch.tensor([abs(a - b) for name in wanted for a, b in zip(wanted[name], got[name], strict=True)])
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_float32_tokens_equal_the_cpu(checkpoint: Path, graphs: bool) -> None:
     import torch
@@ -83,8 +90,12 @@ def test_float32_tokens_equal_the_cpu(checkpoint: Path, graphs: bool) -> None:
 
 @pytest.mark.parametrize("scheme", ["none", "fp8"])
 @pytest.mark.parametrize("attention", ["flashinfer", "triton"])
-def test_logprobs_within_tolerance_of_the_cpu(checkpoint: Path, attention: str, scheme: str) -> None:
-    """Teacher-forced over the prompts, so that one differing token cannot hide or cause others."""
+def test_logprobs_as_close_to_float32_as_the_precision_allows(checkpoint: Path, attention: str, scheme: str) -> None:
+    """Teacher-forced over the prompts, so that one differing token can neither hide others nor cause them.
+
+    bf16 is compared with float32 on the CPU; FP8 by its distance from float32, which the CPU's emulation of the same
+    rounding sets the measure for. A wrong mask or page moves these random models by whole nats.
+    """
     import torch
 
     from appliance.kernels import flashinfer
@@ -92,17 +103,18 @@ def test_logprobs_within_tolerance_of_the_cpu(checkpoint: Path, attention: str, 
     if attention == "flashinfer" and (reason := flashinfer.available(64, torch.bfloat16)):
         pytest.skip(reason)
     requests = workload(prompt_logprobs=0)
-    expected = prompt_logprobs(run_all(make_core(checkpoint, scheme=scheme, **core_options()), requests))
-    core = make_core(
-        checkpoint, backend="cuda", dtype=torch.bfloat16, scheme=scheme, **core_options(attention=attention)
-    )
-    got = prompt_logprobs(run_all(core, requests))
-    differences = torch.tensor(
-        [abs(a - b) for name in expected for a, b in zip(expected[name], got[name], strict=True)]
-    )
-    # bf16 keeps 8 bits: a few hundredths on logits of this size, far less than a wrong mask or page would give.
-    assert differences.mean() < (0.05 if scheme == "none" else 0.1), differences.mean()
-    assert differences.quantile(0.99) < (0.3 if scheme == "none" else 0.6), differences.quantile(0.99)
+    exact = prompt_logprobs(run_all(make_core(checkpoint, **core_options()), requests))
+    options = core_options(attention=attention)
+    core = make_core(checkpoint, backend="cuda", dtype=torch.bfloat16, scheme=scheme, **options)
+    error = differences(prompt_logprobs(run_all(core, requests)), exact)
+    if scheme == "none":
+        assert error.mean() < 0.15, error.mean()
+        assert error.quantile(0.99) < 0.6, error.quantile(0.99)
+    else:
+        emulated = prompt_logprobs(run_all(make_core(checkpoint, scheme=scheme, **core_options()), requests))
+        allowed = differences(emulated, exact)
+        assert error.mean() < 1.25 * allowed.mean(), (error.mean(), allowed.mean())
+        assert error.quantile(0.99) < 1.5 * allowed.quantile(0.99), (error.quantile(0.99), allowed.quantile(0.99))
 
 
 @pytest.mark.parametrize("attention", ["flashinfer", "triton"])

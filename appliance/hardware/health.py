@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 # Values of field NVML_FI_DEV_GET_GPU_RECOVERY_ACTION (drivers from 570 on), which is how NVML reports that an Xid
@@ -63,7 +64,9 @@ def _ecc(nvml: Any, handle: Any) -> str | None:
 
 def _fabric(nvml: Any, handle: Any) -> str | None:
     info = nvml.c_nvmlGpuFabricInfo_t()
-    nvml.nvmlDeviceGetGpuFabricInfo(handle, info)
+    # By reference: unlike its other calls, pynvml hands this argument to the C function as it is, and a structure passed
+    # by value there ends the process.
+    nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info))
     if info.state == nvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED:
         return None
     if info.state != nvml.NVML_GPU_FABRIC_STATE_COMPLETED:

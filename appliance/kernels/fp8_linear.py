@@ -26,7 +26,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain torch, any device."""
     x = x.float()
-    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) * (1.0 / FP8_MAX)
     return (x / scales).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
 
 
