@@ -334,7 +334,7 @@ def test_wrong_sizes(text: Any):
 @pytest.mark.gpu
 def test_the_real_driver_answers() -> None:
     """In a process of its own: a wrong call into the driver's library ends the process instead of raising."""
-    code = "from appliance import hardware; found = hardware.detect(); print(hardware.dump(found)); assert found.usable_gpus"
+    code = "from appliance import hardware as h; found = h.detect(); print(h.dump(found)); assert found.usable_gpus"
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, timeout=60
     )

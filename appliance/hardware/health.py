@@ -64,8 +64,8 @@ def _ecc(nvml: Any, handle: Any) -> str | None:
 
 def _fabric(nvml: Any, handle: Any) -> str | None:
     info = nvml.c_nvmlGpuFabricInfo_t()
-    # By reference: unlike its other calls, pynvml hands this argument to the C function as it is, and a structure passed
-    # by value there ends the process.
+    # By reference: unlike in its other calls, pynvml hands this argument to the C function as it is, and a structure
+    # passed by value there ends the process.
     nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info))
     if info.state == nvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED:
         return None
