@@ -191,7 +191,7 @@ def test_engine_killed_under_a_streaming_client_is_a_pause(server: Server) -> No
             os.kill(server.engine_pid(), signal.SIGKILL)
             killed = True
     assert killed and text == alone
-    server.until("/v1/health/ready", time.monotonic() - server.began + 30)
+    server.until("/v1/health/ready", time.monotonic() - server.began + 60)
     assert "restarting the engine (1 of 3" in server.log and "ready again" in server.log
 
 

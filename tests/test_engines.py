@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -156,17 +156,26 @@ def test_digests_agree_with_the_definition(tmp_path: Path, size: int, monkeypatc
     assert (hasher.digest(), hasher.size) == (expected, size)
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_meter_beats_while_nothing_moves() -> None:
     seen: list[Snapshot] = []
+    begun = time.monotonic()
     with ByteMeter(100, seen.append, interval=0.02) as meter:
         meter.skip(50, "resumed")
-        time.sleep(0.1)
+        wait_for(lambda: len(seen) >= 3)
         assert seen[-1].eta_seconds is None, "skipped bytes tell nothing of the speed"
         meter.advance(25, "x")
         time.sleep(0.1)
-    assert len(seen) >= 5
+        wait_for(lambda: len(seen) >= 6)
+    elapsed = time.monotonic() - begun
     assert (seen[-1].bytes_done, seen[-1].percent, seen[-1].detail) == (75, 75.0, "x")
-    assert seen[-1].eta_seconds is not None and 0.1 < seen[-1].eta_seconds < 2
+    assert seen[-1].eta_seconds is not None and 0.1 < seen[-1].eta_seconds < elapsed, "as long again as half of it took"
 
 
 # ---------------------------------------------------------------- verification
@@ -545,8 +554,8 @@ def test_urls_that_cannot_work_say_so_in_time_and_without_secrets(store: EngineS
     silent = threading.Event()
     begin = time.monotonic()
     with pytest.raises(EngineTransferError, match=r"somewhere did not answer within 0\.1 s"):
-        transfer._within(0.1, lambda: silent.wait(5), "somewhere")
-    assert time.monotonic() - begin < 2
+        transfer._within(0.1, lambda: silent.wait(60), "somewhere")
+    assert time.monotonic() - begin < 20
     silent.set()
     with pytest.raises(EngineTransferError) as caught:
         fetch("http://user:secret@127.0.0.1:9", KEY, store, connect_timeout=2)

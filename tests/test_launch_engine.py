@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import EngineCrashedError, EngineDamagedError, HardwareError
+from appliance.ipc import Shutdown
 from appliance.launch.child import Child, ChildExit
 from appliance.launch.engine import EngineSupervisor
 from appliance.server.journal import RequestJournal
@@ -91,8 +92,8 @@ def request(max_tokens: int) -> EngineRequest:
 
 
 def gone(pid: int) -> bool:
-    """Whether no living process has this pid, within two seconds."""
-    for _ in range(200):
+    """Whether no living process has this pid, within ten seconds."""
+    for _ in range(1000):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except FileNotFoundError:
@@ -111,7 +112,7 @@ async def test_stop_does_not_wait_for_an_engine_that_still_loads(tmp_path: Path)
                 await asyncio.sleep(0.01)
         begun = time.monotonic()
         await rig.supervisor.stop()
-        assert time.monotonic() - begun < 3.0
+        assert time.monotonic() - begun < 10.0  # it would load for 20 s
     assert gone(rig.children[0].pid) and not rig.infos
 
 
@@ -138,13 +139,29 @@ async def test_killed_in_mid_request_the_client_sees_a_pause_only(tmp_path: Path
 
 
 async def test_an_engine_that_hangs_on_a_request_is_replaced(tmp_path: Path) -> None:
-    rig = Rig(tmp_path, "hang-in-request-once", hang_seconds=0.5)
+    rig = Rig(tmp_path, "hang-in-request-once", hang_seconds=1.0)
     async with rig.running() as task:
         await rig.until_ready(task)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.5)
         assert len(rig.children) == 1, "an idle engine says nothing and is left alone"
         assert await rig.tokens_of(request(4)) == [3, 4, 5, 6]
         assert len(rig.children) == 2
+
+
+async def test_a_child_that_ends_before_it_connects_is_not_waited_for(tmp_path: Path) -> None:
+    def child(module: str) -> Child:
+        return Child("engine", module, [], directory=tmp_path, environment=ENVIRONMENT)
+
+    async with asyncio.timeout(20):
+        killed = child("fake_engine")
+        killed.kill()
+        await killed.stop()  # its exit was not noticed yet, so it is asked
+        killed.close()
+        broken = child("no_such_module")
+        with pytest.raises(ConnectionError, match="the engine process is gone"):
+            await broken.send(Shutdown())
+        await broken.stop()
+        broken.close()
 
 
 async def test_crash_during_load_is_retried_within_the_budget(tmp_path: Path) -> None:

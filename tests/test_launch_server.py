@@ -13,9 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from appliance.errors import SettingsError
@@ -111,17 +112,26 @@ def children_of(pid: int) -> list[int]:
 
 
 def gone(pids: list[int]) -> bool:
-    return all(
-        not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text() for pid in pids
-    )
+    """Whether no living process has one of these pids, within ten seconds."""
+    for _ in range(1000):
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_live_at_once_while_the_start_hangs_then_leaves_on_sigterm(tmp_path: Path) -> None:
-    began = time.monotonic()
     with server(tmp_path, "hang") as running:
-        wait_for(running.port, "/v1/health/live", 200, 10)
-        # 2 s on an idle machine of the smallest class; the tests may share it with others.
-        assert time.monotonic() - began < 5.0
+        wait_for(running.port, "/v1/health/live", 200, 20)
+        # What 2 s allow on an idle machine; in CPU time, because the tests may share the machine with others.
+        spent = psutil.Process(running.process.pid).cpu_times()
+        assert spent.user + spent.system < 3.0
         status, body = get(running.port, "/v1/health/ready")
         assert status == 503 and body["phase"] == "building" and body["reason"] == "layers.0"
         children = children_of(running.process.pid)
@@ -196,8 +206,7 @@ def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
         began = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         assert running.end()[0] == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 2.0
-        time.sleep(0.2)
+        assert time.monotonic() - began < 10.0  # the engine would be waited for 30 s
         assert gone(children)
 
 

@@ -106,10 +106,6 @@ async def test_engine_loss_is_only_a_pause_for_the_client() -> None:
             engine.dead = True
             state.journal.on_engine_lost()
             state.lifecycle.enter("restarting", "the engine died")
-            ready = (
-                await api.with_options(timeout=5).get("/health/ready", cast_to=httpx.Response, options={}) if 0 else 0
-            )
-            assert ready == 0
             engine = FakeEngine(state, engine.script, auto=False)
             await state.journal.on_engine_ready(engine)
             state.lifecycle.enter("ready")

@@ -83,16 +83,16 @@ def test_token_bytes() -> None:
 
 
 def test_detokenizing_is_cheap() -> None:
-    """256 streams at 100 tokens/s leave 39 µs a token; the budget here is 30 µs with stop strings, on any machine."""
+    """256 streams at 100 tokens/s leave 39 µs of CPU time a token; the budget is 30 µs, with stop strings."""
     ids = BYTE_LEVEL.encode("hello world, this is a small text about numbers 12 34 你好 " * 60)
     request = EngineRequest("r", [5], SamplingParams(stop=("\n\nUser:", "<stop>")))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         choice = Choice(0, request, BYTE_LEVEL)
-        started = time.perf_counter()
+        started = time.process_time()
         for token_id in ids:
             choice.take([EngineOutput("r", [token_id])])
-        best = min(best, (time.perf_counter() - started) / len(ids))
+        best = min(best, (time.process_time() - started) / len(ids))
     assert best < 30e-6, f"{best * 1e6:.1f} µs per token"
 
 

@@ -93,10 +93,17 @@ class Child:
             self._exit.set_result(end)
 
     async def send(self, message: ToChild) -> None:
-        """Raises ConnectionError if the child is gone."""
-        if not self.alive:
-            raise ConnectionError(f"the {self.name} process is gone")
-        await self._channel.send(message)
+        """Raises ConnectionError if the child is gone, or goes before it has connected."""
+        sending = asyncio.ensure_future(self._channel.send(message))
+        try:
+            if self.alive:
+                either: set[asyncio.Future[Any]] = {sending, self._exit}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not self.alive:
+                raise ConnectionError(f"the {self.name} process is gone")
+            sending.result()
+        finally:
+            sending.cancel()  # with nobody at the other end it would wait for ever
 
     async def listen(self, on_message: Callable[[ToServer], None]) -> ChildExit:
         """Give every message to `on_message`, in order, until the child has exited and its last words were read. An
@@ -124,9 +131,10 @@ class Child:
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Ask it to shut down; SIGTERM after the grace time, SIGKILL two seconds later. Idempotent."""
         try:
-            if self.alive:
-                await self._channel.send(Shutdown())
-                await asyncio.wait({self._exit}, timeout=grace_seconds)
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(grace_seconds):
+                    await self.send(Shutdown())
+                    await asyncio.shield(self._exit)
             for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
                 if self.alive:
                     log.warning("the %s process does not stop, sending %s", self.name, number.name)

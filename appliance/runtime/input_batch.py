@@ -27,9 +27,8 @@ class StepInputs:
     num_seqs: int  # real sequences
     num_tokens: int  # real tokens
     padded_seqs: int
-    padded_tokens: int
-    token_slots: Tensor  # int64 [padded_tokens]: row of the token table
-    positions: Tensor  # int64 [padded_tokens]
+    token_slots: Tensor  # int64 [tokens, padding included]: row of the token table
+    positions: Tensor  # int64 [tokens, padding included]
     slots: Tensor  # int64 [padded_seqs]: slot of each sequence, the padding slot for padding
     write_slots: (
         Tensor  # int64 [padded_seqs]: where the sampled token goes; the padding slot if the sequence does not sample
@@ -156,7 +155,6 @@ class InputBatch:
             num_seqs=n,
             num_tokens=num_tokens,
             padded_seqs=rows,
-            padded_tokens=tokens,
             token_slots=views["token_slots"],
             positions=views["positions"],
             slots=views["slots"],
