@@ -188,7 +188,7 @@ def _skinny_kernel(
     there = row_there & column_there
     arrived = SPLIT - 1
     if SPLIT > 1:
-        size = BLOCK_M * BLOCK_N
+        size: tl.constexpr = BLOCK_M * BLOCK_N
         at = rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         partial_at = partial_ptr + tile.to(tl.int64) * (SPLIT * size) + at
         tl.store(partial_at + share * size, total, mask=row_there)
@@ -197,8 +197,12 @@ def _skinny_kernel(
         if arrived == SPLIT - 1:
             tl.store(counter_ptr + tile, 0)  # for the next launch
             total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for other in tl.static_range(SPLIT):
-                total += tl.load(partial_at + other * size, mask=row_there, other=0.0, cache_modifier=".cg")
+            if size <= 2048:  # small enough for all loads to be in flight at once
+                for other in tl.static_range(SPLIT):
+                    total += tl.load(partial_at + other * size, mask=row_there, other=0.0, cache_modifier=".cg")
+            else:
+                for other in range(SPLIT):
+                    total += tl.load(partial_at + other * size, mask=row_there, other=0.0, cache_modifier=".cg")
     if arrived == SPLIT - 1:
         if SCALED:
             x_scales = tl.load(x_scales_ptr + rows, mask=rows < m, other=0.0)
