@@ -7,6 +7,7 @@ Sizes the KV cache from the memory that is really free after a step of the large
 from __future__ import annotations
 
 import gc
+import logging
 
 import torch
 
@@ -37,6 +38,8 @@ PLUGIN = {
     "max_tp": 1,
     "max_pp": 1,
 }
+
+log = logging.getLogger(__name__)
 
 _GRAPH_RESERVE = 512 << 20  # bytes left for CUDA graphs and late allocations of libraries
 
@@ -86,6 +89,7 @@ def assemble(
     model.prepare(options.max_model_len or config.max_position_embeddings)
 
     with timer.phase("profile_memory"):
+        progress("warmup", "loading kernels; those compiled for the first time take a minute or two", 0.0)
         num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = _limits(options, max_model_len, config.vocab_size)
@@ -191,7 +195,7 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set attention to triton or auto")
     if options.attention == "triton" or reason:
         return paged_attention.TritonAttention()
-    return flashinfer.FlashInferAttention(
+    attention = flashinfer.FlashInferAttention(
         num_heads=config.num_attention_heads // model.tp.size,
         num_kv_heads=model.num_kv_heads,
         head_dim=config.head_dim,
@@ -203,3 +207,14 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         windows=[config.window_of(layer) for layer in range(config.num_hidden_layers)],
         graph_batch_sizes=decode_buckets(limits.max_num_seqs) if options.cuda_graphs else (),
     )
+    try:
+        attention.load_modules()
+    except Exception as error:  # no compiler, a read-only cache, a failed build: Triton serves as well
+        if options.attention == "flashinfer":
+            raise HardwareError(
+                f"FlashInfer's kernels can be neither loaded nor compiled: {error}",
+                hint="install nvcc, or set attention to triton or auto",
+            ) from error
+        log.warning("attention: Triton, as FlashInfer's kernels can be neither loaded nor compiled: %s", error)
+        return paged_attention.TritonAttention()
+    return attention

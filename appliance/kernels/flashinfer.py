@@ -28,7 +28,7 @@ _INT_WORKSPACE_BYTES = 8 << 20  # FlashInfer's own size: schedules of up to some
 def available(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """None when FlashInfer can serve this head size and dtype on the current GPU, else one line that says why not.
 
-    Does not compile anything; a missing nvcc shows at the first `plan`, unless the compiled modules are cached.
+    Does not compile anything; a missing nvcc shows at `load_modules`, unless the compiled modules are cached.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return f"FlashInfer attention needs bfloat16 or float16, not {dtype}"
@@ -190,6 +190,29 @@ class FlashInferAttention:
                 backend="fa2",
             )
             self._graph_decode[window, size] = share(graph, ints[1])
+
+    def load_modules(self) -> None:
+        """Loads the library's kernels, compiling those that its cache lacks (12 to 80 s each, with nvcc).
+
+        Raises whatever the library raises where it can do neither.
+        """
+        table = np.zeros((2, 1), dtype=np.int32)
+        zeros = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self.plan(
+            AttentionMetadata(
+                num_seqs=2,
+                num_tokens=3,
+                max_query_len=2,
+                max_seq_len=2,
+                query_start=zeros,
+                seq_lens=zeros,
+                page_table=zeros,
+                slot_mapping=zeros,
+                query_start_host=np.array([0, 1, 3], dtype=np.int32),
+                seq_lens_host=np.array([1, 2], dtype=np.int32),
+                page_table_host=table,
+            )
+        )
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Schedules the step for every window, from the host copies; enqueues small copies on the current stream."""
