@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 
+from appliance import builtin
 from appliance.engines import EngineStore
 from appliance.errors import CheckpointError, ProfileError, SettingsError
 from appliance.launch.prepare import prepare_engine
+from appliance.launch.startup import Startup
+from appliance.server.state import ServerState
+from appliance.settings import load
 
 
 def test_builds_once_and_opens_what_it_built(tmp_path: Path) -> None:
@@ -38,3 +43,42 @@ def test_wrong_options_are_errors_before_anything_is_done(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError):
         prepare_engine("./nothing-here", cache=tmp_path)
     assert not (tmp_path / "engines").exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the built-in checkpoint, to be damaged."""
+    return Path(shutil.copytree(builtin.checkpoint_dir(), tmp_path / "model"))
+
+
+def test_a_truncated_shard_is_named_before_anything_is_hashed_or_built(checkpoint: Path, tmp_path: Path) -> None:
+    shard = checkpoint / "model.safetensors"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        prepare_engine(str(checkpoint), cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("**/*.json")) and not EngineStore(tmp_path / "cache").list_engines()
+
+
+def test_a_checkpoint_without_tokenizer_is_refused_before_it_is_built(checkpoint: Path, tmp_path: Path) -> None:
+    for file in (*checkpoint.glob("*token*"), *checkpoint.glob("chat_template*")):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        prepare_engine(str(checkpoint), cache=tmp_path / "cache")
+    assert not EngineStore(tmp_path / "cache").list_engines()
+
+
+def test_the_license_is_the_models_else_the_appliances(checkpoint: Path, tmp_path: Path) -> None:
+    settings = load({"model": str(checkpoint), "cache": str(tmp_path / "cache")})
+
+    def license_path() -> Path | None:
+        state = ServerState(("m",))
+        asyncio.run(Startup(settings, state, tmp_path)._find_checkpoint())
+        return state.license_path
+
+    for file in checkpoint.glob("LICENSE*"):
+        file.unlink()
+    own = license_path()
+    assert own is not None and own.name == "LICENSE" and "Apache" in own.read_text()
+    (checkpoint / "LICENSE.txt").write_text("the model's terms")
+    assert license_path() == checkpoint / "LICENSE.txt"

@@ -17,9 +17,11 @@ from typing import TypeVar
 
 import msgspec
 
+import appliance
 from appliance import hardware, profiles
 from appliance.builder import BuildRequest, key_of
-from appliance.checkpoint import digest, read_model_config, resolve
+from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve
+from appliance.checkpoint.files import TOKENIZER_FILES
 from appliance.engines import (
     DamagedFileError,
     EngineStore,
@@ -32,7 +34,7 @@ from appliance.engines import (
     verify_engine,
 )
 from appliance.engines.manifest import MANIFEST_NAME
-from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
+from appliance.errors import ApplianceError, CheckpointError, EngineBuildError, EngineDamagedError
 from appliance.ipc import Built, Failed, Progress, ToServer
 from appliance.launch.child import Child, error_of
 from appliance.launch.engine import show_progress
@@ -169,7 +171,7 @@ class Startup:
         export_hub_environment(settings)
         self._enter("downloading", settings.model)
         progress = self._progress()
-        return await in_thread(
+        path = await in_thread(
             lambda: resolve(
                 settings.model,
                 settings.cache_dir,
@@ -178,6 +180,9 @@ class Startup:
                 progress=progress,
             )
         )
+        await in_thread(lambda: _check_checkpoint(path))
+        self._state.license_path = _license_of(path)
+        return path
 
     async def _select(self, machine: Hardware, checkpoint: Path) -> Plan:
         self._enter("selecting")
@@ -263,6 +268,25 @@ class Startup:
     async def _load_tokenizer(self, engine_dir: Path) -> None:
         template = self._settings.chat_template
         self._state.tokenizer = await in_thread(lambda: load_tokenizer(engine_dir, template))
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raises CheckpointError for what a look at the files shows, before the minutes of hashing and converting them: a
+    missing, truncated or pickled shard; no tokenizer."""
+    with Checkpoint(path):
+        pass
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})",
+            hint="copy the tokenizer's files of the same model into it",
+        )
+
+
+def _license_of(checkpoint: Path) -> Path | None:
+    """The license text that came with the model, else the appliance's own; None if neither is there."""
+    own = Path(appliance.__file__).parent.parent / "LICENSE"
+    given = sorted(path for path in checkpoint.glob("LICENSE*") if path.is_file())
+    return next(iter([*given, *([own] if own.is_file() else [])]), None)
 
 
 def _say_holder(holder: LockHolder | None) -> None:
