@@ -53,7 +53,34 @@ class Config:
 
 # Measured best: (multiprocessors, bytes per weight, n, k, largest m) -> Config. A product that is not here gets
 # `default_config`. For m take the smallest entry that is large enough.
-TUNED: dict[tuple[int, int, int, int, int], Config] = {}
+TUNED: dict[tuple[int, int, int, int, int], Config] = {
+    # An 8B Llama on an H200, `bench ops`, 2026-11-20.
+    (132, 1, 6144, 4096, 1): Config(64, 128, 4, 4, 5, True),  # qkv, 9.0 µs
+    (132, 1, 6144, 4096, 8): Config(64, 128, 4, 4, 5, True),  # qkv, 9.6 µs
+    (132, 1, 6144, 4096, 16): Config(64, 128, 1, 4, 6, True),  # qkv, 9.8 µs
+    (132, 1, 6144, 4096, 32): Config(64, 128, 1, 4, 6, True),  # qkv, 10.0 µs
+    (132, 1, 6144, 4096, 64): Config(64, 128, 1, 4, 6, True),  # qkv, 10.7 µs
+    (132, 1, 4096, 4096, 1): Config(64, 128, 4, 4, 6, True),  # o, 7.2 µs
+    (132, 1, 4096, 4096, 8): Config(64, 128, 4, 4, 6, True),  # o, 7.4 µs
+    (132, 1, 4096, 4096, 16): Config(64, 128, 4, 4, 6, True),  # o, 7.7 µs
+    (132, 1, 4096, 4096, 32): Config(64, 128, 2, 4, 6, True),  # o, 8.1 µs
+    (132, 1, 4096, 4096, 64): Config(64, 128, 2, 4, 6, True),  # o, 9.1 µs
+    (132, 1, 28672, 4096, 1): Config(64, 128, 1, 4, 5, True),  # gate_up, 30.6 µs
+    (132, 1, 28672, 4096, 8): Config(64, 128, 1, 4, 5, True),  # gate_up, 31.0 µs
+    (132, 1, 28672, 4096, 16): Config(64, 128, 1, 4, 5, True),  # gate_up, 31.4 µs
+    (132, 1, 28672, 4096, 32): Config(64, 256, 1, 4, 4, True),  # gate_up, 33.3 µs
+    (132, 1, 28672, 4096, 64): Config(64, 128, 1, 4, 5, False),  # gate_up, 34.6 µs
+    (132, 1, 4096, 14336, 1): Config(64, 128, 4, 4, 6, True),  # down, 17.3 µs
+    (132, 1, 4096, 14336, 8): Config(64, 128, 4, 4, 6, True),  # down, 17.8 µs
+    (132, 1, 4096, 14336, 16): Config(64, 128, 4, 4, 6, True),  # down, 18.2 µs
+    (132, 1, 4096, 14336, 32): Config(64, 256, 2, 4, 6, True),  # down, 19.4 µs
+    (132, 1, 4096, 14336, 64): Config(64, 128, 2, 4, 6, True),  # down, 21.5 µs
+    (132, 1, 128256, 4096, 1): Config(64, 128, 1, 4, 6, True),  # lm_head, 121.8 µs
+    (132, 1, 128256, 4096, 8): Config(64, 128, 1, 4, 6, True),  # lm_head, 125.2 µs
+    (132, 1, 128256, 4096, 16): Config(64, 128, 1, 4, 5, True),  # lm_head, 127.7 µs
+    (132, 1, 128256, 4096, 32): Config(64, 128, 1, 4, 5, True),  # lm_head, 131.4 µs
+    (132, 1, 128256, 4096, 64): Config(64, 128, 1, 4, 5, False),  # lm_head, 138.7 µs
+}
 
 # Tiles worth timing: block_n, k_bytes, num_warps, num_stages, weight_first. Those with few rows need no split-K.
 _TILES = (
