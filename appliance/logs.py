@@ -100,6 +100,7 @@ def configure(
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)
     quiet = logging.INFO if level == "DEBUG" else logging.WARNING
     for name in ("asyncio", "httpx", "httpcore", "huggingface_hub", "urllib3", "filelock", "fsspec", "uvicorn.error"):
         logging.getLogger(name).setLevel(quiet)

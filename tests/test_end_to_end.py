@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,12 @@ class Server:
             time.sleep(0.02)
         raise AssertionError(f"{path} was not 200 within {seconds} s\n{self.log}")
 
+    def until_logged(self, text: str) -> None:
+        deadline = time.monotonic() + 20
+        while text not in self.log:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.02)
+
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.base}/v1", api_key="none", max_retries=0, timeout=60)
 
@@ -122,7 +129,8 @@ def greedy(client: openai.OpenAI, prompt: str, tokens: int = 24) -> str:
 
 
 def test_the_start_was_reported(server: Server) -> None:
-    assert "built in" in server.log and "ready after" in server.log
+    server.until_logged("ready after")  # written right after readiness shows
+    assert "built in" in server.log
     seconds = server.json("/v1/health/ready")["phase_seconds"]
     assert isinstance(seconds, dict) and {"building", "loading", "warming"} <= seconds.keys()
 
@@ -192,7 +200,8 @@ def test_engine_killed_under_a_streaming_client_is_a_pause(server: Server) -> No
             killed = True
     assert killed and text == alone
     server.until("/v1/health/ready", time.monotonic() - server.began + 60)
-    assert "restarting the engine (1 of 3" in server.log and "ready again" in server.log
+    server.until_logged("ready again")
+    assert "restarting the engine (1 of 3" in server.log
 
 
 def test_sigterm_drains_running_requests(server: Server) -> None:
@@ -225,10 +234,12 @@ def test_sigterm_drains_running_requests(server: Server) -> None:
 def test_second_start_finds_the_engine_and_is_ready_soon(server: Server, cache: Path) -> None:
     again = Server(cache)
     try:
-        seconds = again.until("/v1/health/ready", 60)
+        again.until("/v1/health/ready", 60)
         assert "found" in again.log and "built in" not in again.log
-        # 5 s on an idle machine of the smallest class; twice that where others run beside.
-        assert seconds < 10.0, f"ready after {seconds:.1f} s\n{again.log}"
+        # What 5 s allow on an idle machine with two cores; in CPU time, because the tests may share it with others.
+        processes = [psutil.Process(again.process.pid), psutil.Process(again.engine_pid())]
+        spent = sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+        assert spent < 6.0, f"{spent:.1f} s of CPU time until ready\n{again.log}"
     finally:
         assert again.stop() == 0
 

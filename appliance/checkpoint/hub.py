@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from appliance.checkpoint.files import TOKENIZER_FILES
 from appliance.engines.disk import ensure_writable, no_space
@@ -113,8 +114,7 @@ class HubRepository:
             return  # nothing to check it by: left to the library
         blob, part = self._blobs / facts.etag, self._blobs / f"{facts.etag}.part"
         self._blobs.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as sink:
-            fcntl.flock(sink, fcntl.LOCK_EX)  # another process with the same file: wait, then find its blob
+        with _locked(part) as sink:  # another process with the same file: wait, then find its blob
             if blob.exists():
                 part.unlink(missing_ok=True)
                 return
@@ -250,6 +250,18 @@ class HubRepository:
 
 class NoNetworkError(CheckpointError):
     """The hub does not answer, or not to the end."""
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """`path`, made if it is missing, open for appending and locked. Who held the lock before may have removed or
+    renamed the file: then the one that is there now."""
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
 
 
 def _is_final(error: Exception) -> bool:
