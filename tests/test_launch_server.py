@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import select
 import signal
 import socket
 import ssl
@@ -140,6 +142,20 @@ def test_live_at_once_while_the_start_hangs_then_leaves_on_sigterm(tmp_path: Pat
         code, log = running.end()
         assert code == 0, log
         assert gone(children) and not list(tmp_path.glob("appliance-*")), "nothing is left behind"
+
+
+def test_idle_connections_outlive_the_pools_of_clients(tmp_path: Path) -> None:
+    with server(tmp_path, "hang") as running:
+        wait_for(running.port, "/v1/health/live", 200, 20)
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+        for wait_seconds in (0.0, 5.5):  # httpx, which openai uses, keeps them for 5 s
+            time.sleep(wait_seconds)
+            if connection.sock is not None:
+                readable, _, _ = select.select([connection.sock], [], [], 0)
+                assert not readable, "the server has closed it"
+            connection.request("GET", "/v1/health/live")
+            assert connection.getresponse().read()
+        connection.close()
 
 
 def test_ready_with_breakdown_on_both_ports(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import httpx
+import pytest
 from server_fakes import (
     CHAT,
     HELLO,
@@ -127,6 +129,20 @@ async def test_a_top_k_beyond_the_vocabulary_is_off_whatever_its_size() -> None:
         response = await http.post(TEXT, json=text(top_k=10**20, temperature=1))
     assert response.status_code == 200, response.text
     assert engine.added[0][0].params.top_k == state.tokenizer.vocab_size
+
+
+async def test_a_client_that_leaves_in_mid_request_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    state, _ = await ready_state("hello")
+    async with served(state) as url:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # its records do not reach the root logger
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        await writer.drain()
+        await asyncio.sleep(0.1)  # the route waits for the rest
+        writer.close()
+        await asyncio.sleep(0.2)
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
 
 
 async def test_head_is_answered_as_get_without_a_body() -> None:

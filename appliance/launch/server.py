@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("appliance.launch")
 
+# Of idle connections. More than the pools of clients (httpx: 5 s) and load balancers (60 s) keep them, as else these
+# send requests into connections that are being closed.
+_KEEP_ALIVE_SECONDS = 75
 _HTTP_SHUTDOWN_SECONDS = 5  # for responses whose last bytes are on their way
 
 
@@ -200,6 +203,7 @@ class _Process:
             log_config=None,
             server_header=False,
             ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_HTTP_SHUTDOWN_SECONDS,
             **tls,
         )

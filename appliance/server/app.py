@@ -6,12 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from appliance.errors import ApplianceError, RequestError
 from appliance.server import routes_chat, routes_completions, routes_meta
-from appliance.server.errors import on_appliance_error, on_http_error, on_unexpected_error
+from appliance.server.errors import on_appliance_error, on_disconnect, on_http_error, on_unexpected_error
 from appliance.server.middleware import Gate
 from appliance.server.state import ServerState
 from appliance.server.wire.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -32,6 +32,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     app.add_exception_handler(ApplianceError, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_unexpected_error)
     for module in (routes_chat, routes_completions, routes_meta):
         app.include_router(module.router)

@@ -60,6 +60,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return plain_response(error.status_code, str(error.detail), None, headers)
 
 
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """The client left before its request was whole: nobody reads this, and it is no failure of the server."""
+    return plain_response(400, "the request ended before its body was complete", "incomplete_request")
+
+
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this response, so that the server logs the traceback.
     return plain_response(500, f"internal error: {type(error).__name__}; the server's log has more", "internal_error")
