@@ -108,8 +108,9 @@ def test_counters_are_zero_after_every_launch_and_the_ring_comes_round() -> None
 @pytest.mark.parametrize("element_size", [1, 2])
 def test_choices_fill_the_gpu_and_fit_its_memory(name: str, m: int, element_size: int) -> None:
     n, k = LLAMA_8B[name]
-    config = skinny.choose(n, k, m, SMS, element_size)
-    assert -(-n // config.block_n) * config.split >= SMS
+    guess = skinny.default_config(n, k, m, SMS, element_size)
+    assert -(-n // guess.block_n) * guess.split >= SMS
+    config = skinny.choose(n, k, m, SMS, element_size)  # measured ones may leave multiprocessors idle
     listed = skinny.candidates(n, k, m, SMS, element_size)
     assert listed[0] == config and len(listed) == len(set(listed)) >= 8
     for other in listed:
