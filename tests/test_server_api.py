@@ -199,7 +199,7 @@ async def test_echo_with_prompt_logprobs() -> None:
         plain = (await http.post(TEXT, json=text(prompt="hello", echo=True))).json()
     assert scored["choices"][0]["text"] == "hello 😀" and scored["usage"]["completion_tokens"] == 0
     assert len(scored["choices"][0]["logprobs"]["tokens"]) == len(ids)
-    assert engine.added[2][0].params.max_tokens == 1
+    assert engine.added[2][0].params.max_tokens == 0
     assert plain["choices"][0]["text"] == "hello world" and plain["choices"][0]["logprobs"] is None
 
 

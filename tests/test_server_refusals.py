@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from server_fakes import (
 )
 
 from appliance.server.state import ServerState
+from appliance.server.tokenizer import ServerTokenizer
 from appliance.types import EngineOutput, EngineStats
 
 
@@ -85,14 +85,34 @@ async def test_context_length_is_refused_at_once() -> None:
             assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
             assert "maximum context length is 32 tokens" in error["message"]
         assert (await http.post(TEXT, json=text(prompt=[5] * 30, max_tokens=2))).status_code == 200
-        started = time.perf_counter()
-        response = await http.post(TEXT, json=text(prompt="hello 12 34 " * 500_000))  # seconds to tokenize whole
+        whole = text(prompt=[5] * 32, max_tokens=0, echo=True, logprobs=0)  # only scored: no position need be free
+        assert (await http.post(TEXT, json=whole)).status_code == 200
+        longer = (await http.post(TEXT, json=text(prompt=[5] * 33, max_tokens=0, echo=True))).json()["error"]
+        assert longer["code"] == "context_length_exceeded" and "left to generate" not in longer["message"]
+        assert [each.params.max_tokens for (each,) in engine.added] == [2, 0]
+
+
+async def test_a_text_that_is_far_too_long_is_refused_after_a_look_at_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokenizing it whole would take seconds."""
+    looked_at: list[int] = []
+    encode = ServerTokenizer.encode_async
+
+    async def counting(self: ServerTokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        looked_at.append(len(text))
+        return await encode(self, text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(ServerTokenizer, "encode_async", counting)
+    state, engine = await ready_state(max_model_len=32)
+    async with client(state) as http:
+        response = await http.post(TEXT, json=text(prompt="hello 12 34 " * 500_000))
         error = response.json()["error"]
         assert error["code"] == "context_length_exceeded" and "of 6000000 characters" in error["message"]
-        assert time.perf_counter() - started < 1.0
+        assert len(looked_at) == 1 and looked_at[0] < 1000
         whole = (await http.post(TEXT, json=text(prompt="hello world" * 40))).json()["error"]
         assert "the prompt has" in whole["message"]
-    assert len(engine.added) == 1
+    assert engine.added == []
 
 
 async def test_cached_tokens_are_those_of_the_first_output() -> None:

@@ -38,14 +38,9 @@ class Delta:
 
 
 class Choice:
-    """`take` each output of the request in order. After `matched_stop` the request is to be ended by the caller.
+    """`take` each output of the request in order. After `matched_stop` the request is to be ended by the caller."""
 
-    With `discard` (max_tokens 0: the prompt is only scored) the tokens are neither given nor counted.
-    """
-
-    def __init__(
-        self, index: int, request: EngineRequest, tokenizer: ServerTokenizer, *, discard: bool = False
-    ) -> None:
+    def __init__(self, index: int, request: EngineRequest, tokenizer: ServerTokenizer) -> None:
         params = request.params
         self.index = index
         self.request = request
@@ -54,7 +49,6 @@ class Choice:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
-        self._discard = discard
         self._begun = False  # an output came
         self._keep_stop_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -83,21 +77,20 @@ class Choice:
             self._begun = True
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        if not self._discard:
-            hidden = output.stop_token_id is not None and not self._keep_stop_token
-            shown = output.token_ids[:-1] if hidden else output.token_ids
-            if self._per_token:
-                self._push_each(shown, output.logprobs, delta)
-                if self.matched_stop is not None:
-                    self.finish_reason = delta.finish_reason = "stop"
-                    return
-            else:
-                self.num_tokens += len(shown)
-                delta.token_ids += shown
-                delta.text += self._stream.push(shown)
-            if hidden:
-                self.num_tokens += 1
-                delta.token_ids.append(output.token_ids[-1])
+        hidden = output.stop_token_id is not None and not self._keep_stop_token
+        shown = output.token_ids[:-1] if hidden else output.token_ids
+        if self._per_token:
+            self._push_each(shown, output.logprobs, delta)
+            if self.matched_stop is not None:
+                self.finish_reason = delta.finish_reason = "stop"
+                return
+        else:
+            self.num_tokens += len(shown)
+            delta.token_ids += shown
+            delta.text += self._stream.push(shown)
+        if hidden:
+            self.num_tokens += 1
+            delta.token_ids.append(output.token_ids[-1])
         if output.finish_reason is not None:
             self._finish(output.finish_reason, delta)
 

@@ -140,8 +140,7 @@ def start_generation(
                 )
             )
     group = state.journal.submit(requests)
-    discard = wanted.max_tokens == 0
-    choices = [Choice(index, each, tokenizer, discard=discard) for index, each in enumerate(requests)]
+    choices = [Choice(index, each, tokenizer) for index, each in enumerate(requests)]
     return Generation(group, choices, prompts)
 
 
@@ -156,9 +155,10 @@ def _check_length(prompt: Prompt, wanted: Wanted, max_model_len: int, vocab_size
             param=wanted.param,
         )
     limit = f"This model's maximum context length is {max_model_len} tokens"
-    if length >= max_model_len:
+    if length > max_model_len or (length == max_model_len and wanted.max_tokens != 0):
         raise ContextLengthError(
-            f"{limit}. However, the {wanted.param} has {length} tokens, and at least one must be left to generate",
+            f"{limit}. However, the {wanted.param} has {length} tokens"
+            + ("" if wanted.max_tokens == 0 else ", and at least one must be left to generate"),
             hint="send a shorter prompt",
             param=wanted.param,
         )
@@ -171,7 +171,7 @@ def _check_length(prompt: Prompt, wanted: Wanted, max_model_len: int, vocab_size
             hint=f"send a shorter prompt, or max_tokens of {max_model_len - length} or less",
             param=wanted.param,
         )
-    return max(1, wanted.max_tokens)
+    return wanted.max_tokens
 
 
 def _sampling_params(request: GenerationRequest, wanted: Wanted, tokenizer: ServerTokenizer) -> SamplingParams:
