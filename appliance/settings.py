@@ -266,8 +266,10 @@ def _read_config(path: Path) -> dict[str, object]:
     """The mapping in a config file, keys in underscore form, nulls left out. SettingsError if it is not one."""
     import yaml
 
+    from appliance.strict import parse_yaml
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path} cannot be read: {reason}", hint="give a YAML file of settings") from None
@@ -281,9 +283,12 @@ def _read_config(path: Path) -> dict[str, object]:
                 f"--config {path}: unknown setting {str(key)!r}{_nearest(name, specs())}",
                 hint="`serve --dry-run` lists all settings",
             )
-        if value is not None:
-            found[name] = value
-    return found
+        if name in found:
+            raise SettingsError(
+                f"--config {path}: {name} is given twice, as {name} and {name.replace('_', '-')}", hint="say it once"
+            )
+        found[name] = value
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_together(settings: Settings) -> None:

@@ -12,10 +12,30 @@ import yaml
 from appliance.errors import SettingsError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win, which hides mistakes: here the second is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values only. Raises yaml.YAMLError, also for a key that a mapping repeats."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """The parsed content of a file; `what` names its kind in messages, e.g. "profile"."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read the {what} file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -75,6 +75,7 @@ def test_a_profile_file_is_read(tmp_path: Path):
         ("backend: cuda", "backend: cuda\nrequires: {compute_capability: '8'}", "not a compute capability"),
         ("name: mine\n", "", "name"),
         ("name: mine", "name: [", "not valid YAML"),
+        ("name: mine", "name: mine\nbackend: cpu", "the key 'backend' is given twice"),
     ],
 )
 def test_a_wrong_profile_names_file_and_key(old: str, new: str, words: str, tmp_path: Path):

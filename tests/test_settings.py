@@ -106,6 +106,8 @@ def test_bad_flag_and_config_values(tmp_path: Path) -> None:
         ("max_num_seqs: 1.5", "max_num_seqs: 1.5 is not allowed"),
         ("- 1", "expected settings by name, found a list"),
         ("a: [", "cannot be read"),
+        ("port: 1\nseed: 2\nport: 3", "the key 'port' is given twice .*line 3"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "max_num_seqs is given twice"),
     ]:
         config.write_text(text)
         with pytest.raises(SettingsError, match=message):
