@@ -12,6 +12,7 @@ from torch import Tensor
 
 from appliance.builder.convert import join, joined_shape
 from appliance.checkpoint import Checkpoint
+from appliance.engines.key import scheme_of
 from appliance.engines.manifest import SelfCheck
 from appliance.errors import EngineBuildError
 from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
@@ -20,9 +21,6 @@ from appliance.quantization.scheme import PrecisionScheme
 from appliance.runtime.weights import load_weights
 from appliance.types import ModelConfig, Precision, WeightSpec
 
-# Largest relative error ||y - reference|| / ||reference|| of a product with random input. Rounding to half a unit in
-# the last place of weights, inputs and outputs gives about 2^-24, 2^-11, 2^-8 and 2^-4; random signs make it less.
-_LIMITS: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "fp8": 6e-2}
 _SAMPLES = 8  # products compared
 _FORWARD_UP_TO = 200_000_000  # parameters; a larger model's forward pass on the CPU would delay the start
 _TOKENS = 8
@@ -42,11 +40,11 @@ def self_check(
 ) -> tuple[SelfCheck, ...]:
     """Some products against the checkpoint's own tensors; for a small model a forward pass on the CPU as well. Raises
     EngineBuildError naming the check that failed."""
+    limit = float(scheme_of(precision).facts["tolerance"][precision])
     results = []
     with Checkpoint(engine_dir / rank_file) as stored:
         for spec in _sample([spec for spec in specs if spec.kind == "linear"]):
             error = _product_error(stored, checkpoint, spec, scheme, dtype, device)
-            limit = _LIMITS[precision]
             name = f"{spec.name} against its checkpoint tensors"
             results.append(SelfCheck(name=name, passed=error <= limit, value=error, limit=limit))
     if config.num_parameters <= _FORWARD_UP_TO:
@@ -76,7 +74,7 @@ def _product_error(
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """Relative error of the stored product, infinite if it is not finite."""
+    """||y - reference|| / ||reference|| of the stored product with random input; infinite if it is not finite."""
     out_features, in_features = joined_shape(spec)
     suffixes = scheme.tensors(out_features, in_features, dtype)
     tensors = {suffix: stored.read(f"{spec.name}.{suffix}").to(device, copy=True) for suffix in suffixes}

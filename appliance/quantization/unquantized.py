@@ -15,6 +15,8 @@ PLUGIN = {
     "weight_bits": 16,  # of fp16 and bf16; fp32 is named by the precision itself
     "activation_bits": 16,
     "min_compute_capability": [7, 0],
+    # Largest relative error of a product, per precision, that the builder's self-check accepts (builder/selfcheck.py).
+    "tolerance": {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2},
 }
 
 
