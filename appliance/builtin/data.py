@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import queue
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,10 +191,3 @@ class BatchSource:
             process.join(timeout=5)
         self._queue.close()
         self._queue.cancel_join_thread()
-
-
-def batches(encoder: ChatEncoder, num_tokens: int, seed: int) -> Iterator[Batch]:
-    """Batches of one packer at full curriculum, in this process."""
-    packer = Packer(encoder, num_tokens, seed)
-    while True:
-        yield packer.batch(1.0)

@@ -101,8 +101,8 @@ class _Losses:
         self.counts += counts
 
     def take(self) -> dict[str, tuple[float, float]]:
-        """Per task that was seen: mean loss, and the share of answer tokens given more than half the probability; starts
-        anew."""
+        """Per task that was seen: mean loss, and the share of answer tokens given more than half the probability.
+        Starts anew."""
         sums, right, counts = self.sums.tolist(), self.right.tolist(), self.counts
         self.sums.zero_(), self.right.zero_()
         self.counts = np.zeros(len(tasks.TASKS) + 1)
