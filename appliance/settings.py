@@ -340,6 +340,9 @@ def child_environment(settings: Settings) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])  # a clone that is not installed works from any directory
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
+    # Kernels compiled at a start are found by the next one, also where only the cache outlives the container.
+    environment.setdefault("TRITON_CACHE_DIR", str(settings.cache_dir / "kernels" / "triton"))
+    environment.setdefault("FLASHINFER_WORKSPACE_BASE", str(settings.cache_dir / "kernels"))
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["APPLIANCE_LOG_LEVEL"] = settings.log_level  # read back by `child_logging`

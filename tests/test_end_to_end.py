@@ -250,8 +250,8 @@ def test_second_start_finds_the_engine_and_is_ready_soon(server: Server, cache: 
     try:
         again.until("/v1/health/ready", 60)
         assert "found" in again.log and "built in" not in again.log
-        # What 5 s allow on an idle machine with two cores; in CPU time, because the tests may share it with others. A GPU
-        # costs more: a CUDA context, graphs, kernels loaded.
+        # What 5 s allow on an idle machine with two cores; in CPU time, because the tests may share it with others.
+        # A GPU costs more: a CUDA context, graphs, kernels loaded.
         processes = [psutil.Process(again.process.pid), psutil.Process(again.engine_pid())]
         spent = sum(times.user + times.system for times in (process.cpu_times() for process in processes))
         assert spent < (20.0 if GPU_COUNT else 6.0), f"{spent:.1f} s of CPU time until ready\n{again.log}"

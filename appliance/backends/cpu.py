@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from appliance.errors import HardwareError, SettingsError
+from appliance.hardware.host import host
 from appliance.kernels.attention import ReferenceAttention
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import (
@@ -40,7 +41,7 @@ _MEMORY_SHARE = 0.25  # of free memory, for the KV cache when the page count is 
 
 def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
     """Load the engine's weights into memory, as float32 where they are not quantized."""
-    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    torch.set_num_threads(min(psutil.cpu_count(logical=False) or 1, host().cpu_cores))
     with timer.phase("load_weights"):
         return load_engine(options, _DEVICE, torch.float32, progress)
 

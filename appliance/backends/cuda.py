@@ -157,7 +157,7 @@ def _profile_pages(
     longest = options.max_model_len or config.max_position_embeddings
     tokens = min(options.max_num_batched_tokens, longest)
     pages = -(-tokens // options.page_size) + 1
-    limits = _limits(options, tokens, config.vocab_size)
+    limits = _limits(options, longest, config.vocab_size)
     caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
     torch.cuda.reset_peak_memory_stats(device)
     runner = ModelRunner(loaded.model, caches, _attention(loaded, options, limits, device), limits, device)
