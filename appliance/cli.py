@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from appliance import __version__
 from appliance.errors import ApplianceError
@@ -41,8 +42,6 @@ class Command:
 
 
 def add_serve(parser: Parser) -> None:
-    from pathlib import Path
-
     parser.add_argument("--dry-run", action="store_true", help="print each setting, its origin and the choice; stop")
     parser.add_argument("--json", action="store_true", help="the dry run as JSON")
     parser.add_argument("--hardware", metavar="FILE", type=Path, help="a recorded machine, for the dry run")
@@ -232,9 +231,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `… | head`
+    except OSError as error:
+        return _ended_by(error)
+
+
+def _ended_by(error: OSError) -> int:
+    from appliance.engines.disk import full, is_full
+
+    if isinstance(error, BrokenPipeError):  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if not is_full(error):
+        raise error
+    explained = full(Path(error.filename or Path.cwd()), "a file")
+    print(f"error: {explained.message}\n  {explained.hint}", file=sys.stderr)
+    return explained.exit_code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def _save_llama(path: Path, **changes: Any) -> None:
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     model.save_pretrained(path, max_shard_size="60KB")
+    _write_tokenizer(path)
+
+
+def _write_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (path / "tokenizer_config.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer file."""
     path = tmp_path_factory.mktemp("tiny-llama")
     _save_llama(path)
-    (path / "tokenizer.json").write_text('{"version": "1.0"}')
-    (path / "tokenizer_config.json").write_text("{}")
     assert len(list(path.glob("model-*.safetensors"))) > 2
     return path
 
@@ -158,6 +163,7 @@ def test_tied_embeddings_and_double_build(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     Qwen2ForCausalLM(config).save_pretrained(source)
+    _write_tokenizer(source)
     seen: list[Progress] = []
     engines = [build(request_of(source, tmp_path, precision=p), seen.append) for p in ("bf16", "fp8", "bf16")]
     assert engines[0] == engines[2] != engines[1]
@@ -166,7 +172,6 @@ def test_tied_embeddings_and_double_build(tmp_path: Path) -> None:
     assert "layers.0.attention.qkv.bias" in stored and "layers.0.attention.o.bias" not in stored
     done = [m for m in seen if m.percent == 100.0 and m.detail == "checking the built engine"]
     assert len(done) == 2 and all(m.bytes_done == m.bytes_total > 0 for m in done)
-    assert "no tokenizer" in " ".join(read_manifest(engines[0]).build.notes)
 
 
 def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +248,37 @@ def test_no_space_is_found_before_writing(source: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_full_disk_is_one_error_wherever_it_is_met(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    empty = EngineStore(tmp_path, free_bytes=lambda path: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)  # the lock's file: who holds it is no reason to give up
+        with pytest.raises(NoSpaceError, match=r"the bf16 engine of .* needs .*, 0 bytes are free"):
+            build(request_of(source, tmp_path), store=empty)
+    assert not list((tmp_path / "engines").glob(".staging/*")), "nothing was written"
+    places = ["shutil.copyfile", "appliance.builder.build.write_manifest", "tempfile.NamedTemporaryFile", "os.fsync"]
+    for place in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(NoSpaceError, match="no space is left on the file system of") as caught:
+                build(request_of(source, tmp_path))
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value), place
+    assert EngineStore(tmp_path).list_engines() == []
+
+
+def test_what_headers_show_is_found_before_hashing(source: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    config = json.loads((source / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(CheckpointError, match="gate_proj"):
+        build(request_of(broken, tmp_path))
+    assert not (tmp_path / "digests").exists()
+
+
 def test_self_check_finds_a_scheme_that_stores_nonsense_and_weights_that_are_not_finite(
     source: Path, tmp_path: Path
 ) -> None:
@@ -286,6 +322,19 @@ def test_tokenizer_without_a_fast_file_is_converted(source: Path, tmp_path: Path
     (old / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
     with pytest.raises(CheckpointError, match="own code"):
         build(request_of(old, tmp_path))
+
+
+def test_a_tokenizer_that_is_none_is_one_line_before_anything_is_converted(source: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(source, tmp_path / "old"))
+    (old / "tokenizer.json").unlink()
+    converted = Plugins(lambda: pytest.fail("weights were converted"))
+    with pytest.raises(CheckpointError, match=r"has no tokenizer \(none of tokenizer\.json, tokenizer\.model, vocab"):
+        build(request_of(old, tmp_path), load_plugin=converted)
+    (old / "tokenizer.model").write_bytes(b"nonsense")
+    (old / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"\(.*tokenizer\.model.*\) cannot be converted to") as caught:
+        build(request_of(old, tmp_path), load_plugin=converted)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 # ---------------------------------------------------------------- crashes and company

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from appliance import checkpoint
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan, planned_file_size, read_model_config
+from appliance.checkpoint.hub import HubRepository
 from appliance.engines import Snapshot
 from appliance.engines.digest import hash_file
 from appliance.errors import CheckpointError, NoSpaceError
@@ -509,6 +511,22 @@ def test_refusal_of_a_file_is_not_tried_again(hub: tuple[str, dict[str, Any]], t
     with pytest.raises(CheckpointError, match=r"the hub refuses access to org/tiny \(status 403\)"):
         checkpoint.resolve("org/tiny", tmp_path, endpoint=endpoint, resumable_from=1000)
     assert len(set(state["refused"])) == len(state["refused"]) > 0
+
+
+def test_a_disk_that_fills_up_during_a_download_is_said_at_once(
+    hub: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, _ = hub
+    tried: list[str] = []
+
+    def full(self: HubRepository, url: str, *_: Any) -> None:
+        tried.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HubRepository, "_append", full)
+    with pytest.raises(NoSpaceError, match="the download of org/tiny could not be written: no space is left"):
+        checkpoint.resolve("org/tiny", tmp_path, endpoint=endpoint, resumable_from=1)
+    assert len(tried) == len(set(tried)), "no file was tried twice"
 
 
 def test_without_a_network_what_is_there_serves(hub: tuple[str, dict[str, Any]], tmp_path: Path) -> None:

@@ -489,6 +489,24 @@ def test_fetch_from_a_server_without_ranges(
     elsewhere.verify(KEY, "full")
 
 
+def test_a_disk_that_fills_up_during_a_fetch_is_said_at_once(
+    store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+    url = str(tmp_path / "remote")
+    publish(store.path_of(KEY), url)
+    tried: list[str] = []
+
+    def full(remote: object, file: EngineFile, *_: object) -> None:
+        tried.append(file.name)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("appliance.engines.transfer._append", full)
+    with pytest.raises(NoSpaceError, match="no space is left on the file system of"):
+        fetch(url, KEY, EngineStore(tmp_path / "other"))
+    assert len(tried) == len(set(tried)), "no file was tried twice"
+
+
 def test_damaged_part_is_fetched_anew(store: EngineStore, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}"
     publish(put(store), url)

@@ -20,9 +20,9 @@ from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
 from appliance.builder.tokenizer import copy_tokenizer
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
-from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES
+from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
+from appliance.engines import disk
 from appliance.engines.digest import hash_files
-from appliance.engines.disk import ensure_writable
 from appliance.engines.key import KeyInputs, engine_key
 from appliance.engines.manifest import (
     SCHEMA_VERSION,
@@ -65,8 +65,20 @@ def build(
             f"{source} is already quantized ({config.quantization}), which cannot be built from",
             hint="use the unquantized checkpoint; the appliance quantizes it itself",
         )
+    require_tokenizer(source)
     store = store or EngineStore(Path(request.cache))
-    ensure_writable(store.engines)
+    with disk.full_disk_explained(store.engines, f"the {request.precision} engine of {source.name}"):
+        return _build(request, config, store, send, load_plugin)
+
+
+def _build(
+    request: BuildRequest, config: ModelConfig, store: EngineStore, send: SendFn, load_plugin: LoadPlugin
+) -> Path:
+    source = Path(request.checkpoint)
+    disk.ensure_writable(store.engines)
+    with Checkpoint(source) as checkpoint:  # what the headers show comes before the minutes of hashing
+        specs = load_plugin("models", registry.architectures()[config.architecture].name).weight_specs(config)
+        checkpoint.check(specs)
     inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)
 
@@ -81,10 +93,12 @@ def build(
                 return present
             except DamagedFileError as error:
                 store.set_aside(error)
-        with store.staging(key) as staging, Checkpoint(source) as checkpoint:
+        with Checkpoint(source) as checkpoint:
             job = _Job.start(request, inputs, config, checkpoint, load_plugin)
-            _write_engine(job, staging, store, send)
-            return store.publish(key, staging)
+            _reserve(job, store)
+            with store.staging(key) as staging:
+                _write_engine(job, staging, send)
+                return store.publish(key, staging)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class _Job:
     def start(
         request: BuildRequest, inputs: KeyInputs, config: ModelConfig, checkpoint: Checkpoint, load_plugin: LoadPlugin
     ) -> _Job:
-        """Load the plug-ins and check every tensor that will be read. Raises CheckpointError."""
+        """Load the plug-ins and check every tensor that will be read. Raises CheckpointError, EngineBuildError."""
         architecture = load_plugin("models", registry.architectures()[config.architecture].name)
         specs: list[WeightSpec] = architecture.weight_specs(config)
         checkpoint.check(specs)
@@ -144,23 +158,29 @@ def _device(request: BuildRequest) -> torch.device:
     return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
 
 
-def _write_engine(job: _Job, staging: Path, store: EngineStore, send: SendFn) -> None:
-    """Everything of an engine into `staging`, its manifest last."""
+def _reserve(job: _Job, store: EngineStore) -> None:
+    """NoSpaceError, with how much is needed, before anything is written."""
+    source = job.checkpoint.path
+    small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
+    needed = planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype)) + sum(p.stat().st_size for p in small)
+    store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
+
+
+def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
+    """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
+    last."""
     source = job.checkpoint.path
     plan = plan_tensors(job.specs, job.scheme, job.dtype)
-    small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
-    needed = planned_file_size(plan) + sum(p.stat().st_size for p in small)
-    store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
+    note = copy_tokenizer(source, staging)
+    for name in CONFIG_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging / name)
     total = sum(source_bytes(job.checkpoint, spec) for spec in job.specs)
     with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
         with torch.inference_mode(), SafetensorsWriter(staging / _RANK_FILE, plan) as writer:
             convert(job.checkpoint, job.specs, job.scheme, job.dtype, job.device, writer, meter)
             meter.advance(0, "flushing to disk")
             size, digest = writer.finish()
-        for name in CONFIG_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staging / name)
-        note = copy_tokenizer(source, staging)
         meter.advance(0, "checking the built engine")
         with torch.inference_mode():
             checks = _check(job, staging)

@@ -9,18 +9,19 @@ import shutil
 from pathlib import Path
 
 from appliance.checkpoint.config import read_json
-from appliance.checkpoint.files import TOKENIZER_FILES
+from appliance.checkpoint.files import TOKENIZER_FILES, require_tokenizer
+from appliance.engines import disk
 from appliance.errors import CheckpointError
 
 
 def copy_tokenizer(source: Path, engine_dir: Path) -> str | None:
-    """Fill engine_dir/tokenizer. Returns a note for people if there was something to say: converted, or none there.
+    """Fill engine_dir/tokenizer. Returns a note for people if there was something to say: that it was converted.
 
-    Raises CheckpointError for a tokenizer that asks for its own code, or that transformers cannot convert.
+    Raises CheckpointError if there is no tokenizer, or one that asks for its own code or that transformers cannot
+    convert.
     """
+    require_tokenizer(source)
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
-        return "the checkpoint has no tokenizer: requests must be token ids"
     target = engine_dir / "tokenizer"
     target.mkdir()
     if "tokenizer.json" in found:
@@ -38,8 +39,11 @@ def copy_tokenizer(source: Path, engine_dir: Path) -> str | None:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         tokenizer.save_pretrained(target)
     except Exception as error:
+        if disk.is_full(error):
+            raise
         raise CheckpointError(
-            f"the tokenizer of {source} ({', '.join(found)}) cannot be converted to tokenizer.json: {error}",
+            f"the tokenizer of {source} ({', '.join(found)}) cannot be converted to tokenizer.json: "
+            + _first_line(error),
             hint="save it once with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         ) from error
     if not (target / "tokenizer.json").is_file():
@@ -48,3 +52,9 @@ def copy_tokenizer(source: Path, engine_dir: Path) -> str | None:
             hint="use a checkpoint with a tokenizer.json",
         )
     return f"tokenizer.json converted from {', '.join(found)}"
+
+
+def _first_line(error: Exception) -> str:
+    """The library's messages go on for many lines about other reasons there might be."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

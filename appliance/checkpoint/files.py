@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# Each of these alone makes a tokenizer; the other files only add to it.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CONFIG_FILES = ("config.json", "generation_config.json")
 _MAX_HEADER = 100 << 20  # bytes, the format's own limit
 _DOWNLOAD_AGAIN = "download the checkpoint again"
@@ -159,6 +161,15 @@ def content_files(path: Path) -> list[Path]:
     """Everything that decides what an engine of this checkpoint holds: weights, configuration, tokenizer."""
     others = [path / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
     return [*weight_files(path), *(p for p in others if p.is_file())]
+
+
+def require_tokenizer(path: Path) -> None:
+    """CheckpointError if the checkpoint has none: an engine without one could not be served."""
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"{path} has no tokenizer (none of {', '.join(_TOKENIZERS)})",
+            hint="copy the tokenizer's files of the same model into it",
+        )
 
 
 def first_dtype(path: Path) -> str | None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from appliance.checkpoint.files import TOKENIZER_FILES
-from appliance.engines.disk import ensure_writable, no_space
+from appliance.engines.disk import ensure_writable, full, is_full, no_space
 from appliance.engines.meter import ByteMeter, ProgressFn
-from appliance.errors import CheckpointError
+from appliance.errors import CheckpointError, NoSpaceError
 
 ALLOW_PATTERNS = ["*.safetensors", "*.json", *TOKENIZER_FILES]
 # Copies of the same weights in other forms, and folders of them.
@@ -124,7 +124,7 @@ class HubRepository:
                     self._append(url, build_hf_headers(token=self._token), sink, have)
                 except Exception as error:
                     failures = failures + 1 if part.stat().st_size <= have else 1
-                    if failures >= _ATTEMPTS or _is_final(error):
+                    if failures >= _ATTEMPTS or _is_final(error) or is_full(error):
                         raise
                     time.sleep(min(0.1 * 2**failures, 8.0))
             _check_content(part, facts.etag, facts.size, f"{self.name}/{filename}")
@@ -200,7 +200,7 @@ class HubRepository:
 
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, NoSpaceError):
             raise
         except errors.GatedRepoError as error:
             raise CheckpointError(
@@ -222,6 +222,8 @@ class HubRepository:
         """HTTP statuses, a missing network, a full disk; what is none of these stays what it is."""
         from huggingface_hub import errors
 
+        if is_full(error):
+            return full(self.cache, f"the download of {self.name}")
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
             causes.append(cause)

@@ -5,7 +5,6 @@ Nothing is held back in memory, and the file's digest is ready with its last byt
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from appliance.checkpoint.files import DTYPES
 from appliance.engines.digest import TreeHasher
-from appliance.engines.disk import free_bytes, no_space
+from appliance.engines.disk import free_bytes, full_disk_explained, is_full, no_space
 from appliance.errors import NoSpaceError
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class SafetensorsWriter:
             while len(rest):
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise self._full(len(rest)) from error
             raise
         finally:
@@ -90,8 +89,9 @@ class SafetensorsWriter:
     def finish(self) -> tuple[int, str]:
         """Make the file durable; its (size in bytes, digest)."""
         assert self._next == len(self._plan), f"{len(self._plan) - self._next} planned tensors were not written"
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with full_disk_explained(self.path.parent, self.path.name):  # some file systems find room only now
+            os.fsync(self._file.fileno())
+            self._file.close()
         return self._hasher.size, self._hasher.digest()
 
     def __enter__(self) -> SafetensorsWriter:

@@ -12,7 +12,7 @@ from appliance import engines, logs
 from appliance.checkpoint import resolve
 from appliance.commands.selection import NAMES, selection_of
 from appliance.engines import EngineStore, StoredEngine
-from appliance.engines.disk import ensure_writable, free_bytes, no_space
+from appliance.engines.disk import ensure_writable, free_bytes, full_disk_explained, no_space
 from appliance.errors import EngineBuildError, SettingsError
 from appliance.launch.prepare import prepare
 from appliance.settings import Settings, add_flags, load
@@ -100,7 +100,8 @@ def run_create_store(args: argparse.Namespace) -> int:
     ensure_writable(target)
     if free_bytes(target) < size:
         raise no_space(target, size, free_bytes(target), "the model store")
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    with full_disk_explained(target, "the model store"):
+        shutil.copytree(source, target, dirs_exist_ok=True)
     engines.verify_engine(target, "full")
     print(target)
     return 0

@@ -5,14 +5,19 @@ Knows nothing of engines; its errors say what to do.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.errors import CacheNotWritableError, NoSpaceError
+from appliance.errors import ApplianceError, CacheNotWritableError, NoSpaceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -45,6 +50,44 @@ def no_space(path: Path, needed: int, free: int, what: str) -> NoSpaceError:
     )
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the file system or the user's quota had no room left: the error itself, or what it was raised from."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        if isinstance(at, OSError) and at.errno in _FULL:
+            return True
+        # Where the number is only in the text: shutil.Error of a tree, libraries written in Rust.
+        if any(f"[Errno {code}]" in str(at) or f"(os error {code})" in str(at) for code in _FULL):
+            return True
+        seen.add(id(at))
+        at = at.__cause__ or at.__context__
+    return False
+
+
+def full(path: Path, what: str) -> NoSpaceError:
+    """For a write that failed though nobody could say beforehand how much it takes, or others took it meanwhile."""
+    usage = shutil.disk_usage(nearest_existing(path))
+    return NoSpaceError(
+        f"{what} could not be written: no space is left on the file system of {path} "
+        f"({gib(usage.free)} of {gib(usage.total)} are free)",
+        hint="free some there (or raise the quota), or choose another cache directory with --cache",
+    )
+
+
+@contextlib.contextmanager
+def full_disk_explained(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a full disk raises inside into a NoSpaceError; errors raised on purpose stay as they are."""
+    try:
+        yield
+    except ApplianceError:
+        raise
+    except Exception as error:
+        if is_full(error):
+            raise full(path, what) from error
+        raise
+
+
 def not_writable(path: Path, error: OSError | None = None) -> CacheNotWritableError:
     """The error for a directory this user cannot write, with the exact commands that fix it."""
     at = nearest_existing(path)
@@ -63,12 +106,15 @@ def not_writable(path: Path, error: OSError | None = None) -> CacheNotWritableEr
 
 
 def ensure_writable(path: Path) -> None:
-    """Create the directory if needed and prove that a file can be made in it. Raises CacheNotWritableError."""
+    """Create the directory if needed and prove that a file can be made in it. Raises CacheNotWritableError,
+    NoSpaceError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-"):
             pass
     except OSError as error:
+        if is_full(error):
+            raise full(path, "the cache directory") from error
         raise not_writable(path, error) from error
 
 

@@ -107,6 +107,8 @@ class EngineStore:
         try:
             fd = os.open(self._locks / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
+            if disk.is_full(error):
+                raise disk.full(self._locks, "the lock of the engine") from error
             raise disk.not_writable(self._locks / key, error) from error
         try:
             told = 0.0
@@ -115,8 +117,9 @@ class EngineStore:
                     told = time.monotonic()
                     on_wait(_read_holder(fd))
                 time.sleep(poll_seconds)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, msgspec.json.encode(LockHolder(os.getpid(), socket.gethostname(), time.time())), 0)
+            with contextlib.suppress(OSError):  # only those who wait read it; a full disk is `reserve`'s to report
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, msgspec.json.encode(LockHolder(os.getpid(), socket.gethostname(), time.time())), 0)
             self._held.add(key)
             yield
         finally:
@@ -224,6 +227,8 @@ class EngineStore:
         try:
             self.path_of(key).rename(aside)
         except OSError as error:
+            if disk.is_full(error):
+                raise disk.full(self._damaged, "the name of a damaged engine") from error
             raise disk.not_writable(self.engines, error) from error
         return aside
 

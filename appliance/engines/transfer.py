@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from appliance.engines.digest import hash_file
-from appliance.engines.disk import fsync_path, remove_tree
+from appliance.engines.disk import fsync_path, full_disk_explained, is_full, remove_tree
 from appliance.engines.manifest import MANIFEST_NAME, EngineFile, EngineManifest, decode_manifest
 from appliance.engines.meter import ByteMeter, ProgressFn
 from appliance.engines.store import EngineStore, LockHolder
@@ -140,7 +140,7 @@ def fetch(
     Raises EngineNotFoundError, EngineTransferError, EngineDamagedError (what lies at the URL is not what its manifest
     says), NoSpaceError, CacheNotWritableError.
     """
-    with store.build_lock(key, on_wait):
+    with full_disk_explained(store.engines, f"engine {key[:12]}"), store.build_lock(key, on_wait):
         present = store.find(key)
         if present is not None:
             return present
@@ -220,6 +220,8 @@ def _download(remote: _Remote, file: EngineFile, part: Path, meter: ByteMeter, a
             if isinstance(error, ValueError) and remote.http and not streaming:
                 streaming = True  # the server cannot serve a range: in one piece from the beginning
                 continue
+            if is_full(error):
+                raise
             failures = failures + 1 if part.stat().st_size <= have else 1
             if failures >= attempts:
                 raise EngineTransferError(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from appliance import __version__, builtin, logs
+from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
 from appliance.settings import Settings, child_environment
@@ -254,6 +255,8 @@ class _Process:
         if ended is None or (self._stop.is_set() and (ended.cancelled() or ended.exception() is None)):
             return 0
         error = ended.exception() or RuntimeError("the HTTP server ended by itself")
+        if is_full(error) and not isinstance(error, ApplianceError):
+            error = full(self._settings.cache_dir, "a file of the start")
         state.lifecycle.enter("failed", str(error))
         state.journal.fail_all(f"the server failed: {error}")
         if isinstance(error, ApplianceError):

@@ -21,7 +21,7 @@ import appliance
 from appliance import hardware, profiles
 from appliance.builder import BuildRequest, key_of
 from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve
-from appliance.checkpoint.files import TOKENIZER_FILES
+from appliance.checkpoint.files import require_tokenizer
 from appliance.engines import (
     DamagedFileError,
     EngineStore,
@@ -34,7 +34,7 @@ from appliance.engines import (
     verify_engine,
 )
 from appliance.engines.manifest import MANIFEST_NAME
-from appliance.errors import ApplianceError, CheckpointError, EngineBuildError, EngineDamagedError
+from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
 from appliance.ipc import Built, Failed, Progress, ToServer
 from appliance.launch.child import Child, error_of
 from appliance.launch.engine import show_progress
@@ -261,6 +261,9 @@ class Startup:
     async def _build(self, key: str) -> None:
         assert self._plan is not None
         self._enter("building", f"engine {key[:12]}")
+        checkpoint = self._plan.checkpoint
+        if (checkpoint / "tokenizer.json").is_file():  # what the server could not read is not worth building
+            await self._load_tokenizer(checkpoint)
         request = build_request(self._plan)
         built = await run_builder(request, self._settings, self._directory, lambda m: show_progress(self._life, m))
         log.info("engine %s built in %.1f s", key[:12], built.seconds)
@@ -275,11 +278,7 @@ def _check_checkpoint(path: Path) -> None:
     missing, truncated or pickled shard; no tokenizer."""
     with Checkpoint(path):
         pass
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})",
-            hint="copy the tokenizer's files of the same model into it",
-        )
+    require_tokenizer(path)
 
 
 def _license_of(checkpoint: Path) -> Path | None:
