@@ -10,7 +10,8 @@ import pytest
 
 from appliance import builtin
 from appliance.engines import EngineStore
-from appliance.errors import CheckpointError, ProfileError, SettingsError
+from appliance.engines.disk import not_writable
+from appliance.errors import CacheNotWritableError, CheckpointError, ProfileError, SettingsError
 from appliance.launch.prepare import prepare_engine
 from appliance.launch.startup import Startup
 from appliance.server.state import ServerState
@@ -45,6 +46,33 @@ def test_wrong_options_are_errors_before_anything_is_done(tmp_path: Path) -> Non
     assert not (tmp_path / "engines").exists()
 
 
+def test_what_cannot_work_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"'flashinfer' is not supported by the cpu backend.*allowed: auto, ref"):
+        prepare_engine("builtin", backend="cpu", cache=tmp_path, overrides={"attention": "flashinfer"})
+    assert not (tmp_path / "engines").exists() and not (tmp_path / "digests").exists()
+    monkeypatch.setattr("appliance.hardware.detect", lambda *_: pytest.fail("the machine was looked at first"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CacheNotWritableError, match=r"cannot be written by user .*sudo chown"):
+        prepare_engine("builtin", cache=tmp_path / "file" / "cache")
+
+
+def test_a_read_only_cache_serves_the_engines_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = prepare_engine("builtin", precision="bf16", cache=tmp_path).engine_dir
+
+    def refuse(path: Path) -> None:
+        raise not_writable(path, PermissionError(13, "Permission denied"))
+
+    monkeypatch.setattr("appliance.engines.disk.ensure_writable", refuse)
+    monkeypatch.setattr("appliance.launch.startup.ensure_writable", refuse)
+    assert prepare_engine("builtin", precision="bf16", cache=tmp_path).engine_dir == built
+    assert "only engines that are in the cache already can be served" in caplog.text
+    monkeypatch.setattr("appliance.launch.startup.run_builder", lambda *_: pytest.fail("a builder was started"))
+    with pytest.raises(CacheNotWritableError):
+        prepare_engine("builtin", precision="fp32", cache=tmp_path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the built-in checkpoint, to be damaged."""
@@ -64,6 +92,13 @@ def test_a_checkpoint_without_tokenizer_is_refused_before_it_is_built(checkpoint
     for file in (*checkpoint.glob("*token*"), *checkpoint.glob("chat_template*")):
         file.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
+        prepare_engine(str(checkpoint), cache=tmp_path / "cache")
+    assert not EngineStore(tmp_path / "cache").list_engines()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_before_anything_is_built(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match=r"model/tokenizer\.json is not a readable tokenizer"):
         prepare_engine(str(checkpoint), cache=tmp_path / "cache")
     assert not EngineStore(tmp_path / "cache").list_engines()
 

@@ -31,6 +31,7 @@ PLUGIN = {
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8"],
     "kv_cache": ["fp32"],
+    "attention": ["auto", "reference"],
     "max_tp": 1,
     "max_pp": 1,
 }

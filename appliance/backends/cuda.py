@@ -34,6 +34,7 @@ PLUGIN = {
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8"],
     "kv_cache": ["bf16", "fp16", "fp32"],
+    "attention": ["auto", "flashinfer", "triton", "reference"],
     "min_compute_capability": [7, 5],
     "max_tp": 1,
     "max_pp": 1,

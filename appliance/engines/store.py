@@ -28,7 +28,7 @@ from appliance.engines import disk
 from appliance.engines.manifest import MANIFEST_NAME, EngineManifest, read_manifest
 from appliance.engines.meter import ProgressFn
 from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, identity_of, verify_engine
-from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError
+from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError, NoSpaceError
 
 _MARGIN = 64 << 20  # bytes kept free beyond what is asked for: logs, stamps, compiled kernels
 
@@ -92,6 +92,17 @@ class EngineStore:
     def verify(self, key: str, level: VerifyLevel = "auto", progress: ProgressFn | None = None) -> Verified:
         """See `engines.verify`. Raises DamagedFileError; give it to `set_aside`, then build anew."""
         return verify_engine(self.path_of(key), level, stamps=self.stamps_of(key), progress=progress)
+
+    def ensure_useful(self) -> str | None:
+        """Look, before any work, whether engines can be added. None if so; else why not, which is no error as long as
+        there are engines to serve. Raises CacheNotWritableError or NoSpaceError if there are none."""
+        try:
+            disk.ensure_writable(self.engines if self.engines.exists() else self.root)
+        except (CacheNotWritableError, NoSpaceError) as error:
+            if not any(self.engines.glob(f"[0-9a-f]*/{MANIFEST_NAME}")):
+                raise
+            return str(error)
+        return None
 
     # -------------------------------------------------- locking
 

@@ -12,9 +12,9 @@ from typing import cast
 
 import msgspec
 
-from appliance import builder, profiles
+from appliance import builder, profiles, registry
 from appliance.engines import EngineManifest
-from appliance.errors import HardwareError
+from appliance.errors import HardwareError, SettingsError
 from appliance.profiles import Outcome, Overrides, Selection
 from appliance.settings import Settings, export_hub_environment
 from appliance.types import EngineOptions, Hardware, KvCacheDtype, ModelConfig, Precision
@@ -75,8 +75,10 @@ def choose(settings: Settings, hardware: Hardware, model: ModelConfig) -> Select
 
 
 def make_plan(settings: Settings, selection: Selection, checkpoint: Path) -> Plan:
-    """Raises ProfileError, with every reason, if no profile can serve."""
+    """Raises ProfileError, with every reason, if no profile can serve; SettingsError for kernels that its backend does
+    not have."""
     outcome = profiles.require(selection)
+    _check_attention(settings, outcome.backend)
     values: dict[str, object] = {
         "precision": outcome.precision,
         "kv_cache_dtype": outcome.kv_cache,
@@ -87,6 +89,18 @@ def make_plan(settings: Settings, selection: Selection, checkpoint: Path) -> Pla
         "max_num_batched_tokens": outcome.max_num_batched_tokens,
     }
     return Plan(settings.with_profile(outcome.name, values), selection, outcome, checkpoint)
+
+
+def _check_attention(settings: Settings, backend: str) -> None:
+    """The backend itself would say so only after the engine is built and loaded."""
+    plugin = registry.plugins("backends").get(backend)
+    allowed = plugin.facts.get("attention", []) if plugin is not None else []
+    if allowed and settings.attention not in allowed:
+        raise SettingsError(
+            f"attention {settings.attention!r} is not supported by the {backend} backend, which would serve here; "
+            f"allowed: {', '.join(allowed)}",
+            hint="leave --attention out, or choose another profile",
+        )
 
 
 def build_request(plan: Plan, checkpoint_digest: str = "") -> builder.BuildRequest:
@@ -129,7 +143,8 @@ def options_of_directory(
     engine_dir: Path, manifest: EngineManifest, settings: Settings, machine: Hardware
 ) -> EngineOptions:
     """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
-    HardwareError if this machine cannot run it."""
+    HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have."""
+    _check_attention(settings, manifest.backend)
     options = EngineOptions(
         engine_dir=str(engine_dir),
         backend=manifest.backend,

@@ -33,6 +33,7 @@ from appliance.engines import (
     fetch,
     verify_engine,
 )
+from appliance.engines.disk import ensure_writable
 from appliance.engines.manifest import MANIFEST_NAME
 from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
 from appliance.ipc import Built, Failed, Progress, ToServer
@@ -97,8 +98,10 @@ class Startup:
 
     async def prepare(self) -> EngineOptions:
         """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
-        machine = await self._detect()
         given = Path(self._settings.model).expanduser()
+        if not (given / MANIFEST_NAME).is_file():  # such a directory needs no cache
+            await self._check_cache()
+        machine = await self._detect()
         if (given / MANIFEST_NAME).is_file():
             return await self._open_engine(given, machine)
         early = await in_thread(lambda: config_only(self._settings))
@@ -152,6 +155,11 @@ class Startup:
                 loop.call_soon_threadsafe(show, snapshot)
 
         return report
+
+    async def _check_cache(self) -> None:
+        problem = await in_thread(self._store.ensure_useful)
+        if problem is not None:
+            log.warning("only engines that are in the cache already can be served: %s", problem)
 
     async def _detect(self) -> Hardware:
         self._enter("detecting")
@@ -261,6 +269,7 @@ class Startup:
     async def _build(self, key: str) -> None:
         assert self._plan is not None
         self._enter("building", f"engine {key[:12]}")
+        await in_thread(lambda: ensure_writable(self._store.engines))
         checkpoint = self._plan.checkpoint
         if (checkpoint / "tokenizer.json").is_file():  # what the server could not read is not worth building
             await self._load_tokenizer(checkpoint)
