@@ -1,95 +1,58 @@
 """The engine in this process: `LLM(model).generate(prompts, SamplingParams(...))`, with no server and no ipc.
 
-The same batching core, backend and engines as the server's. For notebooks, scripts, benchmarks and tests. Not
-thread-safe.
+The same batching core, backend, engines, tokenizer and text as the server's. For notebooks, scripts, benchmarks and
+tests. Not thread-safe; several streams may be read in turns. Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+import signal
+import threading
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Literal, Self, overload
 
 from appliance import registry
 from appliance.batching.core import EngineCore
-from appliance.errors import InvalidRequestError, RequestFailedError
+from appliance.errors import EngineCrashedError, InvalidRequestError, UnavailableError
 from appliance.launch.prepare import prepare_engine
-from appliance.runtime.loading import PhaseTimer
-from appliance.server.detokenizer import StopChecker, TextStream
+from appliance.llm_stream import Generation, GenerationChunk, GenerationStream, Running
 from appliance.server.tokenizer import ServerTokenizer, load_tokenizer
+from appliance.settings import yield_idle_threads
+from appliance.strict import nearest
 from appliance.types import (
     EngineInfo,
     EngineOptions,
     EngineOutput,
     EngineRequest,
-    FinishReason,
     SamplingParams,
-    TokenLogprobs,
 )
+
+__all__ = ["LLM", "Generation", "GenerationChunk", "GenerationStream", "Message", "Prompt"]
 
 Prompt = str | Sequence[int]  # text, or token ids
 Message = dict[str, Any]  # {"role": …, "content": …}
 
-
-@dataclass
-class Generation:
-    """What one prompt gave."""
-
-    index: int  # of the prompt
-    prompt_token_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    num_cached_tokens: int = 0  # prompt tokens that the prefix cache served
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """What one step gave one prompt, when streaming."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    logprobs: list[TokenLogprobs] | None = None
-
-
-class _Running:
-    """One prompt in the engine: collects tokens, turns them into text, watches for stop strings."""
-
-    def __init__(self, generation: Generation, params: SamplingParams, stream: TextStream) -> None:
-        self.generation = generation
-        self.stopped = False  # by a stop string; what the engine still gives is dropped
-        self._params = params
-        self._stream = stream
-        self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
-
-    def take(self, output: EngineOutput) -> GenerationChunk | None:
-        """Add an engine output; the chunk to give, None for one that comes after the end."""
-        if self.stopped:
-            return None
-        generation = self.generation
-        if output.finish_reason == "error":
-            raise RequestFailedError(f"prompt {generation.index}: {output.error}")
-        generation.token_ids += output.token_ids
-        generation.logprobs += output.logprobs or []
-        generation.prompt_logprobs = output.prompt_logprobs or generation.prompt_logprobs
-        generation.num_cached_tokens = max(generation.num_cached_tokens, output.num_cached_tokens)
-        shown = [t for t in output.token_ids if t != output.stop_token_id or not self._params.skip_special_tokens]
-        text = self._stops.push(self._stream.push(shown))
-        finish: FinishReason | None = output.finish_reason
-        if not self._stops.matched and finish is not None:
-            text += self._stops.push(self._stream.flush()) + self._stops.flush()
-        if self._stops.matched:
-            self.stopped, finish = True, "stop"
-        generation.text += text
-        generation.finish_reason = finish
-        return GenerationChunk(generation.index, text, output.token_ids, finish, output.logprobs)
+# What the HTTP API allows, too. The lower end of `_POSITIVE` is excluded.
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (0, 2**63 - 1),
+    "logprobs": (0, math.inf),
+    "prompt_logprobs": (0, math.inf),
+}
+_POSITIVE = ("top_p", "repetition_penalty")
+_TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message")
 
 
 class LLM:
@@ -98,6 +61,10 @@ class LLM:
     A checkpoint is built into an engine first, in the cache that the server uses too. `precision`, `backend` and
     `profile` override the selection; `options` are names of settings or fields of `types.EngineOptions`. Raises what
     selection, checkpoint, builder and backend raise.
+
+    Opened before the program imports torch, it lets idle OpenMP threads sleep (OMP_WAIT_POLICY=PASSIVE, unless the
+    environment says otherwise): on shared CPU cores spinning ones cost far more than they gain. A program that imports
+    torch first sets that variable itself.
     """
 
     def __init__(
@@ -110,19 +77,25 @@ class LLM:
         cache: str | Path | None = None,
         **options: Any,
     ) -> None:
+        self._core: EngineCore | None = None
+        self._problem = "this LLM was never opened"  # why there is no core
+        yield_idle_threads()
         engine_options: EngineOptions = prepare_engine(
             str(model), precision=precision, backend=backend, profile=profile, cache=cache, overrides=options
         )
+        from appliance.runtime.loading import PhaseTimer  # torch, from here on
+
         plugin = registry.load("backends", engine_options.backend)
         timer = PhaseTimer()
         loaded = plugin.load(engine_options, _no_progress, timer)
         executor, info = plugin.assemble(loaded, engine_options, _no_progress, timer)
         self.info: EngineInfo = info
         self.tokenizer: ServerTokenizer = load_tokenizer(Path(engine_options.engine_dir))
-        self.core: EngineCore = EngineCore(
-            executor, prefix_caching=engine_options.prefix_caching, seed=engine_options.seed
-        )
+        self._core = EngineCore(executor, prefix_caching=engine_options.prefix_caching, seed=engine_options.seed)
         self._ids = itertools.count()
+        self._streams: weakref.WeakValueDictionary[str, GenerationStream] = weakref.WeakValueDictionary()
+        self._busy = False  # the core is at work: a stream that is dropped just now must not reach into it
+        self._to_abort: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -133,15 +106,15 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Release the device's memory. The object cannot be used afterwards."""
-        import gc
+        """Release the device's memory. The object and its streams cannot be used afterwards."""
+        self._lose("this LLM is closed")
 
-        import torch
-
-        del self.core
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    @property
+    def core(self) -> EngineCore:
+        """UnavailableError if there is none any more."""
+        if self._core is None:
+            raise UnavailableError(self._problem, hint="open a new LLM")
+        return self._core
 
     @overload
     def generate(
@@ -159,7 +132,16 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: Literal[True],
-    ) -> Iterator[GenerationChunk]: ...
+    ) -> GenerationStream: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: bool,
+    ) -> list[Generation] | GenerationStream: ...
 
     def generate(
         self,
@@ -167,84 +149,233 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
-    ) -> list[Generation] | Iterator[GenerationChunk]:
+    ) -> list[Generation] | GenerationStream:
         """Complete prompts (text or token ids), one sampling parameter set for all or one each.
 
-        Returns generations in the order of the prompts; with `stream`, chunks as steps give them. A stream that is not
-        read to its end is cancelled. InvalidRequestError for a prompt that can never fit.
+        Returns generations in the order of the prompts; with `stream`, chunks as steps give them. Without
+        `max_tokens` a prompt runs to the context limit at most. InvalidRequestError, or ContextLengthError, if one of
+        the prompts or parameters cannot be served: then none is run.
         """
         listed: Any = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else prompts
-        token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(token_ids)
-        if len(each) != len(token_ids):
-            raise InvalidRequestError(
-                f"{len(token_ids)} prompts but {len(each)} sampling parameter sets; give one, or one each"
-            )
-        running = self._start(token_ids, each)
-        if stream:
-            return self._chunks(running)
-        for _ in self._chunks(running):
-            pass
-        return [item.generation for item in running.values()]
+        return self._run([self._encode(index, prompt) for index, prompt in enumerate(listed)], params, stream=stream)
+
+    @overload
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: Literal[False] = False,
+        **template_options: Any,
+    ) -> list[Generation]: ...
+
+    @overload
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: Literal[True],
+        **template_options: Any,
+    ) -> GenerationStream: ...
+
+    @overload
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: bool,
+        **template_options: Any,
+    ) -> list[Generation] | GenerationStream: ...
 
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: bool = False,
         **template_options: Any,
-    ) -> list[Generation]:
-        """Answer one conversation (a list of messages) or several, through the model's chat template."""
+    ) -> list[Generation] | GenerationStream:
+        """Answer one conversation (a list of messages) or several, through the model's chat template; else as
+        `generate`.
+
+        `template_options`: `tools`, `add_generation_prompt`, `continue_final_message`, or a variable that the
+        template reads (`enable_thinking`, say). InvalidRequestError for a name that it does not read, and for messages
+        that it refuses.
+        """
         single = bool(conversations) and isinstance(conversations[0], dict)
         listed: Any = [conversations] if single else conversations
+        texts = [self._render(messages, template_options) for messages in listed]
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return self._run(prompts, params, stream=stream)
+
+    # ------------------------------------------------------------ from what was given to token ids
+
+    def _encode(self, index: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        vocab_size = self.tokenizer.vocab_size
+        try:
+            token_ids = [int(token_id) for token_id in prompt]
+        except (TypeError, ValueError):
+            raise InvalidRequestError(
+                f"prompt {index} is {str(prompt)[:60]!r}; allowed are text and a list of token ids"
+            ) from None
+        wrong = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
+        if wrong:
+            raise InvalidRequestError(f"prompt {index} has token id {wrong[0]}, allowed are 0 to {vocab_size - 1}")
+        return token_ids
+
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> str:
+        """The prompt of a conversation."""
         template = self.tokenizer.chat_template
         if template is None:
             raise InvalidRequestError(
                 "this model has no chat template", hint="use generate() with a prompt of your own"
             )
-        texts = [template.render(list(messages), **template_options) for messages in listed]
-        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(prompts, params)
+        well_formed = isinstance(messages, Sequence) and all(isinstance(m, dict) and "role" in m for m in messages)
+        if not messages or not well_formed:
+            raise InvalidRequestError(
+                f"a conversation is {str(messages)[:60]!r}; it must be a list of messages, "
+                '{"role": "user", "content": "…"}'
+            )
+        own = {name: options[name] for name in _TEMPLATE_OPTIONS if name in options}
+        variables = {name: value for name, value in options.items() if name not in own}
+        for name in variables:
+            if name not in template.names:
+                near = nearest(name, [*template.names, *_TEMPLATE_OPTIONS])
+                guess = f"; did you mean {near!r}?" if near else ""
+                raise InvalidRequestError(f"the model's chat template reads no variable {name!r}{guess}")
+        return template.render(list(messages), variables=variables, **own)
 
-    def _start(self, prompts: list[list[int]], params: list[SamplingParams]) -> dict[str, _Running]:
-        """Hand all prompts to the core, or none: the first that is refused takes the others back."""
-        running: dict[str, _Running] = {}
-        try:
-            for index, (prompt, choice) in enumerate(zip(prompts, params, strict=True)):
-                request_id = f"llm-{next(self._ids)}"
-                eos = tuple(self.tokenizer.eos_token_ids)
-                self.core.add_request(EngineRequest(request_id, prompt, choice, eos_token_ids=eos))
-                stream = self.tokenizer.text_stream(prompt, skip_special_tokens=choice.skip_special_tokens)
-                running[request_id] = _Running(Generation(index, prompt), choice, stream)
-        except Exception:
-            self._cancel(running)
-            raise
-        return running
+    # ------------------------------------------------------------ running
 
-    def _chunks(self, running: dict[str, _Running]) -> Iterator[GenerationChunk]:
-        remaining = set(running)
+    def _run(
+        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+    ) -> list[Generation] | GenerationStream:
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts but {len(each)} sampling parameter sets; give one, or one each"
+            )
+        for choice in each:
+            _check_params(choice, self.tokenizer.vocab_size)
+        core, eos = self.core, self.tokenizer.eos_token_ids
+        requests = [
+            EngineRequest(f"llm-{next(self._ids)}", prompt, choice, eos_token_ids=eos)
+            for prompt, choice in zip(prompts, each, strict=True)
+        ]
+        for request in requests:
+            core.validate(request)
+        running = {r.request_id: Running(index, r, self.tokenizer) for index, r in enumerate(requests)}
+        chunks = GenerationStream(running, self._step, self._cancel)
+        self._streams.update(dict.fromkeys(running, chunks))
+        with self._at_work():
+            for request in requests:
+                core.add_request(request)
+        if stream:
+            return chunks
+        for _ in chunks:
+            pass
+        return [item.generation for item in running.values()]
+
+    def _step(self) -> None:
+        """One step of the core; its outputs go to the streams that they belong to."""
+        for output in self._core_step():
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.take(output)
+        self._finish_if_idle()
+
+    def _core_step(self) -> list[EngineOutput]:
+        """EngineCrashedError if the step fails; the engine is lost then."""
+        core = self.core
         try:
-            while remaining:
-                for output in self.core.step():
-                    item = running.get(output.request_id)
-                    if item is None:
-                        continue
-                    chunk = item.take(output)
-                    if output.finish_reason is not None:
-                        remaining.discard(output.request_id)
-                    elif item.stopped:
-                        self.core.abort([output.request_id])
-                    if chunk is not None:
-                        yield chunk
+            with self._at_work():
+                return core.step()
+        except Exception as error:
+            self._lose(f"the engine failed: {type(error).__name__}: {error}")
+            raise EngineCrashedError(self._problem, hint="open a new LLM") from error
+
+    def _cancel(self, request_ids: Collection[str]) -> None:
+        """Take requests back."""
+        self._to_abort += request_ids
+        if self._core is None or self._busy:
+            return
+        ids, self._to_abort = self._to_abort, []
+        self._core.abort(ids)
+        self._finish_if_idle()
+
+    def _finish_if_idle(self) -> None:
+        """Where nobody waits for anything, let the core take in what is in flight, so that it holds nothing."""
+        if not any(stream.unfinished for stream in self._streams.values()):
+            while self._core is not None and self._core.has_work:
+                self._core_step()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Around every change of the core: Ctrl-C and streams that are dropped just now wait until it is over."""
+        self._busy = True
+        try:
+            with _uninterrupted():
+                yield
         finally:
-            self._cancel(remaining)
+            self._busy = False
+            if self._to_abort:
+                self._cancel(())
 
-    def _cancel(self, request_ids: Any) -> None:
-        """Take requests back and let the core finish with them, so that it is idle afterwards."""
-        unfinished = list(request_ids)
-        if unfinished:
-            self.core.abort(unfinished)
-            while self.core.has_work:
-                self.core.step()
+    def _lose(self, problem: str) -> None:
+        """Give up the core and the memory of its device."""
+        import gc
+
+        import torch
+
+        if self._core is None:
+            return
+        self._core, self._problem = None, problem
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C raises behind the block and not in it: cut short, a step would leave the core in pieces."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
+def _check_params(params: Any, vocab_size: int) -> None:
+    """InvalidRequestError, naming the field and what is allowed, for values that have no meaning."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequestError(f"sampling parameters are {str(params)[:60]!r}; they must be SamplingParams(…)")
+    for name, (low, high) in _RANGES.items():
+        value = getattr(params, name)
+        if value is None:
+            continue
+        positive = name in _POSITIVE
+        if not low <= value <= high or (positive and value == low):
+            above = f"more than {low}" if positive else f"at least {low}"
+            most = "" if math.isinf(high) else f" and at most {high}"
+            raise InvalidRequestError(f"{name} is {value}; it must be {above}{most}", param=name)
+    stops: Any = params.stop
+    if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise InvalidRequestError(f"stop is {stops!r}; it must be a tuple of texts, none empty", param="stop")
+    for name in ("logit_bias", "stop_token_ids"):
+        wrong = [token_id for token_id in getattr(params, name) if not 0 <= token_id < vocab_size]
+        if wrong:
+            raise InvalidRequestError(f"{name} has token id {wrong[0]}, allowed are 0 to {vocab_size - 1}", param=name)
 
 
 def _no_progress(phase: str, detail: str, percent: float) -> None:

@@ -73,6 +73,13 @@ class ChatTemplate:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except TemplateError as error:
             raise CheckpointError(f"the chat template is not valid Jinja: {error}") from error
+        # Every name that a template reads, its own loop variables included: a name that is not here has no effect.
+        self.names = frozenset(
+            name.name
+            for source in sources.values()
+            for name in environment.parse(source).find_all(nodes.Name)
+            if name.ctx == "load"
+        )
         self._special_tokens = dict(special_tokens)
         self._knows_developer = {name: "developer" in source for name, source in sources.items()}
 
