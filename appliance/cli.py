@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ def serve(args: argparse.Namespace) -> int:
         return run_dry(args)
     if args.hardware is not None:
         raise_usage("--hardware is only for --dry-run: a server needs the machine it runs on")
+    # Until the server's own handlers are there; as PID 1 of a container the signal would be lost without one.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     from appliance.launch.server import serve
 
     code = serve(load(vars(args)))

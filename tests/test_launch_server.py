@@ -23,6 +23,7 @@ import pytest
 
 from appliance.errors import SettingsError
 from appliance.launch.report import breakdown, progress_line, write_termination_log
+from appliance.launch.scratch import socket_directory
 from appliance.launch.server import default_model_name, open_sockets
 from appliance.server.lifecycle import Lifecycle
 from appliance.settings import load
@@ -224,6 +225,50 @@ def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
         assert running.end()[0] == 128 + signal.SIGTERM
         assert time.monotonic() - began < 10.0  # the engine would be waited for 30 s
         assert gone(children)
+
+
+def test_directories_of_killed_runs_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    def left() -> set[str]:
+        return {path.name for path in tmp_path.glob("appliance-*")}
+
+    (tmp_path / "appliance-other").mkdir()  # not one of a run
+    with server(tmp_path, "hang") as first:
+        wait_for(first.port, "/v1/health/live", 200, 20)
+        with server(tmp_path, "hang") as second:
+            wait_for(second.port, "/v1/health/live", 200, 20)
+            assert len(left()) == 3, "a running server's is left alone"
+            second.process.kill()
+            second.process.wait()
+        assert len(left()) == 3
+        with server(tmp_path, "hang") as third:
+            wait_for(third.port, "/v1/health/live", 200, 20)
+            assert len(left()) == 3, "the killed one's is gone, the third's there"
+            third.process.send_signal(signal.SIGTERM)
+            assert third.end()[0] == 0
+        first.process.send_signal(signal.SIGTERM)
+        assert first.end()[0] == 0
+    assert left() == {"appliance-other"}
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.4, 0.6])
+def test_sigterm_in_the_first_moments_leaves_without_a_traceback(tmp_path: Path, seconds: float) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "entrypoint.py", "serve", "--port", str(free_port()), "--cache", str(tmp_path / "c")]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM) and "Traceback" not in log, log
+
+
+def test_no_place_for_temporary_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    match = r"No usable temporary directory found \(mount a writable /tmp"
+    with pytest.raises(SettingsError, match=match), socket_directory():
+        pass
 
 
 def test_port_in_use_is_one_clear_error() -> None:

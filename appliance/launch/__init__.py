@@ -1,5 +1,6 @@
 """Processes: bring the server up, run the start-up sequence, keep the engine process alive, leave in order.
 
+    scratch.py      the directory of a run's sockets, and the removal of what killed runs left
     bootstrap.py    first code of every child process: dies with its parent
     child.py        one child process and its channel
     engine.py       keeps an engine process running: restart budget, resubmission, repair

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import msgspec
 
 from appliance.errors import SettingsError
 from appliance.launch.report import report_progress
+from appliance.launch.scratch import socket_directory
 from appliance.launch.startup import Startup
 from appliance.server.state import ServerState
 from appliance.settings import Settings, load, specs
@@ -58,8 +58,8 @@ def prepare(settings: Settings) -> EngineOptions:
 
     def run() -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="appliance-") as directory:
-                result.append(asyncio.run(_prepare(settings, Path(directory))))
+            with socket_directory() as directory:
+                result.append(asyncio.run(_prepare(settings, directory)))
         except BaseException as error:
             failure.append(error)
 

@@ -15,7 +15,6 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +23,7 @@ from appliance import __version__, builtin, logs
 from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
+from appliance.launch.scratch import socket_directory
 from appliance.settings import Settings, child_environment
 
 if TYPE_CHECKING:
@@ -59,15 +59,14 @@ def serve(settings: Settings, *, sequence: SequenceFactory | None = None, engine
     for warning in settings.warnings:
         log.warning("%s", warning)
     sockets = open_sockets(settings)
-    directory = Path(tempfile.mkdtemp(prefix="appliance-"))
-    try:
-        import uvloop
+    with socket_directory() as directory:
+        try:
+            import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Process(settings, sockets, directory, sequence, engine_module).run())
-    finally:
-        kill_all()
-        shutil.rmtree(directory, ignore_errors=True)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_Process(settings, sockets, directory, sequence, engine_module).run())
+        finally:
+            kill_all()
 
 
 def open_sockets(settings: Settings) -> list[socket.socket]:
