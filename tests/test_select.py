@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import msgspec
 import pytest
@@ -36,7 +37,6 @@ from appliance.types import Hardware
 HOPPER = ("fp8-tp1", "fp8-tp1")
 OTHER = ("bf16-tp1", "int4-tp1")
 CPU = ("bf16-cpu-tp1", "int4-cpu-tp1")
-NOTHING = (None, None)
 
 # machine: (selected, wanted) of the 8B, the 70B, the builtin and the Qwen-like model, in the first release
 TABLE = {
@@ -49,34 +49,34 @@ TABLE = {
     "h200-x2": (HOPPER, HOPPER, HOPPER, HOPPER),
     "h200-x4": (HOPPER, HOPPER, HOPPER, HOPPER),
     "h200-x8": (HOPPER, HOPPER, HOPPER, HOPPER),
-    "h100-mig-3g.40gb": (HOPPER, NOTHING, HOPPER, HOPPER),
-    "a100-40gb": (OTHER, NOTHING, OTHER, OTHER),
+    "h100-mig-3g.40gb": (HOPPER, (None, "fp8-tp1"), HOPPER, HOPPER),
+    "a100-40gb": (OTHER, (None, "int4-tp2"), OTHER, OTHER),
     "a100-80gb-x1": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
     "a100-80gb-x2": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
     "a100-80gb-x4": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
     "a100-80gb-x8": (OTHER, (None, "int4-tp1"), OTHER, OTHER),
-    "l40s": (OTHER, NOTHING, OTHER, OTHER),
-    "a10": (OTHER, NOTHING, OTHER, OTHER),
+    "l40s": (OTHER, (None, "int4-tp2"), OTHER, OTHER),
+    "a10": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
     "a10g-x4": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
-    "l4": (OTHER, NOTHING, OTHER, OTHER),
-    "t4": ((None, "int4-tp1"), NOTHING, ("fp16-tp1", "int4-tp1"), ("fp16-tp1", "int4-tp1")),
-    "rtx-4090": (OTHER, NOTHING, OTHER, OTHER),
-    "rtx-4090-desktop": (OTHER, NOTHING, OTHER, OTHER),
-    "rtx-5090": (OTHER, NOTHING, OTHER, OTHER),
+    "l4": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
+    "t4": ((None, "int4-tp1"), (None, "int4-tp8"), ("fp16-tp1", "int4-tp1"), ("fp16-tp1", "int4-tp1")),
+    "rtx-4090": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
+    "rtx-4090-desktop": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
+    "rtx-5090": (OTHER, (None, "int4-tp2"), OTHER, OTHER),
     "rtx-pro-6000": (OTHER, ("fp8-tp1", "int4-tp1"), OTHER, OTHER),
     "b200-x8": (OTHER, OTHER, OTHER, OTHER),
     "gb10": (OTHER, ("fp8-tp1", "int4-tp1"), OTHER, OTHER),
     "future-gpu": (OTHER, OTHER, OTHER, OTHER),
-    "mixed": (OTHER, NOTHING, OTHER, OTHER),
-    "mixed-volta": (OTHER, NOTHING, OTHER, OTHER),
+    "mixed": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
+    "mixed-volta": (OTHER, (None, "int4-tp4"), OTHER, OTHER),
     "busy-node": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
-    "busy-all": (NOTHING, NOTHING, HOPPER, HOPPER),
+    "busy-all": ((None, "fp8-tp1"), (None, "fp8-tp2"), HOPPER, HOPPER),
     "unhealthy": (HOPPER, (None, "int4-tp1"), HOPPER, HOPPER),
     "v100": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
     "driver-too-old": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
     "driver-failing": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
-    "none": ((None, "int4-cpu-tp1"), NOTHING, CPU, CPU),
-    "none-small": (NOTHING, NOTHING, CPU, NOTHING),
+    "none": ((None, "int4-cpu-tp1"), (None, "int4-cpu-tp1"), CPU, CPU),
+    "none-small": (*[(None, "int4-cpu-tp1")] * 2, CPU, (None, "int4-cpu-tp1")),
 }
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B, "builtin": BUILTIN, "qwen": QWEN_2KV}
 
@@ -150,7 +150,7 @@ def test_heads_limit_tensor_parallelism():
 
 def test_a_quantized_checkpoint_is_not_claimed():
     selection = choose("h100-x1", msgspec.structs.replace(LLAMA_8B, quantization="gptq"))
-    assert names(selection) == NOTHING
+    assert names(selection) == (None, "fp8-tp1")
     with pytest.raises(ProfileError, match="already quantized \\(gptq\\)"):
         require(selection)
 
@@ -337,10 +337,9 @@ def test_every_profile_has_a_score_or_a_reason_and_everything_can_be_printed(nam
     selection = choose(name, model)
     data = json.loads(json.dumps(explain_json(selection)))
     assert {"selected", "wanted", "profiles", "hardware", "model", "reasons"} <= data.keys()
-    for key in ("selected", "wanted"):
-        assert (
-            data[key] is None or {"name", "precision", "kv_cache", "tp_size", "pp_size", "backend"} <= data[key].keys()
-        )
+    choice = {"name", "precision", "kv_cache", "tp_size", "pp_size", "backend"}
+    assert choice <= data["wanted"].keys() and (data["selected"] is None or choice <= data["selected"].keys())
+    assert data["wanted"]["name"] in {entry["name"] for entry in data["profiles"]}
     assert {entry["name"] for entry in data["profiles"]} == {
         f"{p.name}-tp{size}" for p in PROFILES for size in p.tp_sizes
     }
@@ -357,6 +356,46 @@ def test_every_profile_has_a_score_or_a_reason_and_everything_can_be_printed(nam
     text, listing = explain_text(selection), list_profiles_text(selection)
     for outcome in selection.outcomes:
         assert outcome.name in text and f"{outcome.id} ({outcome.name})" in listing
+
+
+def test_where_nothing_fits_the_policy_wants_more_of_the_same_gpus():
+    for name, size in (("a100-40gb", 2), ("l40s", 2), ("t4", 8)):
+        selection = choose(name, LLAMA_70B)
+        lacks = f"the policy wants int4-tp{size}, but it needs {size} identical GPUs, and 1 can be used"
+        assert reasons(selection)[1] == lacks and selection.wanted.status == "incompatible"
+        more = machine(name)
+        gpus = [msgspec.structs.replace(more.gpus[0], index=i, uuid=f"GPU-{i}") for i in range(size)]
+        enough = choose(msgspec.structs.replace(more, gpus=tuple(gpus)), LLAMA_70B, build=FULL)
+        assert require(enough).name == selection.wanted.name, "with so many of them it would be chosen"
+    busy = choose("busy-all", LLAMA_8B)
+    assert any("wants fp8-tp1, but it needs" in line and "and it has" in line for line in reasons(busy))
+    assert choose("h100-x1", precision="bf16", profile="fp8").wanted.name in ("bf16-tp1", "fp8-tp1")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("none", {"tp_size": 2}, r"^the CPU backend serves on one device \(leave --tp-size .*out"),
+        (
+            "none",
+            {"precision": "int4"},
+            r"int4 is not built yet \(leave --precision .*or choose fp32 or fp16 or bf16 or",
+        ),
+        ("h100-x1", {"profile": "int8"}, r"int8 is not built yet \(leave --precision \(or its profile\) out"),
+        ("none", {"precision": "int8"}, r"no NVIDIA driver .*serve where there is a GPU, or leave out .* precision"),
+        ("h100-x1", {"tp_size": 2}, r"^needs 2 identical GPUs, and 1 can be used \(leave --tp-size .* there are 2\)"),
+        ("h100-x2", {"tp_size": 2}, r"serves on one device \(leave --tp-size \(or its profile\) out, or choose 1\)"),
+        ("h100-x2", {"pp_size": 2}, r"not built yet \(leave --pp-size"),
+        ("h100-x1", {"kv_cache_dtype": "fp8"}, r"\(leave --kv-cache-dtype .* or choose bf16 or fp16 or fp32\)"),
+        ("a100-80gb-x1", {"precision": "fp8"}, r"has 8\.0 \(leave --precision out, or choose another\)"),
+        ("h100-x8", {"tp_size": 3}, r"3 ranks do not divide .* \(leave --tp-size out, or choose another\)"),
+    ],
+)
+def test_the_hint_fits_the_rule_that_rejects(name: str, asked: dict[str, object], words: str):
+    with pytest.raises(ProfileError) as caught:
+        require(choose(name, BUILTIN, **asked))
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert "smaller model" not in str(caught.value)
 
 
 def test_the_policys_wish_is_explained():

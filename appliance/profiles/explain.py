@@ -51,9 +51,11 @@ def _reasons(selection: Selection) -> Iterator[str]:
     elif selected.backend == "cpu":
         usable = selection.hardware.usable_gpus
         yield "the CPU serves" + (", as asked" if usable else f": {selection.hardware.problem or 'there is no GPU'}")
-    if wanted is not None and (selected is None or wanted.id != selected.id):
+    if selected is None or wanted.id != selected.id:
         serves = f"; {selected.name} serves instead" if selected is not None else ""
-        yield f"the policy wants {wanted.name}, but {wanted.reason or 'it cannot run'}{serves}"
+        reason = wanted.reason or "cannot run"
+        reason = f"it {reason}" if reason.startswith(("needs ", "cannot ", "runs ")) else reason
+        yield f"the policy wants {wanted.name}, but {reason}{serves}"
     if selected is not None:
         yield _why(selection, selected)
         yield from _passed_over(selection, selected)
@@ -88,7 +90,7 @@ def _passed_over(selection: Selection, chosen: Outcome) -> Iterator[str]:
         if higher and outcome.status != "runnable" and not asked_away:
             best_of.setdefault(outcome.profile, outcome)
     for outcome in best_of.values():
-        if selection.wanted is None or outcome.name != selection.wanted.name:  # that one has its line already
+        if outcome.name != selection.wanted.name:  # that one has its line already
             yield f"not {outcome.name}: {outcome.reason}"
 
 
@@ -118,34 +120,45 @@ def _failure(selection: Selection) -> tuple[str, str | None]:
     if low:
         best = min(low, key=lambda o: (o.order, -o.priority, o.tp_size))
         return f"{best.name} {best.reason}", f"try --max-model-len={best.suggested_max_model_len}"
-    if selection.wanted is not None:
-        wanted = selection.wanted
-        return f"{wanted.name} would fit, but {wanted.reason}", "choose a smaller model, or a GPU with more free memory"
+    wanted = selection.wanted
+    if wanted.status == "not_built":
+        hint = _hint_if_asked(selection, wanted) or "choose a smaller model, or a GPU with more free memory"
+        return f"{wanted.name} would fit, but {wanted.reason}", hint
     measured = [o for o in selection.outcomes if o.requires_bytes_per_gpu is not None]
     if measured:
         best = min(measured, key=lambda o: (o.order, not o.built, o.requires_bytes_per_gpu or 0))
         return f"nothing fits; the least is {best.name}, which {best.reason}", "choose a smaller model, or free memory"
-    # The last rules in order are the most telling: an outcome that fails them passed all before.
-    asked = [o for o in selection.outcomes if not (o.reason or "").startswith("not what was asked for")]
+    asked = [o for o in selection.outcomes if o.rejection is not None and o.rejection.depth > 0]
     if asked:
-        best = min(asked, key=lambda o: (o.order, -o.priority, o.tp_size))
-        return f"{best.name}: {best.reason}", None
+        deepest = max(o.rejection.depth for o in asked if o.rejection is not None)
+        telling = [o for o in asked if o.rejection is not None and o.rejection.depth == deepest]
+        best = min(telling, key=lambda o: (o.order, -o.priority, o.tp_size))
+        same = len({o.reason for o in telling}) == 1  # a rule for all is no matter of one profile
+        return best.reason or "" if same else f"{best.name}: {best.reason}", _hint_if_asked(selection, best)
     return "no profile agrees with everything that was asked for", "leave out some of the settings, or see their values"
+
+
+def _hint_if_asked(selection: Selection, outcome: Outcome) -> str | None:
+    """What to do about the rule that rejected it, if somebody asked for what the rule is about."""
+    rejection, asked = outcome.rejection, selection.overrides
+    if rejection is None or rejection.field is None:
+        return None
+    of_field = getattr(asked, rejection.field) not in (None, "auto")
+    by_device = rejection.field == "backend" and (asked.precision is not None or asked.backend is not None)
+    return rejection.hint if of_field or by_device or asked.profile is not None else None
 
 
 # ---------------------------------------------------------------- JSON
 
 
-def _choice(outcome: Outcome | None) -> dict[str, Any] | None:
-    if outcome is None:
-        return None
+def _choice(outcome: Outcome) -> dict[str, Any]:
     keys = ("name", "id", "precision", "kv_cache", "tp_size", "pp_size", "backend")
     return {key: getattr(outcome, key) for key in keys}
 
 
 def _profile_json(outcome: Outcome) -> dict[str, Any]:
     keys = ("status", "score", "reason", "decode_ms", "requires_bytes_per_gpu", "max_model_len", "max_num_seqs")
-    values: dict[str, Any] = {**(_choice(outcome) or {}), **{key: getattr(outcome, key) for key in keys}}
+    values: dict[str, Any] = {**_choice(outcome), **{key: getattr(outcome, key) for key in keys}}
     values["max_num_batched_tokens"] = outcome.max_num_batched_tokens
     values["gpus"] = list(outcome.gpu_indices)
     values["memory"] = None if outcome.memory is None else msgspec.to_builtins(outcome.memory)
@@ -155,11 +168,12 @@ def _profile_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def explain_json(selection: Selection) -> dict[str, Any]:
-    """Keys: selected, wanted (each {name, id, precision, kv_cache, tp_size, pp_size, backend} or null), profiles (every
-    candidate with its score or reason), objective, devices, reasons, hardware, model. Plain values, ready for JSON."""
+    """Keys: selected, wanted (each {name, id, precision, kv_cache, tp_size, pp_size, backend}; selected is null where
+    nothing can serve, and the first of the reasons says why), profiles (every candidate with its score or reason),
+    objective, devices, reasons, hardware, model. Plain values, ready for JSON."""
     selected = selection.selected
     return {
-        "selected": _choice(selected),
+        "selected": None if selected is None else _choice(selected),
         "wanted": _choice(selection.wanted),
         "objective": selection.objective,
         "devices": [] if selected is None else list(selected.devices),

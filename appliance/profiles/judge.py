@@ -10,7 +10,7 @@ from appliance.profiles import predict
 from appliance.profiles.names import Candidate
 from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place, worst_link
-from appliance.profiles.rules import Question, reject, unbuilt
+from appliance.profiles.rules import Question, Rejection, reject, unbuilt
 from appliance.sizes import format_size
 from appliance.types import Gpu, Objective, Struct
 
@@ -34,6 +34,7 @@ class Outcome(Struct, frozen=True):
     reason: str | None  # the rule that rejected it; None when runnable
     order: int  # of the place it was judged in, 0 is preferred
     priority: int
+    rejection: Rejection | None = None  # the rule behind `reason`; None where memory is
     built: bool = False  # this build contains all that it needs; not looked at when a rule rejected it before
     requires_bytes_per_gpu: int | None = None  # free memory that the smallest useful KV cache needs, with all the rest
     memory: predict.Memory | None = None
@@ -54,6 +55,7 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     """The verdict, with the first rule that rejects it as its reason."""
     asked, profile = question.overrides, candidate.profile
     on_cpu = profile.backend == "cpu"
+    rejection = reject(candidate, place, question)
     draft = Outcome(
         name=candidate.name,
         id=candidate.id,
@@ -64,7 +66,8 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         pp_size=candidate.pp_size,
         backend=profile.backend,
         status="incompatible",
-        reason=reject(candidate, place, question),
+        reason=None if rejection is None else rejection.reason,
+        rejection=rejection,
         order=place.order,
         priority=profile.priority_on(None if on_cpu else place.compute_capability),
         max_num_seqs=asked.max_num_seqs or profile.batching[objective].max_num_seqs,
@@ -89,14 +92,16 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     ranks = draft.tp_size * draft.pp_size
     free = question.hardware.free_memory if on_cpu else place.free(ranks)
     if free < required:
-        return _too_big(draft, need, useful, free, question.overrides.memory_fraction, missing)
+        unmet = None if missing is None else missing.reason
+        return _too_big(draft, need, useful, free, question.overrides.memory_fraction, unmet)
     team = () if on_cpu else place.take(ranks, required)
     free = question.hardware.free_memory if on_cpu else min(gpu.free_memory for gpu in team)
     tokens = need.kv_tokens(free, asked.memory_fraction)
     draft = msgspec.structs.replace(
         draft,
         status="runnable" if missing is None else "not_built",
-        reason=missing,
+        reason=None if missing is None else missing.reason,
+        rejection=missing,
         max_model_len=asked.max_model_len or min(question.model.max_position_embeddings, tokens),
         kv_cache_tokens=tokens,
         roomy=tokens >= max(useful, predict.ROOMY_TOKENS),

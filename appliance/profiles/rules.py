@@ -12,6 +12,18 @@ from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place
 from appliance.types import Hardware, ModelConfig, Struct
 
+_LAST = 5  # depth of what is looked at after every rule
+
+
+class Rejection(Struct, frozen=True):
+    """`depth`: how many rules were passed before, so that the deepest is the most telling. `field`: the override that
+    the rule is about; `hint`: what to do if somebody set it."""
+
+    reason: str
+    depth: int
+    field: str | None = None
+    hint: str | None = None
+
 
 class Question(Struct, frozen=True):
     """What every rule may look at, besides candidate and place."""
@@ -27,36 +39,52 @@ class Question(Struct, frozen=True):
         return self.overrides.backend == "cpu" or (self.named is not None and self.named.profile.endswith("-cpu"))
 
 
-def reject(candidate: Candidate, place: Place, question: Question) -> str | None:
+def reject(candidate: Candidate, place: Place, question: Question) -> Rejection | None:
     """Why it cannot run there whatever memory is free and whatever is built; None if nothing speaks against it."""
-    return (
-        _not_asked(candidate, question)
-        or _wrong_device(candidate, place, question)
-        or _gpu_lacks(candidate, place, question)
-        or _model_lacks(candidate, question)
-        or _too_few(candidate, place)
-    )
+    if reason := _not_asked(candidate, question):
+        return Rejection(reason, 0)
+    if reason := _wrong_device(candidate, place, question):
+        hint = "serve where there is a GPU, or leave out the profile, backend or precision that needs one"
+        return Rejection(reason, 1, "backend", hint)
+    if reason := _gpu_lacks(candidate, place, question):
+        return Rejection(reason, 2, "precision", "leave --precision out, or choose another")
+    return _model_lacks(candidate, question) or _too_few(candidate, place)
 
 
-def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> str | None:
+def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> Rejection | None:
     """What of it this build does not contain yet."""
     profile = candidate.profile
+
+    def missing(reason: str, field: str, allowed: str) -> Rejection:
+        flag = f"--{field.replace('_', '-')}"
+        return Rejection(reason, _LAST, field, f"leave {flag} (or its profile) out, or choose {allowed}")
+
     backend = capabilities.backends.get(profile.backend)
     if backend is None:
-        return f"the {profile.backend} backend is not built yet"
+        known = " or ".join(capabilities.backends)
+        return missing(f"the {profile.backend} backend is not built yet", "backend", known)
+    precisions = " or ".join(p for p in backend.precisions if p in capabilities.schemes)
     if profile.precision not in capabilities.schemes:
-        return f"{profile.precision} is not built yet"
+        return missing(f"{profile.precision} is not built yet", "precision", precisions)
     if profile.precision not in backend.precisions:
-        return f"{profile.precision} is not built yet for the {profile.backend} backend"
+        reason = f"{profile.precision} is not built yet for the {profile.backend} backend"
+        return missing(reason, "precision", precisions)
     if candidate.tp_size > backend.max_tp:
         most = "one device" if backend.max_tp == 1 else f"{backend.max_tp} devices"
-        return f"tensor parallelism over {candidate.tp_size} is not built yet: {profile.backend} serves on {most}"
+        reason = f"tensor parallelism over {candidate.tp_size} is not built yet: {profile.backend} serves on {most}"
+        return missing(reason, "tp_size", _at_most(backend.max_tp))
     if candidate.pp_size > backend.max_pp:
-        return f"pipeline parallelism over {candidate.pp_size} is not built yet"
+        reason = f"pipeline parallelism over {candidate.pp_size} is not built yet"
+        return missing(reason, "pp_size", _at_most(backend.max_pp))
     if kv_cache not in backend.kv_cache:
         have = ", ".join(backend.kv_cache)
-        return f"a {kv_cache} KV cache is not built yet for the {profile.backend} backend, which has {have}"
+        reason = f"a {kv_cache} KV cache is not built yet for the {profile.backend} backend, which has {have}"
+        return missing(reason, "kv_cache_dtype", " or ".join(backend.kv_cache))
     return None
+
+
+def _at_most(size: int) -> str:
+    return "1" if size == 1 else f"{size} or less"
 
 
 def _not_asked(candidate: Candidate, question: Question) -> str | None:
@@ -112,22 +140,29 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _model_lacks(candidate: Candidate, question: Question) -> str | None:
+def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     model, tp = question.model, candidate.tp_size
+    size_hint = "leave --tp-size out, or choose another"
     if model.quantization is not None:
-        return (
+        return Rejection(
             f"the checkpoint is already quantized ({model.quantization}), which no scheme of this build reads: "
-            "use the original, unquantized checkpoint"
+            "use the original, unquantized checkpoint",
+            3,
         )
     if model.num_attention_heads % tp or model.intermediate_size % tp:
-        return (
+        return Rejection(
             f"{tp} ranks do not divide the model's {model.num_attention_heads} heads and its intermediate size "
-            f"{model.intermediate_size}"
+            f"{model.intermediate_size}",
+            3,
+            "tp_size",
+            size_hint,
         )
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
-        return f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
+        reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
+        return Rejection(reason, 3, "tp_size", size_hint)
     if candidate.pp_size > model.num_hidden_layers:
-        return f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"
+        reason = f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"
+        return Rejection(reason, 3, "pp_size", f"choose {model.num_hidden_layers} or less for --pp-size")
     scheme = question.capabilities.schemes.get(candidate.profile.precision)
     for multiple in (candidate.profile.requires.dimension_multiple, scheme.dimension_multiple if scheme else 1):
         for name, size in (
@@ -136,16 +171,21 @@ def _model_lacks(candidate: Candidate, question: Question) -> str | None:
             ("heads × head_dim per rank", model.num_attention_heads * model.head_dim // tp),
         ):
             if size % multiple:
-                return f"{candidate.profile.precision} needs multiples of {multiple}, and the model's {name} is {size}"
+                precision = candidate.profile.precision
+                reason = f"{precision} needs multiples of {multiple}, and the model's {name} is {size}"
+                return Rejection(reason, 3, "precision", "leave --precision out, or choose another, for example bf16")
     return None
 
 
-def _too_few(candidate: Candidate, place: Place) -> str | None:
-    if candidate.profile.backend == "cpu":
-        return "the CPU backend serves on one device" if candidate.tp_size * candidate.pp_size > 1 else None
+def _too_few(candidate: Candidate, place: Place) -> Rejection | None:
     need, have = candidate.tp_size * candidate.pp_size, len(place.gpus)
+    field = "tp_size" if candidate.tp_size > 1 else "pp_size"
+    hint = f"leave --{field.replace('_', '-')} (or its profile) out"
+    if candidate.profile.backend == "cpu":
+        return Rejection("the CPU backend serves on one device", 4, field, hint) if need > 1 else None
     if need > 1 and place.gpus[0].mig_profile is not None:
-        return "MIG slices cannot be joined: one slice serves one rank"
+        return Rejection("MIG slices cannot be joined: one slice serves one rank", 4, field, hint)
     if need > have:
-        return f"needs {need} identical GPUs, and {have} can be used"
+        hint = f"{hint}, or serve where there are {need}"
+        return Rejection(f"needs {need} identical GPUs, and {have} can be used", 4, field, hint)
     return None

@@ -8,29 +8,34 @@ Policy (design.md §6), the numbers of which are the profiles' priorities:
 3. On a mixed machine the group of identical GPUs with the most memory; another group only if nothing runs on that one.
    The CPU only where no GPU can be used, or on request.
 
-`wanted` is the same choice made as if everything were built; `selected` only among what is.
+`wanted` is the same choice made as if everything were built; `selected` only among what is. Where nothing fits,
+`wanted` is what the policy would choose with more GPUs of the same type, or else with more memory, and its reason says
+what lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from appliance.profiles.capabilities import Capabilities
 from appliance.profiles.judge import Outcome, judge
 from appliance.profiles.load import GpuFacts, Profile
-from appliance.profiles.names import candidates
+from appliance.profiles.names import Candidate, candidates
 from appliance.profiles.overrides import Overrides, normalize
 from appliance.profiles.places import Place, places
 from appliance.profiles.rules import Question
-from appliance.types import Hardware, ModelConfig, Objective, Struct
+from appliance.types import Gpu, Hardware, ModelConfig, Objective, Struct
 
 _STATUS_RANK = {"runnable": 0, "not_built": 1, "low_memory": 2, "incompatible": 3}
+_UNLIMITED = 1 << 50  # bytes
 _LATENCY_SLACK = 1.10  # a larger group of GPUs must be faster than this factor to be worth it
 
 
 class Selection(Struct, frozen=True):
     selected: Outcome | None  # what serves; None: nothing can, `reasons` say why
-    wanted: Outcome | None  # what the policy wants, built or not; None: nothing fits
+    wanted: Outcome  # what the policy wants, built or not, and fitting or not
     outcomes: tuple[Outcome, ...]  # every candidate, best first
     places: tuple[Place, ...]
     hardware: Hardware
@@ -59,17 +64,19 @@ def select(
     where = places(hardware, gpu_facts)
     tp_size = named.tp_size if named is not None and named.tp_size is not None else asked.tp_size
     pp_size = named.pp_size if named is not None and named.pp_size is not None else asked.pp_size
+    options = candidates(profiles, tp_size, pp_size)
     outcomes = [
         min(
             (judge(candidate, place, question, objective) for place in where),
             key=lambda outcome: (_STATUS_RANK[outcome.status], _relevance(outcome, where), outcome.order),
         )
-        for candidate in candidates(profiles, tp_size, pp_size)
+        for candidate in options
     ]
     outcomes.sort(key=lambda o: (_STATUS_RANK[o.status], o.order, -o.priority, o.profile, o.tp_size, o.pp_size))
     return Selection(
         selected=_choose([o for o in outcomes if o.status == "runnable"], objective),
-        wanted=_choose([o for o in outcomes if o.status in ("runnable", "not_built")], objective),
+        wanted=_choose([o for o in outcomes if o.status in ("runnable", "not_built")], objective)
+        or _wish(outcomes, options, where, question, objective),
         outcomes=tuple(outcomes),
         places=tuple(where),
         hardware=hardware,
@@ -95,3 +102,57 @@ def _choose(able: list[Outcome], objective: Objective) -> Outcome | None:
     best = min(o.decode_ms or 0.0 for o in same)
     close = [o for o in same if (o.decode_ms or 0.0) <= best * _LATENCY_SLACK]
     return min(close, key=lambda o: (o.tp_size * o.pp_size, o.pp_size))
+
+
+def _wish(
+    outcomes: list[Outcome],
+    options: Sequence[Candidate],
+    where: Sequence[Place],
+    question: Question,
+    objective: Objective,
+) -> Outcome:
+    """The policy's choice where nothing fits: on as many idle GPUs of the same type as each candidate takes; else with
+    unlimited memory; else (rules of the model or of what was asked reject all) the deepest that the rules let go."""
+    by_id = {outcome.id: outcome for outcome in outcomes}
+    for memory in (None, _UNLIMITED):
+        hardware = msgspec.structs.replace(question.hardware, free_memory=memory or question.hardware.free_memory)
+        roomier = msgspec.structs.replace(question, hardware=hardware)
+        able = [
+            judge(candidate, _multiplied(place, candidate.tp_size * candidate.pp_size, memory), roomier, objective)
+            for candidate in options
+            for place in where
+        ]
+        choice = _choose([o for o in able if o.status in ("runnable", "not_built")], objective)
+        if choice is not None:
+            return by_id[choice.id]
+    return min(
+        outcomes,
+        key=lambda o: (
+            -o.rejection.depth if o.rejection is not None else 0,
+            o.order,
+            -o.priority,
+            o.profile,
+            o.tp_size * o.pp_size,
+        ),
+    )
+
+
+def _multiplied(place: Place, count: int, memory: int | None) -> Place:
+    """The place with `count` copies of its first GPU, idle and linked as the best linked two of it are."""
+    if place.is_cpu:
+        return place
+    like = place.gpus[0]
+    links = [link for gpu in place.gpus for link in gpu.links.values()]
+    link = "nvlink" if "nvlink" in links else "pcie"
+    gpus: list[Gpu] = [
+        msgspec.structs.replace(
+            like,
+            index=index,
+            uuid=f"{like.uuid}/{index}",
+            free_memory=memory or like.total_memory,
+            utilization=0,
+            links={other: link for other in range(count) if other != index},
+        )
+        for index in range(count)
+    ]
+    return msgspec.structs.replace(place, gpus=tuple(gpus))
