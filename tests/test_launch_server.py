@@ -203,6 +203,7 @@ def test_a_failed_start_gives_its_exit_code_and_one_line(tmp_path: Path) -> None
     assert code == 4
     errors = [line for line in map(json.loads, log.splitlines()) if line["level"] == "ERROR"]
     assert [line["message"] for line in errors] == ["the shard is truncated (download it again)"]
+    assert log.count("the shard is truncated") == 1, "said once"
 
 
 def test_an_engine_that_keeps_crashing_ends_the_server(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from appliance import builtin
+from appliance.builder import BuildRequest
+from appliance.checkpoint import digest
 from appliance.engines import EngineStore
 from appliance.engines.disk import not_writable
-from appliance.errors import CacheNotWritableError, CheckpointError, ProfileError, SettingsError
+from appliance.errors import CacheNotWritableError, CheckpointError, EngineBuildError, ProfileError, SettingsError
 from appliance.launch.prepare import prepare_engine
 from appliance.launch.startup import Startup
 from appliance.server.state import ServerState
@@ -101,6 +103,19 @@ def test_a_tokenizer_that_cannot_be_read_is_named_before_anything_is_built(check
     with pytest.raises(CheckpointError, match=r"model/tokenizer\.json is not a readable tokenizer"):
         prepare_engine(str(checkpoint), cache=tmp_path / "cache")
     assert not EngineStore(tmp_path / "cache").list_engines()
+
+
+def test_the_builder_does_not_hash_the_checkpoint_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BuildRequest] = []
+
+    async def build_nothing(request: BuildRequest, *_: object) -> None:
+        asked.append(request)
+        raise EngineBuildError("not today")
+
+    monkeypatch.setattr("appliance.launch.startup.run_builder", build_nothing)
+    with pytest.raises(EngineBuildError, match="not today"):
+        prepare_engine("builtin", cache=tmp_path)
+    assert asked[0].checkpoint_digest == digest(builtin.checkpoint_dir()).value
 
 
 def test_the_license_is_the_models_else_the_appliances(checkpoint: Path, tmp_path: Path) -> None:

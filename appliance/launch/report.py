@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 10.0  # longest time without a line while not ready
 TERMINATION_LOG = Path("/dev/termination-log")
-_QUIET_PHASES = ("starting", "ready", "restarting", "draining")  # these have their own lines
+_QUIET_PHASES = ("starting", "ready", "restarting", "draining", "failed")  # these have their own lines
 
 
 def progress_line(lifecycle: Lifecycle) -> str:

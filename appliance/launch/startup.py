@@ -95,6 +95,7 @@ class Startup:
         self._directory = directory
         self._store = EngineStore(settings.cache_dir)
         self._plan: Plan | None = None
+        self._digest = ""  # of the checkpoint, so that the builder need not hash it once more
 
     async def prepare(self) -> EngineOptions:
         """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
@@ -220,6 +221,7 @@ class Startup:
         plan, progress = self._plan, self._progress()
         cache = plan.settings.cache_dir
         found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, progress=progress))
+        self._digest = found.value
         return key_of(build_request(plan, found.value))
 
     async def _obtain_engine(self) -> Path:
@@ -273,7 +275,7 @@ class Startup:
         checkpoint = self._plan.checkpoint
         if (checkpoint / "tokenizer.json").is_file():  # what the server could not read is not worth building
             await self._load_tokenizer(checkpoint)
-        request = build_request(self._plan)
+        request = build_request(self._plan, self._digest)
         built = await run_builder(request, self._settings, self._directory, lambda m: show_progress(self._life, m))
         log.info("engine %s built in %.1f s", key[:12], built.seconds)
 
