@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-# name -> one line of help. A module of that name is imported only when it is run, or asked for its options.
+# name -> one line of help. Modules import what is heavy (torch) only when they run.
 BENCHMARKS = {
-    "offline": "the engine without HTTP: decode steps, prefill, throughput, on a model shape with random weights",
+    "offline": "the engine without HTTP: decode steps, prefill, throughput; random weights or a real model",
     "ops": "linear layers with few rows: own kernel in all its configs beside the library's products (needs a GPU)",
     "quality": "exact-match accuracy of the built-in model per task, per precision",
     "start": "seconds from process start to first token, with and without a built engine",

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from appliance.batching.core import EngineCore
+from appliance.errors import RequestFailedError
 from appliance.types import EngineRequest, SamplingParams
 
 
@@ -27,13 +28,13 @@ class Timing:
         return statistics.median(self.decode_steps) if self.decode_steps else float("nan")
 
 
-def make_requests(count: int, input_len: int, output_len: int, vocab_size: int, seed: int = 0) -> list[EngineRequest]:
-    """Requests of random token ids, greedy, that run to exactly `output_len` tokens."""
+def make_requests(count: int, input_len: int, output_len: int, vocab_size: int, *, seed: str) -> list[EngineRequest]:
+    """Requests of random token ids, fixed by `seed`, greedy, that run to exactly `output_len` tokens."""
     rng = random.Random(seed)
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     return [
         EngineRequest(
-            request_id=f"bench-{seed}-{i}",
+            request_id=f"bench {seed} {i}",
             prompt_token_ids=[rng.randrange(vocab_size) for _ in range(input_len)],
             params=params,
         )
@@ -42,7 +43,7 @@ def make_requests(count: int, input_len: int, output_len: int, vocab_size: int, 
 
 
 def run(core: EngineCore, requests: list[EngineRequest]) -> Timing:
-    """Run requests to completion on an idle core. RuntimeError if one ends in any way but by length."""
+    """Run requests to completion on an idle core. RequestFailedError if one ends in any way but by length."""
     timing = Timing(prompt_tokens=sum(len(r.prompt_token_ids) for r in requests))
     begin = last = time.perf_counter()
     for request in requests:
@@ -55,7 +56,7 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> Timing:
             timing.output_tokens += len(output.token_ids)
             timing.first_token_seconds.setdefault(output.request_id, now - begin)
             if output.finish_reason not in (None, "length"):
-                raise RuntimeError(f"{output.request_id} ended with {output.finish_reason}: {output.error}")
+                raise RequestFailedError(f"{output.request_id} ended with {output.finish_reason}: {output.error}")
             remaining -= output.finish_reason is not None
         if len(outputs) == len(requests):
             timing.decode_steps.append(now - last)
@@ -63,7 +64,7 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> Timing:
             last = now
     timing.seconds = time.perf_counter() - begin
     if remaining:
-        raise RuntimeError(f"{remaining} requests never ended")
+        raise RequestFailedError(f"{remaining} of {len(requests)} requests never ended")
     # The first full step's interval holds prefill, the second may hold the tail of it.
     timing.decode_steps = timing.decode_steps[2:]
     return timing

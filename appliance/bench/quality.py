@@ -11,29 +11,34 @@ import json
 import time
 from typing import Any
 
-from appliance.bench.report import Table, environment, say
+from appliance.bench.report import Table, environment, numbers, precisions, say
 from appliance.builtin import tasks
+from appliance.errors import SettingsError
 from appliance.llm import LLM
 from appliance.types import SamplingParams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="builtin", help="model directory, hub id or engine (default: %(default)s)")
-    parser.add_argument("--precision", default="bf16,fp8", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--backend", default=None, help="cuda or cpu (default: what selection chooses)")
-    parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference")
-    parser.add_argument("--samples", type=int, default=200, help="per task (default: %(default)s)")
-    parser.add_argument("--recall-lengths", default="256,1024,2048,3800", help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--tasks", default="", help="comma-separated; empty: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", default=None, help="cache directory")
+    parser.add_argument("--model", default="builtin", help="model directory, hub id or builtin (default: %(default)s)")
+    parser.add_argument(
+        "--precision", default="bf16,fp8", help="fp32, fp16, bf16, fp8; several by comma (default: %(default)s)"
+    )
+    parser.add_argument("--backend", help="cuda or cpu (default: what selection chooses)")
+    parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
+    parser.add_argument("--samples", type=int, default=200, help="per row (default: %(default)s)")
+    parser.add_argument("--tasks", default="", help=f"several by comma, of {', '.join(tasks.TASKS)} (default: all)")
+    parser.add_argument(
+        "--recall-lengths", default="256,1024,2048,3800", help="prompt tokens of the recall rows (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--cache", help="cache directory (default: the server's)")
 
 
 def run(args: argparse.Namespace) -> int:
-    sets = sample_sets(args)
+    chosen, sets = precisions(args.precision), sample_sets(args)
     accuracy: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    for precision in args.precision.split(","):
+    for precision in chosen:
         begin = time.perf_counter()
         accuracy[precision] = measure(args, precision, sets)
         seconds[precision] = round(time.perf_counter() - begin, 1)
@@ -58,15 +63,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
-    """Row name -> samples. Recall gives one row per context length."""
-    chosen = [name for name in args.tasks.split(",") if name] or list(tasks.TASKS)
+    """Row name -> samples. Recall gives one row per context length. SettingsError for what cannot be drawn."""
+    if args.samples < 1:
+        raise SettingsError(f"--samples is {args.samples}; it must be at least 1")
+    chosen = [name.strip() for name in args.tasks.split(",") if name.strip()] or list(tasks.TASKS)
+    unknown = [name for name in chosen if name not in tasks.TASKS]
+    if unknown:
+        raise SettingsError(f"--tasks has {unknown[0]!r}; allowed: {', '.join(tasks.TASKS)}")
+    lengths = [row[0] for row in numbers("--recall-lengths", args.recall_lengths, "N")]
+    shortest, longest = tasks.RECALL_LENGTHS
+    if "recall" in chosen and not (lengths and all(shortest <= length <= longest for length in lengths)):
+        raise SettingsError(f"--recall-lengths is {args.recall_lengths!r}; allowed: {shortest} to {longest}")
     sets: dict[str, list[tasks.Sample]] = {}
-    for name in chosen:
-        if name != "recall":
-            sets[name] = tasks.evaluation_set(name, args.samples, args.seed)
-            continue
-        for length in (int(part) for part in args.recall_lengths.split(",")):
-            sets[f"recall {length}"] = tasks.evaluation_set("recall", args.samples, args.seed, length=length)
+    try:
+        for name in chosen:
+            if name != "recall":
+                sets[name] = tasks.evaluation_set(name, args.samples, args.seed)
+                continue
+            for length in lengths:
+                sets[f"recall {length}"] = tasks.evaluation_set("recall", args.samples, args.seed, length=length)
+    except ValueError as error:  # fewer different samples than asked for
+        raise SettingsError(f"--samples is {args.samples}: {error}") from None
     return sets
 
 

@@ -11,23 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from appliance import registry
-from appliance.batching.core import EngineCore
-from appliance.bench.offline import Subject
 from appliance.bench.report import say
-from appliance.bench.shapes import SHAPES, write_config
+from appliance.bench.shapes import shape_config, write_config
+from appliance.bench.subject import Subject, device_of, make_subject, no_progress
 from appliance.engines.key import engine_dtype, scheme_of
-from appliance.errors import SettingsError
 from appliance.runtime.loading import DTYPES, LoadedModel, PhaseTimer, build_model
 from appliance.types import EngineOptions, ModelConfig, Precision, WeightSpec
 
 _STD = 0.02  # of the weights: keeps activations of the usual size through 80 layers
-
-
-def shape_config(name: str) -> ModelConfig:
-    """SettingsError, naming those there are, for an unknown shape."""
-    if name not in SHAPES:
-        raise SettingsError(f"no shape {name!r}; allowed: {', '.join(SHAPES)}")
-    return SHAPES[name]
 
 
 def _specs(config: ModelConfig) -> list[WeightSpec]:
@@ -60,63 +51,29 @@ def engine_tensors(config: ModelConfig, precision: Precision, device: torch.devi
 
 
 def load_random(shape: str, precision: Precision, options: EngineOptions) -> Subject:
-    """A batching core over a model with random weights on the best device there is."""
+    """A batching core over a model with random weights. `options.backend` may be "auto": the best there is.
+
+    SettingsError for an unknown shape, EngineBuildError for a precision that has no scheme, HardwareError if the
+    backend's device is not there.
+    """
     config = shape_config(shape)
-    cuda = torch.cuda.is_available()
-    name = options.backend if options.backend != "auto" else ("cuda" if cuda else "cpu")
+    scheme = scheme_of(precision).name
+    name = options.backend if options.backend != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(name)
     backend = registry.load("backends", name)
-    device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
-    dtype = DTYPES[engine_dtype(precision)] if name == "cuda" else torch.float32
     begin = time.perf_counter()
-    model = build_model(config, scheme_of(precision).name, dtype)
+    model = build_model(config, scheme, DTYPES[engine_dtype(precision)] if device.type == "cuda" else torch.float32)
     model.load(engine_tensors(config, precision, device), device)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding_bytes = model.embedding.weight.numel() * model.embedding.weight.element_size()
-    timer = PhaseTimer()
-    loaded = LoadedModel(model, config, "random", weight_bytes)
-    executor, info = backend.assemble(loaded, options, lambda phase, detail, percent: None, timer)
-    say(
-        f"{shape} {precision} on {info.device_name}: {info.num_pages * info.page_size:,} tokens of KV cache, "
-        f"attention {info.attention}, ready in {time.perf_counter() - begin:.1f} s"
+    loaded = LoadedModel(model, config, "random", sum(p.numel() * p.element_size() for p in model.parameters()))
+    executor, info = backend.assemble(loaded, options, no_progress, PhaseTimer())
+    return make_subject(
+        loaded,
+        executor,
+        info,
+        options,
+        {"shape": shape, "precision": precision, "backend": name},
+        seconds=time.perf_counter() - begin,
     )
-    return Subject(
-        core=EngineCore(executor, prefix_caching=options.prefix_caching),
-        config=config,
-        weight_bytes=weight_bytes - embedding_bytes,
-        bandwidth=measure_bandwidth(device),
-        description={
-            "shape": shape,
-            "precision": precision,
-            "backend": name,
-            "attention": info.attention,
-            "kv_cache_dtype": info.kv_cache_dtype,
-            "cuda_graphs": options.cuda_graphs and name == "cuda",
-            "kv_cache_tokens": info.num_pages * info.page_size,
-            "startup_seconds": {k: round(v, 2) for k, v in info.startup_seconds.items()},
-        },
-    )
-
-
-def measure_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a large copy on the device, bytes read and written counted."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 27)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(8):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-        else:
-            begin = time.perf_counter()
-            target.copy_(source)
-            seconds = time.perf_counter() - begin
-        best = min(best, seconds)
-    return 2 * size / best
 
 
 def write_checkpoint(config: ModelConfig, path: Path) -> None:

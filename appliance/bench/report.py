@@ -1,14 +1,19 @@
-"""How benchmarks print: a table for people, one JSON object as the last line for scripts."""
+"""How benchmarks read their lists of numbers and print: tables for people, one JSON object as the last line."""
 
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from appliance import registry
+from appliance.errors import SettingsError
+from appliance.types import Precision
 
 _console = Console(highlight=False, width=110)
 
@@ -43,3 +48,37 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def numbers(flag: str, text: str, form: str) -> list[tuple[int, ...]]:
+    """The entries of a comma-separated list, each of a form such as "NxN", N a number above 0. SettingsError, naming
+    flag and form, for one that is not."""
+    pattern = re.compile(re.escape(form).replace("N", "([0-9]+)"))
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        match = pattern.fullmatch(entry)
+        values = tuple(int(value) for value in match.groups()) if match else ()
+        if not values or 0 in values:
+            raise SettingsError(f"{flag} has {entry!r}; entries must be of the form {form}, each N 1 or more")
+        found.append(values)
+    return found
+
+
+def precisions(text: str) -> list[Precision]:
+    """A comma-separated list of precisions that can be built. SettingsError, naming them, for another one or none."""
+    allowed: dict[str, Precision] = {}
+    for plugin in registry.plugins("quantization").values():
+        allowed |= {precision: precision for precision in plugin.facts["precisions"]}
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in wanted if part not in allowed]
+    if wrong or not wanted:
+        raise SettingsError(f"--precision is {text!r}; allowed: {', '.join(allowed)}")
+    return [allowed[part] for part in wanted]
+
+
+def one_precision(text: str) -> Precision:
+    """As `precisions`, where only one can be taken."""
+    found = precisions(text)
+    if len(found) > 1:
+        raise SettingsError(f"--precision is {text!r}; only one is allowed here")
+    return found[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from appliance.errors import SettingsError
 from appliance.types import ModelConfig, RopeScaling
 
 _LLAMA3_ROPE = RopeScaling(
@@ -62,6 +63,13 @@ SHAPES: dict[str, ModelConfig] = {
         eos_token_ids=(1,),
     ),
 }
+
+
+def shape_config(name: str) -> ModelConfig:
+    """SettingsError, naming those there are, for an unknown shape."""
+    if name not in SHAPES:
+        raise SettingsError(f"--shape is {name!r}; allowed: {', '.join(SHAPES)}")
+    return SHAPES[name]
 
 
 def write_config(config: ModelConfig, path: Path) -> None:

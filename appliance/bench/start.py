@@ -18,31 +18,38 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from appliance.bench.report import Table, environment, say
+from appliance.bench.report import Table, environment, one_precision, say
+from appliance.bench.shapes import SHAPES, shape_config
+from appliance.errors import ApplianceError
 
 _POLL_SECONDS = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="builtin", help="model directory or hub id (default: %(default)s)")
-    parser.add_argument(
-        "--shape", default=None, help="instead of --model: write a checkpoint of this shape with random weights first"
-    )
-    parser.add_argument("--precision", default=None, help="as for `serve`")
-    parser.add_argument("--work", default=None, help="directory for the checkpoint and the cache (default: temporary)")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds to wait for one start")
-    parser.add_argument("--keep", action="store_true", help="leave the work directory")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", default="builtin", help="model directory, hub id or builtin (default: %(default)s)")
+    what.add_argument("--shape", help=f"{', '.join(SHAPES)}: writes a checkpoint with random weights first")
+    parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: what selection chooses)")
+    parser.add_argument("--work", help="directory; a checkpoint written there is used again (default: temporary)")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one start (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave the temporary directory, or the cache in --work")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.precision:
+        one_precision(args.precision)
+    if args.shape:
+        shape_config(args.shape)
     work = Path(args.work or tempfile.mkdtemp(prefix="appliance-bench-"))
     work.mkdir(parents=True, exist_ok=True)
     try:
         model = str(_checkpoint(args.shape, work)) if args.shape else args.model
-        starts = {name: _start(args, model, work / "cache") for name in ("empty cache", "engine built")}
+        cache = Path(tempfile.mkdtemp(prefix="cache-", dir=work))  # empty, also in a directory that was used before
+        starts = {name: _start(args, model, cache) for name in ("empty cache", "engine built")}
     finally:
-        if not args.keep and not args.work:
-            shutil.rmtree(work, ignore_errors=True)
+        if not args.keep:
+            for left in work.glob("cache-*") if args.work else [work]:
+                shutil.rmtree(left, ignore_errors=True)
     table = Table("start", "live s", "first token s")
     for name, row in starts.items():
         table.row(name, f"{row['live_seconds']:.2f}", f"{row['first_token_seconds']:.2f}")
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checkpoint(shape: str, work: Path) -> Path:
-    from appliance.bench.random_model import shape_config, write_checkpoint
+    from appliance.bench.random_model import write_checkpoint
 
     path = work / shape
     if not (path / "model.safetensors.index.json").exists():
@@ -83,14 +90,14 @@ def _start(args: argparse.Namespace, model: str, cache: Path) -> dict[str, Any]:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, begin: float, timeout: float) -> float:
-    """Seconds since `begin` until `url` answers 200. RuntimeError if the server ends or takes too long."""
+    """Seconds since `begin` until `url` answers 200. ApplianceError if the server ends or takes too long."""
     while process.poll() is None:
         if _get(url)[0] == 200:
             return time.perf_counter() - begin
         if time.perf_counter() - begin > timeout:
-            raise RuntimeError(f"no 200 from {url} within {timeout:.0f} s")
+            raise ApplianceError(f"no answer 200 from {url} within {timeout:.0f} s", hint="raise --timeout")
         time.sleep(_POLL_SECONDS)
-    raise RuntimeError(f"the server ended with exit code {process.returncode}")
+    raise ApplianceError(f"the server ended with exit code {process.returncode}", hint="its own messages are above")
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""What the offline benchmark measures: a batching core, and what memory bandwidth allows on its device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance import registry
+from appliance.batching.core import EngineCore
+from appliance.batching.step import Executor
+from appliance.bench.report import say
+from appliance.engines.manifest import read_manifest
+from appliance.errors import HardwareError, SettingsError
+from appliance.launch.prepare import prepare_engine
+from appliance.runtime.loading import LoadedModel, PhaseTimer
+from appliance.types import EngineInfo, EngineOptions, ModelConfig
+
+
+@dataclass
+class Subject:
+    core: EngineCore
+    config: ModelConfig
+    weight_bytes: int  # read by every decode step: all weights but the embedding table
+    bandwidth: float  # bytes/s of a large copy on this device, read + written
+    description: dict[str, Any]  # for the JSON line
+
+
+def no_progress(phase: str, detail: str, percent: float) -> None:
+    pass
+
+
+def device_of(backend: str) -> torch.device:
+    """The first device of a backend. SettingsError for an unknown backend, HardwareError if there is no device."""
+    backends = registry.plugins("backends")
+    if backend not in backends:
+        raise SettingsError(f"--backend is {backend!r}; allowed: auto, {', '.join(backends)}")
+    if backends[backend].facts["device"] == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HardwareError(f"backend {backend} needs a GPU, and torch finds none", hint="run `appliance doctor`")
+    return torch.device("cuda", 0)
+
+
+def load_model(
+    model: str, precision: str | None, backend: str | None, cache: str | None, options: EngineOptions
+) -> Subject:
+    """A batching core over a model directory, hub id, "builtin" or engine directory, built first if need be. Sizes and
+    kernels are those of `options`, the context limit is the model's own. Raises what `prepare_engine` and the backend
+    raise."""
+    names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching")
+    wanted = {name: getattr(options, name) for name in names}
+    chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)
+    begin = time.perf_counter()
+    plugin, timer = registry.load("backends", chosen.backend), PhaseTimer()
+    loaded = plugin.load(chosen, no_progress, timer)
+    executor, info = plugin.assemble(loaded, chosen, no_progress, timer)
+    stored = read_manifest(Path(chosen.engine_dir)).precision
+    description = {"model": model, "precision": stored, "backend": chosen.backend}
+    return make_subject(loaded, executor, info, chosen, description, seconds=time.perf_counter() - begin)
+
+
+def make_subject(
+    loaded: LoadedModel,
+    executor: Executor,
+    info: EngineInfo,
+    options: EngineOptions,
+    description: dict[str, Any],
+    *,
+    seconds: float,
+) -> Subject:
+    """Around an assembled executor; `seconds`: how long loading took. Says what is going to be measured."""
+    embedding = loaded.model.embedding.weight
+    say(
+        f"{description.get('shape') or description['model']} {description['precision']} on {info.device_name}: "
+        f"{info.num_pages * info.page_size:,} tokens of KV cache, attention {info.attention}, ready in {seconds:.1f} s"
+    )
+    return Subject(
+        core=EngineCore(executor, prefix_caching=options.prefix_caching),
+        config=loaded.config,
+        weight_bytes=loaded.weight_bytes - embedding.numel() * embedding.element_size(),
+        bandwidth=measure_bandwidth(embedding.device),
+        description={
+            **description,
+            "attention": info.attention,
+            "kv_cache_dtype": info.kv_cache_dtype,
+            "cuda_graphs": options.cuda_graphs and embedding.is_cuda,
+            "kv_cache_tokens": info.num_pages * info.page_size,
+            "startup_seconds": {k: round(v, 2) for k, v in info.startup_seconds.items()},
+        },
+    )
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy on the device, bytes read and written counted."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            seconds = time.perf_counter() - begin
+        best = min(best, seconds)
+    return 2 * size / best

@@ -1,0 +1,162 @@
+"""`appliance bench …` on the CPU: the last line is one JSON object with its keys, and mistakes are one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.bench import driver
+from appliance.bench.offline import Rows
+from appliance.bench.random_model import write_checkpoint
+from appliance.bench.shapes import SHAPES, shape_config
+from appliance.checkpoint import read_model_config
+from appliance.cli import main
+
+WHERE = {"device", "torch", "date"}
+OFFLINE = WHERE | {
+    "bench", "precision", "backend", "attention", "kv_cache_dtype", "cuda_graphs", "kv_cache_tokens",
+    "startup_seconds", "seed", "floor_ms", "decode", "prefill", "throughput",
+}  # fmt: skip
+SMALL = ("--backend", "cpu", "--max-num-seqs", "4", "--input-len", "8", "--output-len", "8", "--batch-sizes", "1,4,8")
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The JSON object of the last line of a benchmark that went well."""
+    assert main(["bench", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert isinstance(result, dict) and len(lines) > 1
+    return result
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def check_rows(result: dict[str, Any], *, prefill: tuple[int, int], throughput: tuple[int, int, int]) -> None:
+    assert [row["batch"] for row in result["decode"]] == [1, 4], "8 are more than --max-num-seqs"
+    assert set(result["decode"][0]) == {"batch", "input_len", "step_ms", "tokens_per_second", "floor_share"}
+    assert all(row["step_ms"] > 0 for row in result["decode"])
+    assert [(row["count"], row["length"]) for row in result["prefill"]] == [prefill]
+    assert set(result["prefill"][0]) == {"count", "length", "ms", "tokens_per_second"}
+    (row,) = result["throughput"]
+    assert (row["requests"], row["input_len"], row["output_len"]) == throughput
+    assert set(row) - {"requests", "input_len", "output_len"} == {
+        "seconds",
+        "output_tokens_per_second",
+        "total_tokens_per_second",
+    }
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_offline_with_random_weights(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("--prefill", "2x32,1x5000", "--throughput", "6:8/8")
+    result = bench(capsys, "offline", "--shape", "tiny", "--precision", precision, "--seed", "3", *SMALL, *rows)
+    assert set(result) == OFFLINE | {"shape"}
+    assert (result["bench"], result["shape"], result["precision"], result["seed"]) == ("offline", "tiny", precision, 3)
+    assert result["backend"] == "cpu" and result["attention"] == "reference" and result["cuda_graphs"] is False
+    check_rows(result, prefill=(2, 32), throughput=(6, 8, 8))
+
+
+def test_offline_with_a_model_and_with_its_engine(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("--prefill", "1x64", "--throughput", "4:8/8", *SMALL)
+    built = bench(capsys, "offline", "--model", "builtin", "--precision", "fp8", "--cache", cache, *rows)
+    assert set(built) == OFFLINE | {"model"} and (built["model"], built["precision"]) == ("builtin", "fp8")
+    check_rows(built, prefill=(1, 64), throughput=(4, 8, 8))
+    (engine,) = (path.parent for path in Path(cache).glob("**/engine.json"))
+    opened = bench(capsys, "offline", "--model", str(engine), *rows)
+    assert opened["precision"] == "fp8" and opened["model"] == str(engine)
+    check_rows(opened, prefill=(1, 64), throughput=(4, 8, 8))
+
+
+def test_rows_that_do_not_fit_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Rows((1, 9), ((1, 64), (2, 99)), ((3, 60, 40), (3, 60, 41)), input_len=50, output_len=50)
+    assert rows.longest == 101
+    kept = rows.within(100, 8)
+    assert kept == Rows((1,), ((1, 64), (2, 99)), ((3, 60, 40),), 50, 50)
+    assert "beyond 100 tokens or 8 sequences: decode batch 9, throughput 3:60/41" in capsys.readouterr().out
+    assert rows.within(99, 9) == Rows((), ((1, 64),), (), 50, 50)
+
+
+def test_prompts_are_decided_by_the_seed() -> None:
+    first, again, other = (driver.make_requests(2, 5, 8, 100, seed=seed) for seed in ("a", "a", "b"))
+    assert first == again
+    assert [r.prompt_token_ids for r in first] != [r.prompt_token_ids for r in other]
+    assert len({r.request_id for r in first + other}) == 4
+    assert all(len(r.prompt_token_ids) == 5 and r.params.max_tokens == 8 and r.params.ignore_eos for r in first)
+
+
+def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
+    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--backend", "cpu", *options)
+    assert set(result) == WHERE | {"bench", "model", "samples", "seed", "accuracy", "mean", "seconds"}
+    assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in ("bf16", "fp8")}
+    assert result["mean"] == {"bf16": 1.0, "fp8": 1.0} and set(result["seconds"]) == {"bf16", "fp8"}
+
+
+@pytest.mark.timeout(120)
+def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    result = bench(capsys, "start", "--precision", "bf16", "--work", str(tmp_path), "--timeout", "50")
+    assert set(result) == WHERE | {"bench", "model", "precision", "starts"}
+    assert set(result["starts"]) == {"empty cache", "engine built"}
+    for row in result["starts"].values():
+        assert 0 < row["live_seconds"] < row["first_token_seconds"]
+    assert "building" in result["starts"]["empty cache"]["phases"]
+    assert "building" not in result["starts"]["engine built"]["phases"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the cache is gone, nothing else is"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("offline --shape huge", 2, "--shape is 'huge'; allowed: llama-3.1-8b, llama-3-70b, tiny"),
+        ("offline --shape tiny --backend tpu", 2, "--backend is 'tpu'; allowed: auto, cpu, cuda"),
+        ("offline --shape tiny --backend cpu --attention triton", 2, "allowed: auto, reference"),
+        ("offline --shape tiny --precision fp7", 2, "--precision is 'fp7'; allowed: "),
+        ("offline --shape tiny --precision bf16,fp8", 2, "only one is allowed here"),
+        ("offline --shape tiny --prefill 8*16", 2, "--prefill has '8*16'; entries must be of the form NxN"),
+        ("offline --shape tiny --throughput 8:0/4", 2, "--throughput has '8:0/4'; entries must be of the form N:N/N"),
+        ("offline --shape tiny --batch-sizes one", 2, "--batch-sizes has 'one'"),
+        ("offline --shape tiny --output-len 2", 2, "--output-len is 2; it must be at least 8"),
+        ("offline --shape tiny --batch-sizes= --prefill= --throughput=", 2, "nothing to measure"),
+        ("offline --model ./nothing-here", 4, "nothing-here"),
+        ("quality --precision bf16,fp7", 2, "--precision is 'bf16,fp7'; allowed: "),
+        ("quality --tasks addition,poetry", 2, "--tasks has 'poetry'; allowed: addition, "),
+        ("quality --samples 0", 2, "--samples is 0; it must be at least 1"),
+        ("quality --samples 9999 --tasks small_talk", 2, "--samples is 9999: task small_talk has only about"),
+        ("quality --recall-lengths 9999", 2, "--recall-lengths is '9999'; allowed: 256 to 3800"),
+        ("start --precision fp7", 2, "--precision is 'fp7'; allowed: "),
+        ("start --shape huge", 2, "--shape is 'huge'"),
+        ("start --model ./nothing-here --timeout 50", 1, "the server ended with exit code 4"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    arguments: str, code: int, message: str, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--cache", cache] if arguments.startswith("offline --model") else []
+    assert main(["bench", *arguments.split(), *more]) == code
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["", "offline", "quality", "start", "ops"])
+def test_help_is_readable(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *filter(None, [name]), "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "%(" not in text and "None" not in text and "==SUPPRESS==" not in text
+    if not name:
+        assert all(benchmark in text for benchmark in ("offline", "ops", "quality", "start"))
+    else:
+        assert text.count("default:") >= 3
+
+
+def test_a_shape_on_disk_is_the_shape(tmp_path: Path) -> None:
+    write_checkpoint(shape_config("tiny"), tmp_path)
+    assert read_model_config(tmp_path) == SHAPES["tiny"]
