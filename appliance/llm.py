@@ -41,17 +41,17 @@ Message = dict[str, Any]  # {"role": …, "content": …}
 # What the HTTP API allows, too. The lower end of `_POSITIVE` is excluded.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
-    "top_k": (0, math.inf),
+    "top_k": (-1, math.inf),  # -1 and 0 are off
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0, 100),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "seed": (0, 2**63 - 1),
+    "seed": (-(2**63), 2**63 - 1),
     "logprobs": (0, math.inf),
     "prompt_logprobs": (0, math.inf),
 }
-_POSITIVE = ("top_p", "repetition_penalty")
+_POSITIVE = ("repetition_penalty",)
 _TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message")
 
 

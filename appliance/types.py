@@ -23,7 +23,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class SamplingParams(Struct, frozen=True):
-    """How to choose tokens. Validated by whoever accepts the request (`validate`), trusted below."""
+    """How to choose tokens. Validated by whoever accepts the request (`server/wire`, `LLM`), trusted below."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off

@@ -236,8 +236,8 @@ def test_wrong_prompts(llm: LLM, prompt: Any, message: str) -> None:
     [
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0 and at most 100"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must be more than 0 and at most 1"),
-        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be at least 0 and at most 1"),
+        ({"top_k": -2}, "top_k is -2; it must be at least -1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -5}, "seed is -5"),
         ({"logprobs": -1}, "logprobs is -1"),
