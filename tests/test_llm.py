@@ -239,7 +239,7 @@ def test_wrong_prompts(llm: LLM, prompt: Any, message: str) -> None:
         ({"top_p": 1.5}, "top_p is 1.5; it must be at least 0 and at most 1"),
         ({"top_k": -2}, "top_k is -2; it must be at least -1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
-        ({"seed": -5}, "seed is -5"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"stop": "text"}, "stop is 'text'; it must be a tuple of texts"),
         ({"stop": ("",)}, "none empty"),
