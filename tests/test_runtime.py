@@ -154,3 +154,24 @@ def test_resumed_request_goes_on_as_if_nothing_happened(checkpoint: tuple[Path, 
     tokens = tokens_of(run_all(make_core(path), [whole])["a"])
     resumed = type(whole)("b", [7, 8, 9, *tokens[:6]], params, num_resumed_tokens=6)
     assert tokens_of(run_all(make_core(path), [resumed])["b"]) == tokens[6:]
+
+
+class _GraphsThatMustNotRun:
+    """Stands where CUDA graphs do, with a bucket for everything."""
+
+    def bucket(self, num_seqs: int) -> int:
+        return num_seqs
+
+    def replay(self, size: int) -> torch.Tensor:
+        raise AssertionError("a step that scores prompt tokens was replayed from a graph, which keeps no hidden states")
+
+
+def test_one_token_chunks_that_score_the_prompt_run_eagerly(checkpoint: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = checkpoint
+    core = make_core(path, max_num_seqs=1, max_num_batched_tokens=1)  # every chunk is one token long
+    core._executor._runner._graphs = _GraphsThatMustNotRun()  # type: ignore[attr-defined]
+    prompt = prompt_of(random.Random(6), 5)
+    request = greedy("a", prompt, 0, prompt_logprobs=0)
+    outputs = run_all(core, [request])["a"]
+    entries = next(o.prompt_logprobs for o in outputs if o.prompt_logprobs)
+    assert [entry.token_id for entry in entries if entry is not None] == prompt[1:]

@@ -25,6 +25,7 @@ class StepInputs:
     happens in stream order. Rows past the real ones are padding (CUDA-graph buckets)."""
 
     num_seqs: int  # real sequences
+    slots_host: np.ndarray  # int64 [num_seqs]: their slots, in host memory
     num_tokens: int  # real tokens
     padded_seqs: int
     token_slots: Tensor  # int64 [tokens, padding included]: row of the token table
@@ -153,6 +154,7 @@ class InputBatch:
         )
         return StepInputs(
             num_seqs=n,
+            slots_host=slots,
             num_tokens=num_tokens,
             padded_seqs=rows,
             token_slots=views["token_slots"],

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,19 +81,18 @@ class ModelRunner:
             )
             self._prompt_top[new.slot] = new.params.prompt_logprobs or 0
         decode = all(s.length == 1 for s in plan.scheduled)
-        bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode else None
+        scores_prompt = any(s.prompt_logprobs for s in plan.scheduled)  # needs hidden states, which graphs do not keep
+        bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode and not scores_prompt else None
         inputs = self._batch.step_inputs(plan.scheduled, bucket)
         self._attention.plan(inputs.metadata)
-        sampling = self._sampler.prepare(
-            np.fromiter((s.slot for s in plan.scheduled), np.int64, len(plan.scheduled)),
-            inputs.metadata.max_seq_len + 1,
-        )
+        # Real lengths: those in the metadata of a padded step are upper bounds.
+        sampling = self._sampler.prepare(inputs.slots_host, int(inputs.metadata.seq_lens_host.max()) + 1)
         chunks = None
         if bucket is not None and self._graphs is not None:
             logits = self._graphs.replay(bucket)[: inputs.num_seqs]
         else:
             hidden = self._hidden(inputs)
-            if any(s.prompt_logprobs for s in plan.scheduled):
+            if scores_prompt:
                 chunks = [self._prompt_chunk(i, s, inputs, hidden) for i, s in enumerate(plan.scheduled)]
             if not any(s.samples for s in plan.scheduled):
                 return PendingStep(plan, None, sampling, chunks, self._cuda)
