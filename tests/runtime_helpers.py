@@ -22,7 +22,7 @@ def make_core(
     model = load_model(checkpoint, dtype=dtype, device=device, scheme=scheme)
     defaults: dict[str, Any] = {"num_pages": 64, "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     settings = EngineOptions(engine_dir="", backend=backend, **{"max_model_len": 128, **defaults, **options})
-    loaded = LoadedModel(model, model.config, "test", 0)
+    loaded = LoadedModel(model, model.config, "test")
     executor, _ = registry.load("backends", backend).assemble(loaded, settings, lambda *args: None, PhaseTimer())
     return EngineCore(executor, prefix_caching=settings.prefix_caching)
 

@@ -19,10 +19,12 @@ from appliance.runtime.loading import (
     ProgressFn,
     allocate_kv_cache,
     choose_max_model_len,
+    engine_info,
     kv_page_bytes,
     load_engine,
+    runner_limits,
 )
-from appliance.runtime.model_runner import ModelRunner, RunnerLimits
+from appliance.runtime.model_runner import ModelRunner
 from appliance.types import EngineInfo, EngineOptions
 
 PLUGIN = {
@@ -63,30 +65,20 @@ def assemble(
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, torch.float32)
     num_pages = options.num_pages or _pages_that_fit(options, config.max_position_embeddings, page_bytes)
     max_model_len = choose_max_model_len(options, config, num_pages)
-    limits = RunnerLimits(
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        page_size=options.page_size,
-        vocab_size=config.vocab_size,
-    )
+    limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
         model.prepare(max_model_len)
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, torch.float32, _DEVICE)
     runner = ModelRunner(model, kv_caches, ReferenceAttention(), limits, _DEVICE)
-    info = EngineInfo(
-        engine_key=loaded.engine_key,
-        max_model_len=max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
+    info = engine_info(
+        loaded,
+        limits,
         num_pages=num_pages,
-        page_size=options.page_size,
+        page_bytes=page_bytes,
         kv_cache_dtype="fp32",
         attention="reference",
         device_name=f"CPU, {torch.get_num_threads()} threads",
-        weight_bytes=loaded.weight_bytes,
-        kv_cache_bytes=num_pages * page_bytes,
-        startup_seconds=timer.seconds,
+        timer=timer,
     )
     return LocalExecutor(runner, limits, num_pages), info
 

@@ -22,8 +22,10 @@ from appliance.runtime.loading import (
     ProgressFn,
     allocate_kv_cache,
     choose_max_model_len,
+    engine_info,
     kv_page_bytes,
     load_engine,
+    runner_limits,
 )
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.types import EngineInfo, EngineOptions
@@ -93,7 +95,7 @@ def assemble(
         progress("warmup", "loading kernels; those compiled for the first time take a minute or two", 0.0)
         num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device)
     max_model_len = choose_max_model_len(options, config, num_pages)
-    limits = _limits(options, max_model_len, config.vocab_size)
+    limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
         attention = _attention(loaded, options, limits, device)
@@ -104,31 +106,17 @@ def assemble(
                 lambda done, total: progress("warmup", f"CUDA graph {done} of {total}", 100 * done / total)
             )
             torch.cuda.synchronize()
-    info = EngineInfo(
-        engine_key=loaded.engine_key,
-        max_model_len=max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
+    info = engine_info(
+        loaded,
+        limits,
         num_pages=num_pages,
-        page_size=options.page_size,
+        page_bytes=page_bytes,
         kv_cache_dtype=str(dtype).removeprefix("torch."),
         attention=attention.name,
         device_name=torch.cuda.get_device_name(device),
-        weight_bytes=loaded.weight_bytes,
-        kv_cache_bytes=num_pages * page_bytes,
-        startup_seconds=timer.seconds,
+        timer=timer,
     )
     return LocalExecutor(runner, limits, num_pages), info
-
-
-def _limits(options: EngineOptions, max_model_len: int, vocab_size: int) -> RunnerLimits:
-    return RunnerLimits(
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        page_size=options.page_size,
-        vocab_size=vocab_size,
-    )
 
 
 def _kv_dtype(options: EngineOptions, model_dtype: torch.dtype) -> torch.dtype:
@@ -158,7 +146,7 @@ def _profile_pages(
     longest = options.max_model_len or config.max_position_embeddings
     tokens = min(options.max_num_batched_tokens, longest)
     pages = -(-tokens // options.page_size) + 1
-    limits = _limits(options, longest, config.vocab_size)
+    limits = runner_limits(options, longest, config)
     caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
     torch.cuda.reset_peak_memory_stats(device)
     runner = ModelRunner(loaded.model, caches, _attention(loaded, options, limits, device), limits, device)

@@ -64,7 +64,7 @@ def load_random(shape: str, precision: Precision, options: EngineOptions) -> Sub
     begin = time.perf_counter()
     model = build_model(config, scheme, DTYPES[engine_dtype(precision)] if device.type == "cuda" else torch.float32)
     model.load(engine_tensors(config, precision, device), device)
-    loaded = LoadedModel(model, config, "random", sum(p.numel() * p.element_size() for p in model.parameters()))
+    loaded = LoadedModel(model, config, "random")
     executor, info = backend.assemble(loaded, options, no_progress, PhaseTimer())
     return make_subject(
         loaded,

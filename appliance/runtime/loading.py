@@ -17,8 +17,9 @@ from appliance import registry
 from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.layers.decoder import Decoder
+from appliance.runtime.model_runner import RunnerLimits
 from appliance.runtime.weights import load_weights
-from appliance.types import EngineOptions, ModelConfig
+from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 DTYPES = {
     "fp32": torch.float32,
@@ -103,10 +104,15 @@ def build_model(config: ModelConfig, scheme_name: str, dtype: torch.dtype) -> De
 
 @dataclass
 class LoadedModel:
+    """A model whose weights are on their device. Made before `Decoder.prepare`, which takes parameters away."""
+
     model: Decoder
     config: ModelConfig
     engine_key: str
-    weight_bytes: int  # on the device
+    weight_bytes: int = field(init=False)  # on the device
+
+    def __post_init__(self) -> None:
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
 def load_engine(
@@ -125,5 +131,43 @@ def load_engine(
             "load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)
         ),
     )
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return LoadedModel(model, manifest.model, manifest.key, weight_bytes)
+    return LoadedModel(model, manifest.model, manifest.key)
+
+
+def runner_limits(options: EngineOptions, max_model_len: int, config: ModelConfig) -> RunnerLimits:
+    """The sizes that options and the memory found give."""
+    return RunnerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        page_size=options.page_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def engine_info(
+    loaded: LoadedModel,
+    limits: RunnerLimits,
+    *,
+    num_pages: int,
+    page_bytes: int,
+    kv_cache_dtype: str,
+    attention: str,
+    device_name: str,
+    timer: PhaseTimer,
+) -> EngineInfo:
+    """What a backend says of an engine that it has assembled."""
+    return EngineInfo(
+        engine_key=loaded.engine_key,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_pages=num_pages,
+        page_size=limits.page_size,
+        kv_cache_dtype=kv_cache_dtype,
+        attention=attention,
+        device_name=device_name,
+        weight_bytes=loaded.weight_bytes,
+        kv_cache_bytes=num_pages * page_bytes,
+        startup_seconds=timer.seconds,
+    )
