@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.errors import InvalidRequestError
+from appliance.server.answer import Answer
 from appliance.server.choice import Choice, Delta, Position
 from appliance.server.errors import parse
-from appliance.server.generation import Generation, Prompt, Wanted, encode_prompt, new_id, start_generation
+from appliance.server.generation import Prompt, Wanted, encode_prompt, new_id, start_generation
 from appliance.server.logprobs import chat_logprobs
-from appliance.server.sse import EventStream, event, until_disconnect
+from appliance.server.sse import event
 from appliance.server.state import ServerState
 from appliance.server.tokenizer import ServerTokenizer
 from appliance.server.wire.requests import ChatRequest, Message
@@ -68,10 +67,7 @@ async def chat_completions(request: Request) -> Response:
     )
     generation = start_generation(state, body, [Prompt(token_ids, text)], wanted)
     answer = _Answer(body, generation, tokenizer, wanted.response_id, model, state.system_fingerprint)
-    if body.stream:
-        return EventStream(answer.stream(), generation.cancel, headers)
-    completion = await until_disconnect(request, answer.collect(), generation.cancel)
-    return Response(encode(completion) if completion else b"", headers=headers, media_type="application/json")
+    return await answer.respond(request, headers)
 
 
 def render_messages(
@@ -113,40 +109,18 @@ def _template_message(message: Message) -> dict[str, Any]:
     return fields
 
 
-@dataclass
-class _Answer:
-    """One response being made, in either form."""
-
-    body: ChatRequest
-    generation: Generation
-    tokenizer: ServerTokenizer
-    id: str
-    model: str
-    fingerprint: str | None
-
-    def __post_init__(self) -> None:
-        self.created = int(time.time())
-        options = self.body.stream_options
-        self._usage_each = bool(options and options.continuous_usage_stats)
-        self._usage_at_end = bool(options and (options.include_usage or options.continuous_usage_stats))
-        self._token_ids = bool(self.body.return_token_ids)
+class _Answer(Answer[ChatRequest]):
+    """An answer as chat completion."""
 
     async def collect(self) -> ChatCompletion:
-        texts: list[list[str]] = [[] for _ in self.generation.choices]
-        positions: list[list[Position]] = [[] for _ in texts]
-        token_ids: list[list[int]] = [[] for _ in texts]
-        async for batch in self.generation.deltas():
-            for choice, delta in batch:
-                texts[choice.index].append(delta.text)
-                positions[choice.index] += delta.positions
-                token_ids[choice.index] += delta.token_ids
+        gathered = await self.gather()
         choices = [
             ChatChoice(
                 choice.index,
-                ChatMessage("".join(texts[choice.index])),
+                ChatMessage(gathered[choice.index].text),
                 choice.finish_reason or "stop",
-                self._logprobs(positions[choice.index]),
-                token_ids[choice.index] if self._token_ids else UNSET,
+                self._logprobs(gathered[choice.index].positions),
+                gathered[choice.index].token_ids if self._token_ids else UNSET,
             )
             for choice in self.generation.choices
         ]

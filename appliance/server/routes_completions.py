@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from fastapi import APIRouter
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from appliance.server.answer import Answer
 from appliance.server.choice import Choice, Position
 from appliance.server.errors import parse
-from appliance.server.generation import Generation, Prompt, Wanted, encode_prompt, new_id, start_generation
+from appliance.server.generation import Prompt, Wanted, encode_prompt, new_id, start_generation
 from appliance.server.logprobs import completion_logprobs, echo_logprobs, joined
-from appliance.server.sse import EventStream, event, until_disconnect
+from appliance.server.sse import event
 from appliance.server.state import ServerState
-from appliance.server.tokenizer import ServerTokenizer
 from appliance.server.wire.requests import CompletionRequest
 from appliance.server.wire.responses import Completion, CompletionChoice, CompletionLogprobs, encode
 from appliance.server.wire.unsupported import check_extra_fields
@@ -52,10 +50,7 @@ async def completions(request: Request) -> Response:
     )
     generation = start_generation(state, body, prompts, wanted)
     answer = _Answer(body, generation, tokenizer, wanted.response_id, model, state.system_fingerprint)
-    if body.stream:
-        return EventStream(answer.stream(), generation.cancel, headers)
-    completion = await until_disconnect(request, answer.collect(), generation.cancel)
-    return Response(encode(completion) if completion else b"", headers=headers, media_type="application/json")
+    return await answer.respond(request, headers)
 
 
 async def _prompt(state: ServerState, body: CompletionRequest, given: str | list[int]) -> Prompt:
@@ -65,45 +60,26 @@ async def _prompt(state: ServerState, body: CompletionRequest, given: str | list
     return Prompt(await encode_prompt(state, given, "prompt", add_special_tokens=add), given)
 
 
-@dataclass
-class _Answer:
-    """One response being made, in either form."""
-
-    body: CompletionRequest
-    generation: Generation
-    tokenizer: ServerTokenizer
-    id: str
-    model: str
-    fingerprint: str | None
+class _Answer(Answer[CompletionRequest]):
+    """An answer as completion."""
 
     def __post_init__(self) -> None:
-        self.created = int(time.time())
-        options = self.body.stream_options
-        self._usage_each = bool(options and options.continuous_usage_stats)
-        self._usage_at_end = bool(options and (options.include_usage or options.continuous_usage_stats))
-        self._token_ids = bool(self.body.return_token_ids)
+        super().__post_init__()
         self._skip_special = self.body.skip_special_tokens is not False
         self._echoes: dict[int, str] = {}  # by prompt, as a prompt has n choices
 
     async def collect(self) -> Completion:
-        texts: list[list[str]] = [[] for _ in self.generation.choices]
-        positions: list[list[Position]] = [[] for _ in texts]
-        token_ids: list[list[int]] = [[] for _ in texts]
-        async for batch in self.generation.deltas():
-            for choice, delta in batch:
-                texts[choice.index].append(delta.text)
-                positions[choice.index] += delta.positions
-                token_ids[choice.index] += delta.token_ids
+        gathered = await self.gather()
         choices = []
         for choice in self.generation.choices:
             wire = CompletionChoice(
                 choice.index,
-                self._echo(choice) + "".join(texts[choice.index]),
-                self._logprobs(choice, positions[choice.index], first=True),
+                self._echo(choice) + gathered[choice.index].text,
+                self._logprobs(choice, gathered[choice.index].positions, first=True),
                 choice.finish_reason or "stop",
             )
             if self._token_ids:
-                wire.token_ids = token_ids[choice.index]
+                wire.token_ids = gathered[choice.index].token_ids
                 wire.prompt_token_ids = self.generation.prompt_of(choice).token_ids
             choices.append(wire)
         return Completion(self.id, self.created, self.model, choices, self.fingerprint, usage=self.generation.usage())
