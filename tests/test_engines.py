@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ from appliance.engines import digest as digests
 from appliance.engines.disk import ensure_writable, write_atomically
 from appliance.engines.manifest import BuildSummary, EngineFile, write_manifest
 from appliance.engines.meter import ByteMeter
+from appliance.engines.patience import Abandoned, OutOfPatience, Patience
 from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError, NoSpaceError
 from appliance.types import ModelConfig
 
@@ -417,6 +419,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+        if path.name.startswith("rank") and begin >= self.faults.get("hang_from", 1 << 60):
+            self.wfile.write(data[:100])
+            self.wfile.flush()
+            time.sleep(30)  # a daemon thread: it ends with the test run
+            return
         if path.name.startswith("rank") and self.faults.get("cuts", 0) > 0 and begin >= self.faults["cut_from"]:
             self.faults["cuts"] -= 1
             self.wfile.write(data[:100])
@@ -476,6 +483,63 @@ def test_fetch_goes_on_after_a_cut(store: EngineStore, tmp_path: Path, http: tup
     assert (fetched / "rank-0.safetensors").read_bytes() == FILES["rank-0.safetensors"]
     assert faults["sent"] < 300_000, "what was there is not sent again"
     assert list((elsewhere.engines / ".staging").iterdir()) == []
+
+
+def test_a_source_that_hangs_costs_no_more_than_its_patience(
+    store: EngineStore, tmp_path: Path, http: tuple[str, Path, dict[str, int]]
+) -> None:
+    url, root, faults = http
+    publish(put(store), str(root))
+    elsewhere = EngineStore(tmp_path / "other")
+    for hang_from, kept in ((0, 0), (128 << 10, 128 << 10)):
+        faults["hang_from"] = hang_from
+        began = time.monotonic()
+        with pytest.raises(EngineTransferError, match=rf"(gave nothing for 1 s|failed at byte {kept} of 300000)"):
+            fetch(url, KEY, elsewhere, block=64 << 10, patience=1.0)
+        assert time.monotonic() - began < 4.0, "1 s, and what a busy machine adds"
+        assert elsewhere.find(KEY) is None
+        with elsewhere.build_lock(KEY):
+            pass  # free at once, for the build that goes on
+    part = elsewhere.engines / ".staging" / f"{KEY}.fetch" / "rank-0.safetensors.part"
+    assert part.read_bytes() == FILES["rank-0.safetensors"][: 128 << 10], "what came is kept, and the tail not written"
+    del faults["hang_from"]
+    faults["sent"] = 0
+    fetched = fetch(url, KEY, elsewhere, block=64 << 10)
+    assert (fetched / "rank-0.safetensors").read_bytes() == FILES["rank-0.safetensors"]
+    assert faults["sent"] < 300_000
+
+
+def test_a_source_that_accepts_and_says_nothing(store: EngineStore) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        with pytest.raises(EngineTransferError, match=r"did not answer within 0\.5 s|cannot be reached"):
+            fetch(f"http://127.0.0.1:{silent.getsockname()[1]}", KEY, store, patience=0.5)
+        assert time.monotonic() - began < 3.0
+
+
+def test_patience_pauses_renews_and_keeps_the_abandoned_from_writing() -> None:
+    watch = Patience(0.2)
+    with watch.paused():
+        time.sleep(0.3)
+        assert not watch.over
+    release, outcome = threading.Event(), []
+
+    def late() -> None:
+        release.wait(20)
+        try:
+            with watch.writing():
+                outcome.append("wrote")
+        except Abandoned:
+            outcome.append("abandoned")
+
+    with pytest.raises(OutOfPatience):
+        watch.run([late])
+    release.set()
+    deadline = time.monotonic() + 10
+    while not outcome and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert outcome == ["abandoned"]
+    assert Patience(5).run([lambda n=n: n * n for n in range(9)], parallel=3) == [n * n for n in range(9)]
 
 
 def test_fetch_from_a_server_without_ranges(
@@ -572,11 +636,11 @@ def test_urls_that_cannot_work_say_so_in_time_and_without_secrets(store: EngineS
     silent = threading.Event()
     begin = time.monotonic()
     with pytest.raises(EngineTransferError, match=r"somewhere did not answer within 0\.1 s"):
-        transfer._within(0.1, lambda: silent.wait(60), "somewhere")
+        transfer._ask(Patience(0.1), lambda: silent.wait(60), "somewhere")
     assert time.monotonic() - begin < 20
     silent.set()
     with pytest.raises(EngineTransferError) as caught:
-        fetch("http://user:secret@127.0.0.1:9", KEY, store, connect_timeout=2)
+        fetch("http://user:secret@127.0.0.1:9", KEY, store, patience=2)
     assert "secret" not in str(caught.value)
 
 

@@ -1,17 +1,18 @@
 """Fetch engines from, and publish them to, any fsspec URL: a directory, s3://, hf://, memory://, https:// (fetch only).
 
 At URL/<key>/ lie the files of the engine directory; engine.json is written last, so what can be seen is whole.
-Fetched files are digest-checked, kept as <name>.part while incomplete and gone on with after an interruption. Knows
-nothing of how engines are built or loaded.
+Fetched files are digest-checked, kept as <name>.part while incomplete and gone on with after an interruption. A source
+that gives nothing for `patience` seconds is given up on, whatever it hangs in, since a build can go on without it.
+Knows nothing of how engines are built or loaded.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +20,12 @@ from appliance.engines.digest import hash_file
 from appliance.engines.disk import fsync_path, full_disk_explained, is_full, remove_tree
 from appliance.engines.manifest import MANIFEST_NAME, EngineFile, EngineManifest, decode_manifest
 from appliance.engines.meter import ByteMeter, ProgressFn
+from appliance.engines.patience import Abandoned, OutOfPatience, Patience
 from appliance.engines.store import EngineStore, LockHolder
 from appliance.engines.verify import verify_engine
 from appliance.errors import EngineBuildError, EngineDamagedError
 
-CONNECT_TIMEOUT = 10.0  # seconds until the first answer of a URL
-STALL_TIMEOUT = 60.0  # seconds without a byte
+PATIENCE = 60.0  # seconds without a byte, of a transfer that somebody asked for
 _PARALLEL_FILES = 4
 _PLAN_NAME = MANIFEST_NAME + ".partial"  # of an unfinished publish: the manifest whose files are being written
 # Object stores have no directories to make; asking some of them to would try to make a bucket.
@@ -38,40 +39,43 @@ class EngineTransferError(EngineBuildError):
     """An engine could not be fetched or published."""
 
 
+class EnginePublishedError(EngineTransferError):
+    """Another build of the key is at the URL already; any will do."""
+
+
 class EngineNotFoundError(EngineTransferError):
     """There is no engine of that key at the URL; build it."""
 
 
-def _redact(url: str) -> str:
+def redact(url: str) -> str:
+    """A URL without the name and password that may be in it."""
     return re.sub(r"//[^/@]*@", "//***@", url)
 
 
 class _Remote:
     """One engine's folder at a URL, and errors that name it."""
 
-    def __init__(self, url: str, key: str, connect_timeout: float) -> None:
+    def __init__(self, url: str, key: str, seconds: float) -> None:
+        """`seconds`: what a connection may take, and a read. The library retries; `Patience` bounds the sum."""
         import fsspec
 
         self.protocol = url.partition("://")[0] if "://" in url else "file"
-        self.shown = f"{_redact(url).rstrip('/')}/{key}"
+        self.shown = f"{redact(url).rstrip('/')}/{key}"
         self.http = self.protocol in ("http", "https")
         options: dict[str, Any] = {}
         try:
             if self.http:
                 import aiohttp
 
-                options["client_kwargs"] = {
-                    "timeout": aiohttp.ClientTimeout(
-                        total=None, sock_connect=connect_timeout, sock_read=max(STALL_TIMEOUT, connect_timeout)
-                    )
-                }
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+                options["client_kwargs"] = {"timeout": timeout}
             elif self.protocol in ("s3", "s3a"):
-                options["config_kwargs"] = {"connect_timeout": connect_timeout, "read_timeout": STALL_TIMEOUT}
+                options["config_kwargs"] = {"connect_timeout": seconds, "read_timeout": seconds}
             self.fs, base = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             package = _EXTRA_PACKAGE.get(self.protocol)
             raise EngineTransferError(
-                f"{_redact(url)} cannot be used: {error}",
+                f"{redact(url)} cannot be used: {error}",
                 hint=f"pip install {package}" if package else "allowed: a directory, s3://, hf://, https://, memory://",
             ) from error
         self.base = f"{base.rstrip('/')}/{key}"
@@ -93,31 +97,22 @@ class _Remote:
         return self.fs.open(self.path(name), mode, block_size=0 if streaming else block, cache_type="none")
 
 
-def _within(seconds: float, work: Callable[[], T], what: str) -> T:
-    """The result of `work`, given up on after `seconds` whatever it hangs in. Raises EngineTransferError."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="connect", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise EngineTransferError(f"{what} did not answer within {seconds:g} s", hint="check the URL and the network")
-    if failure:
-        if isinstance(failure[0], EngineBuildError | EngineDamagedError):
-            raise failure[0]
-        raise EngineTransferError(f"{what} cannot be reached: {_describe(failure[0])}") from failure[0]
-    return result[0]
+def _ask(patience: Patience, work: Callable[[], T], what: str) -> T:
+    """The result of `work`, given up on when patience ends, whatever it hangs in. Raises EngineTransferError."""
+    try:
+        return patience.run([work])[0]
+    except (EngineBuildError, EngineDamagedError):
+        raise
+    except OutOfPatience:
+        raise EngineTransferError(
+            f"{what} did not answer within {patience.seconds:g} s", hint="check the URL and the network"
+        ) from None
+    except Exception as error:
+        raise EngineTransferError(f"{what} cannot be reached: {_describe(error)}") from error
 
 
 def _describe(error: BaseException) -> str:
-    return _redact(f"{type(error).__name__}: {error}")
+    return redact(f"{type(error).__name__}: {error}")
 
 
 # ---------------------------------------------------------------- fetch
@@ -130,38 +125,58 @@ def fetch(
     *,
     progress: ProgressFn | None = None,
     on_wait: Callable[[LockHolder | None], None] | None = None,
-    connect_timeout: float = CONNECT_TIMEOUT,
+    patience: float = PATIENCE,
     attempts: int = 4,
     block: int = 16 << 20,
 ) -> Path:
     """Bring the engine of `key` from `url` into the store; at once if it is there. Every file's digest is checked.
 
-    `attempts` per file without a new byte; `block` is what one request reads and the most that an interruption loses.
-    Raises EngineNotFoundError, EngineTransferError, EngineDamagedError (what lies at the URL is not what its manifest
-    says), NoSpaceError, CacheNotWritableError.
+    `patience`: seconds without a new byte, from the call on, after which the source is given up on. `attempts` per file
+    without a new byte; `block` is what one request reads and the most that an interruption loses. What has come is kept
+    for the next fetch. Raises EngineNotFoundError, EngineTransferError, EngineDamagedError (what lies at the URL is not
+    what its manifest says), NoSpaceError, CacheNotWritableError.
     """
     with full_disk_explained(store.engines, f"engine {key[:12]}"), store.build_lock(key, on_wait):
         present = store.find(key)
         if present is not None:
             return present
-        remote = _within(connect_timeout, lambda: _Remote(url, key, connect_timeout), _redact(url))
-        data = _within(connect_timeout, lambda: remote.read_small(MANIFEST_NAME), remote.shown)
+        watch = Patience(patience)
+        remote = _ask(watch, lambda: _Remote(url, key, patience), redact(url))
+        data = _ask(watch, lambda: remote.read_small(MANIFEST_NAME), remote.shown)
         if data is None:
             raise EngineNotFoundError(f"no engine at {remote.shown}", hint="build it, or publish it there first")
+        watch.renew()
         manifest = decode_manifest(data, f"{remote.shown}/{MANIFEST_NAME}")
         if manifest.key != key:
             raise EngineDamagedError(f"{remote.shown} holds an engine of another key, {manifest.key}")
         staging = _prepare(store.fetch_staging(key), data, manifest)
         missing = manifest.nbytes - sum(_present(staging, file) for file in manifest.files)
         store.reserve(missing, f"fetching engine {key[:12]}")
-        with ByteMeter(manifest.nbytes, progress) as meter, ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-            jobs = [pool.submit(_fetch_file, remote, file, staging, meter, attempts, block) for file in manifest.files]
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with ByteMeter(manifest.nbytes, progress) as meter:
+            _fetch_files(remote, manifest, _Sink(staging, meter, watch), attempts, block)
         return store.publish(key, staging)
+
+
+def _fetch_files(remote: _Remote, manifest: EngineManifest, sink: _Sink, attempts: int, block: int) -> None:
+    files = sorted(manifest.files, key=lambda file: -file.size)
+    jobs = [partial(_fetch_file, remote, file, sink, attempts, block) for file in files]
+    try:
+        sink.watch.run(jobs, parallel=_PARALLEL_FILES)
+    except OutOfPatience:
+        done = sum(_present(sink.staging, file) for file in manifest.files)
+        raise EngineTransferError(
+            f"{remote.shown} gave nothing for {sink.watch.seconds:g} s, at byte {done} of {manifest.nbytes}",
+            hint="start again: it goes on from there",
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """Where a fetch writes to, who counts, and who may end it."""
+
+    staging: Path
+    meter: ByteMeter
+    watch: Patience
 
 
 def _prepare(staging: Path, data: bytes, manifest: EngineManifest) -> Path:
@@ -184,38 +199,49 @@ def _present(staging: Path, file: EngineFile) -> int:
     return 0
 
 
-def _fetch_file(remote: _Remote, file: EngineFile, staging: Path, meter: ByteMeter, attempts: int, block: int) -> None:
+def _fetch_file(remote: _Remote, file: EngineFile, sink: _Sink, attempts: int, block: int) -> None:
+    staging, meter = sink.staging, sink.meter
     target, part = staging / file.name, staging / f"{file.name}.part"
-    if target.exists() and target.stat().st_size == file.size and hash_file(target) == file.digest:
+    if target.exists() and target.stat().st_size == file.size and _digest(target, sink) == file.digest:
         meter.skip(file.size, file.name)
         return
     target.unlink(missing_ok=True)
     meter.skip(_present(staging, file), file.name)
     resumed = part.exists()
-    _download(remote, file, part, meter, attempts, block)
-    if resumed and hash_file(part) != file.digest:  # what was left may be damaged: once more from the beginning
+    _download(remote, file, part, sink, attempts, block)
+    if resumed and _digest(part, sink) != file.digest:  # what was left may be damaged: once more from the beginning
         meter.skip(-file.size)
         part.unlink()
-        _download(remote, file, part, meter, attempts, block)
-    if hash_file(part) != file.digest:
+        _download(remote, file, part, sink, attempts, block)
+    if _digest(part, sink) != file.digest:
         part.unlink()
         raise EngineDamagedError(
             f"{remote.shown}/{file.name} does not match the digest in its {MANIFEST_NAME}",
             hint="publish the engine again, or build it here",
         )
-    fsync_path(part)
-    part.rename(target)
+    with sink.watch.paused():
+        fsync_path(part)
+    with sink.watch.writing():
+        part.rename(target)
 
 
-def _download(remote: _Remote, file: EngineFile, part: Path, meter: ByteMeter, attempts: int, block: int) -> None:
+def _digest(path: Path, sink: _Sink) -> str:
+    """Hashing is work of this machine: the source's patience does not run meanwhile."""
+    with sink.watch.paused():
+        return hash_file(path)
+
+
+def _download(remote: _Remote, file: EngineFile, part: Path, sink: _Sink, attempts: int, block: int) -> None:
     """Append to `part` until it has the file's size, going on after errors."""
     failures, streaming = 0, False
     part.touch()
     while (have := part.stat().st_size) < file.size:
         try:
-            _append(remote, file, part, meter, block, streaming)
+            _append(remote, file, part, sink, block, streaming)
         except FileNotFoundError as error:
             raise EngineDamagedError(f"{remote.shown}/{file.name} is missing at its URL") from error
+        except Abandoned:
+            raise
         except Exception as error:
             if isinstance(error, ValueError) and remote.http and not streaming:
                 streaming = True  # the server cannot serve a range: in one piece from the beginning
@@ -232,22 +258,24 @@ def _download(remote: _Remote, file: EngineFile, part: Path, meter: ByteMeter, a
             time.sleep(min(0.25 * 2**failures, 8.0))
 
 
-def _append(remote: _Remote, file: EngineFile, part: Path, meter: ByteMeter, block: int, streaming: bool) -> None:
+def _append(remote: _Remote, file: EngineFile, part: Path, sink: _Sink, block: int, streaming: bool) -> None:
     have = part.stat().st_size
     if have > file.size or (streaming and have):
-        meter.skip(-min(have, file.size))
+        sink.meter.skip(-min(have, file.size))
         part.write_bytes(b"")
         have = 0
-    with remote.open(file.name, "rb", block=block, streaming=streaming) as source, part.open("ab") as sink:
+    with remote.open(file.name, "rb", block=block, streaming=streaming) as source, part.open("ab") as output:
         if have:
             source.seek(have)
         while have < file.size:
             data = source.read(min(block, file.size - have))
             if not data:
                 raise OSError(f"{remote.shown}/{file.name} ends at byte {have}; {file.size} are expected")
-            sink.write(data)
+            with sink.watch.writing():  # raises Abandoned: the part may be another's by now
+                output.write(data)
+                output.flush()
             have += len(data)
-            meter.advance(len(data), file.name)
+            sink.meter.advance(len(data), file.name)
 
 
 # ---------------------------------------------------------------- publish
@@ -259,25 +287,29 @@ def publish(
     *,
     progress: ProgressFn | None = None,
     overwrite: bool = False,
-    connect_timeout: float = CONNECT_TIMEOUT,
+    patience: float = PATIENCE,
     block: int = 16 << 20,
 ) -> str:
-    """Copy an engine to URL/<key>/ and return that URL. The local files' digests are checked first. Nothing is done
-    if the same build is there; an interrupted publish goes on after its last whole file. Raises DamagedFileError,
-    EngineTransferError (also if another build of the key is there and `overwrite` is not set)."""
-    manifest = verify_engine(engine_dir, "full").manifest
+    """Copy an engine to URL/<key>/ and return that URL. Nothing is done if the same build is there; else the local
+    files' digests are checked first. An interrupted publish goes on after its last whole file. `patience`: seconds
+    until the URL answers. Raises DamagedFileError, EngineTransferError (EnginePublishedError if another build of the
+    key is there and `overwrite` is not set)."""
+    manifest = verify_engine(engine_dir, "size").manifest
     if url.startswith(("http://", "https://")):
         raise EngineTransferError(
-            f"{_redact(url)}: http is only for fetching", hint="publish to a directory, s3:// or hf://"
+            f"{redact(url)}: http is only for fetching", hint="publish to a directory, s3:// or hf://"
         )
-    remote = _within(connect_timeout, lambda: _Remote(url, manifest.key, connect_timeout), _redact(url))
-    there = _within(connect_timeout, lambda: _published(remote, MANIFEST_NAME), remote.shown)
+    watch = Patience(patience)
+    remote = _ask(watch, lambda: _Remote(url, manifest.key, patience), redact(url))
+    there = _ask(watch, lambda: _published(remote, MANIFEST_NAME), remote.shown)
     if there is not None and there.files == manifest.files:
         return remote.shown
     if there is not None and not overwrite:
-        raise EngineTransferError(
-            f"{remote.shown} holds another build of this key, of {there.created}", hint="allow it to be overwritten"
+        raise EnginePublishedError(
+            f"{remote.shown} holds another build of this key, of {there.created}",
+            hint="that one will do; `engines publish --overwrite` replaces it",
         )
+    verify_engine(engine_dir, "full")
     try:
         _upload_all(remote, engine_dir, manifest, progress, block)
     except (EngineBuildError, EngineDamagedError):
