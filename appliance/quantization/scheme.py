@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from appliance.kernels import activation, norm
+from appliance.kernels.tactics import Tactics
 
 # What flows into a linear layer: [n, in] in the model's dtype, or quantized values [n, in] with float32 scales [n, 1].
 Activation = Tensor | tuple[Tensor, Tensor]
@@ -44,6 +45,16 @@ class PrecisionScheme(ABC):
         """x @ weight.T + bias: [n, out], in `dtype`, the model's own. `tensors` are prepared; if `prepare` padded the
         weight, the result has extra columns, which the layer cuts off. Kernel on CUDA, plain torch elsewhere; never
         synchronizes, so it can be captured in a CUDA graph."""
+
+    def tactics(self, out_features: int, in_features: int, rows: int, device: torch.device) -> Tactics:
+        """Ways to compute `apply` on `device` for any number of rows up to `rows`, by a name that says what they do;
+        the first is what `apply` does where `kernels.tactics.TABLE` has no choice. Empty: there is one way only.
+        `out_features` counts what `prepare` padded. A scheme with several looks its choice up in `apply`."""
+        return {}
+
+    def tactic_input(self, x: Tensor) -> Activation:
+        """x [n, in], in the model's dtype, as the tactics take it: quantized, where the products take that."""
+        return x
 
     def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:
         """The input of the next linear layer and the new residual stream; see `kernels.norm.rms_norm`."""
