@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
+from appliance.kernels.attention import UNIT_SCALES, AttentionMetadata, KvScales, ReferenceAttention
+from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.paged_attention import TritonAttention, _shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,20 +53,22 @@ def make_step(query_lens, seq_lens, page_size, num_pages, padding=0, spare_token
     )
 
 
-def make_tensors(num_tokens, heads, kv_heads, d, page_size, num_pages, dtype):
+def make_tensors(num_tokens, heads, kv_heads, d, page_size, num_pages, dtype, kv_dtype=None):
     g = torch.Generator().manual_seed(5)
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * d, generator=g).to(dtype).to(DEVICE)
     q = qkv[:, : heads * d].unflatten(-1, (heads, d))  # strided, as the models pass it
-    cache = torch.randn(num_pages, 2, page_size, kv_heads, d, generator=g).to(dtype).to(DEVICE)
+    cache = torch.randn(num_pages, 2, page_size, kv_heads, d, generator=g).to(kv_dtype or dtype).to(DEVICE)
     return q, cache
 
 
-def compare(meta, heads, kv_heads, d, page_size, num_pages, dtype, window, num_sms=4):
-    q, cache = make_tensors(meta.num_tokens, heads, kv_heads, d, page_size, num_pages, dtype)
+def compare(
+    meta, heads, kv_heads, d, page_size, num_pages, dtype, window, num_sms=4, kv_dtype=None, scales=UNIT_SCALES
+):
+    q, cache = make_tensors(meta.num_tokens, heads, kv_heads, d, page_size, num_pages, dtype, kv_dtype)
     attention = TritonAttention(num_sms=num_sms)
     attention.plan(meta)
-    got = attention.attend(q, cache, meta, d**-0.5, window)
-    want = ReferenceAttention().attend(q, cache, meta, d**-0.5, window)
+    got = attention.attend(q, cache, meta, d**-0.5, window, scales)
+    want = ReferenceAttention().attend(q, cache, meta, d**-0.5, window, scales)
     real = int(meta.query_start_host[-1])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert got.dtype == dtype
@@ -149,6 +152,50 @@ def test_plan_of_the_next_step_replaces_the_tiles():
             torch.testing.assert_close(
                 got, ReferenceAttention().attend(q, cache, meta, 0.2, None), rtol=1e-5, atol=1e-5
             )
+
+
+SCALES = KvScales(k=0.5, v=3.0)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "dtype"),
+    [
+        (2, 2, 64, torch.float32),
+        (8, 2, 64, BF16),
+        (8, 1, 128, BF16),
+        (5, 1, 24, torch.float32),
+    ],
+)
+def test_fp8_cache(heads, kv_heads, d, dtype, window):
+    """Decodes with one split and several, and prefill, of a cache of bytes with a scale for K and one for V."""
+    for query_lens, seq_lens, num_sms in (([1] * 3, [1, 33, 131], 4), ([1] * 2, [5, 420], 64), ([1, 21], [40, 60], 4)):
+        meta = make_step(query_lens, seq_lens, 16, 60)
+        compare(meta, heads, kv_heads, d, 16, 60, dtype, window, num_sms, FP8, SCALES)
+
+
+def test_reference_of_an_fp8_cache_is_that_of_its_numbers():
+    """The scales give K and V back: attention over bytes * scales in float32, and different scales differ."""
+    meta = make_step([1, 7], [40, 30], 8, 20)
+    q, cache = make_tensors(8, 4, 2, 32, 8, 20, torch.float32, FP8)
+    wide = cache.float()
+    wide[:, 0] *= SCALES.k
+    wide[:, 1] *= SCALES.v
+    attend = ReferenceAttention().attend
+    want = attend(q, wide, meta, 0.2, None)
+    torch.testing.assert_close(attend(q, cache, meta, 0.2, None, SCALES), want, rtol=1e-5, atol=1e-5)
+    for other in (KvScales(1.0, SCALES.v), KvScales(SCALES.k, 1.0)):
+        assert not torch.allclose(attend(q, cache, meta, 0.2, None, other), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_fp8_cache_on_the_gpu(d, heads, kv_heads, window):
+    for query_lens, seq_lens in (([1] * 4, [1, 700, 5, 129]), ([1, 1, 2, 37, 300], [9, 70, 2, 101, 800])):
+        meta = make_step(query_lens, seq_lens, 16, 120)
+        compare(meta, heads, kv_heads, d, 16, 120, torch.bfloat16, window, 132, FP8, SCALES)
 
 
 def test_misfit_tensors_are_refused():

@@ -2,6 +2,14 @@
 
 KV cache of one layer: [num_pages, 2, page_size, num_kv_heads, head_dim]; index 1 is K (0) or V (1). The same layout
 serves FlashInfer ("NHD"), the Triton kernels and the reference.
+
+What is stored: in a cache of 16 or 32-bit floats the numbers themselves. In an FP8 cache (torch.float8_e4m3fn, one
+byte, largest number 448: kernels/fp8_linear.py) a layer's K is byte * scales.k and its V is byte * scales.v, with one
+`KvScales` per layer, fixed when the engine is loaded.
+
+Written: e4m3(clamp(x * float32(1 / scale), -448, 448)) of the float32 x (rotated K is not rounded to 16 bits before),
+to the nearest, ties to even; NaN stays NaN. Read: scores are (q . K bytes) * (softmax scale * scales.k), the output is
+(probabilities . V bytes) * scales.v. Both factors are applied to float32 sums; any other dtype holds the bytes exactly.
 """
 
 from __future__ import annotations
@@ -12,6 +20,27 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from appliance.kernels.fp8_linear import FP8, FP8_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class KvScales:
+    """What the bytes of one layer's FP8 cache are multiplied with to give K and V. Above 0; 1 where the cache is not
+    FP8. Powers of two lose nothing: products with them are exact."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+
+UNIT_SCALES = KvScales()
+
+
+def store_kv(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """x (float) as a cache of `dtype` keeps it: scaled, saturated and rounded for FP8, else only rounded."""
+    if dtype != FP8:
+        return x.to(dtype)
+    return (x.float() * (1.0 / scale)).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 @dataclass(slots=True)
@@ -42,18 +71,24 @@ class Attention(Protocol):
     def plan(self, metadata: AttentionMetadata) -> None: ...
 
     def attend(
-        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        kv_scales: KvScales = UNIT_SCALES,
     ) -> Tensor:
         """q [num_tokens, num_heads, head_dim] over each sequence's pages, causal; this step's K/V are written already.
 
-        `window`: a token at position p sees positions (p - window, p]. Returns [num_tokens, num_heads, head_dim], q's
-        dtype; accumulates in float32.
+        `scale`: of the softmax. `window`: a token at position p sees positions (p - window, p]. `kv_scales`: with which
+        the cache was written. Returns [num_tokens, num_heads, head_dim], q's dtype; accumulates in float32.
         """
         ...
 
 
 def gather_pages(kv_cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """K and V, each [length, num_kv_heads, head_dim], of a sequence whose page table row is `pages`."""
+    """K and V as stored, each [length, num_kv_heads, head_dim], of a sequence whose page table row is `pages`."""
     page_size = kv_cache.shape[2]
     used = kv_cache[pages[: (length + page_size - 1) // page_size].long()]  # [pages, 2, page_size, heads, dim]
     flat = used.transpose(0, 1).reshape(2, -1, *kv_cache.shape[3:])
@@ -69,19 +104,26 @@ class ReferenceAttention:
         pass
 
     def attend(
-        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        kv_scales: KvScales = UNIT_SCALES,
     ) -> Tensor:
         out = torch.zeros_like(q)
         for i in range(len(metadata.seq_lens_host)):
             begin, end = int(metadata.query_start_host[i]), int(metadata.query_start_host[i + 1])
             length = int(metadata.seq_lens_host[i])
             keys, values = gather_pages(kv_cache, metadata.page_table[i], length)
-            out[begin:end] = _causal(q[begin:end], keys, values, scale, window)
+            attended = _causal(q[begin:end], keys, values, scale * kv_scales.k, window)
+            out[begin:end] = (attended * kv_scales.v).to(q.dtype)
         return out
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q [n, heads, dim] are the last n positions of k, v [length, kv_heads, dim]."""
+    """q [n, heads, dim] are the last n positions of k, v [length, kv_heads, dim]. Returns float32."""
     n, length = q.shape[0], k.shape[0]
     groups = q.shape[1] // k.shape[1]
     qf = q.float().transpose(0, 1).unflatten(0, (k.shape[1], groups))  # [kv_heads, groups, n, dim]
@@ -94,4 +136,4 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
         hidden |= key_pos <= query_pos - window
     scores.masked_fill_(hidden, float("-inf"))
     out = scores.softmax(-1) @ v.float().transpose(0, 1).unsqueeze(1)  # [kv_heads, groups, n, dim]
-    return out.flatten(0, 1).transpose(0, 1).to(q.dtype)
+    return out.flatten(0, 1).transpose(0, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from appliance.kernels._triton import triton
-from appliance.kernels.attention import AttentionMetadata
+from appliance.kernels.attention import UNIT_SCALES, AttentionMetadata, KvScales
 from appliance.kernels.paged_attention_kernels import decode_kernel, merge_kernel, prefill_kernel
 
 _LOG2_E = 1.4426950408889634
@@ -63,7 +63,8 @@ def _shape(q: Tensor, kv_cache: Tensor) -> _Shape:
 
 
 class TritonAttention:
-    """`Attention` in Triton, any head size up to 256, any page size, bf16, fp16 and fp32.
+    """`Attention` in Triton, any head size up to 256, any page size, bf16, fp16 and fp32; with FP8 caches too, from
+    compute capability 8.9 on.
 
     `plan` keeps the host description of the step; `attend` of a pure decode step needs no plan, so a captured step is
     replayed with nothing but new contents of the metadata's device tensors.
@@ -87,18 +88,24 @@ class TritonAttention:
         self._num_decodes = int(longer[0]) if len(longer) else len(metadata.seq_lens_host)
 
     def attend(
-        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        kv_scales: KvScales = UNIT_SCALES,
     ) -> Tensor:
         """See `Attention.attend`. Raises ValueError for tensors that do not fit together."""
         shape = _shape(q, kv_cache)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if metadata.max_query_len == 1:
-            self._decode(q, kv_cache, out, metadata, metadata.num_seqs, shape, scale, window)
+            self._decode(q, kv_cache, out, metadata, metadata.num_seqs, shape, scale, window, kv_scales)
             return out
         if self._num_decodes:
-            self._decode(q, kv_cache, out, metadata, self._num_decodes, shape, scale, window)
+            self._decode(q, kv_cache, out, metadata, self._num_decodes, shape, scale, window, kv_scales)
         if self._num_decodes < len(metadata.seq_lens_host):
-            self._prefill(q, kv_cache, out, metadata, shape, scale, window)
+            self._prefill(q, kv_cache, out, metadata, shape, scale, window, kv_scales)
         out[int(metadata.query_start_host[-1]) :].zero_()
         return out
 
@@ -118,6 +125,7 @@ class TritonAttention:
         shape: _Shape,
         scale: float,
         window: int | None,
+        kv_scales: KvScales,
     ) -> None:
         """Rows [0, rows): q row i is the last token of sequence i."""
         if rows == 0:
@@ -131,15 +139,16 @@ class TritonAttention:
         windowed = window is not None
         common = {"head_dim": shape.head_dim, "DIM": shape.dim_block, "BLOCK_N": shape.block_n, "SPLITS": splits}
         decode_kernel[(rows, shape.num_kv_heads, splits)](
-            q, kv_cache, out, partial, stats, metadata.seq_lens, table, window or 0, scale * _LOG2_E, table.stride(0),
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:4],
+            q, kv_cache, out, partial, stats, metadata.seq_lens, table, window or 0, scale * kv_scales.k * _LOG2_E,
+            kv_scales.v, table.stride(0), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            *kv_cache.stride()[:4],
             num_heads=shape.num_heads, group=shape.group, page_size=shape.page_size,
             BLOCK_H=max(16, triton.next_power_of_2(shape.group)), WINDOWED=windowed, PRECISION=shape.precision,
             **common, num_warps=4, num_stages=5 if shape.narrow else 2,  # page ids, then two K/V blocks in flight
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows, shape.num_heads)](
-                partial, stats, out, metadata.seq_lens, window or 0, out.stride(0), out.stride(1),
+                partial, stats, out, metadata.seq_lens, window or 0, kv_scales.v, out.stride(0), out.stride(1),
                 num_heads=shape.num_heads, WINDOWED=windowed, **common, num_warps=4,
             )  # fmt: skip
 
@@ -152,6 +161,7 @@ class TritonAttention:
         shape: _Shape,
         scale: float,
         window: int | None,
+        kv_scales: KvScales,
     ) -> None:
         """Sequences from `_num_decodes` on."""
         rows = triton.next_power_of_2(metadata.max_query_len * shape.group)
@@ -160,10 +170,11 @@ class TritonAttention:
         tiles = self._tile_list(metadata, block_m // shape.group, q.device)
         table = metadata.page_table
         prefill_kernel[(tiles.shape[1] * shape.num_kv_heads,)](
-            q, kv_cache, out, tiles, metadata.query_start, metadata.seq_lens, table, window or 0, scale * _LOG2_E,
-            tiles.shape[1], table.stride(0), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            *kv_cache.stride()[:4], num_kv_heads=shape.num_kv_heads, group=shape.group, page_size=shape.page_size,
-            head_dim=shape.head_dim, DIM=shape.dim_block, BLOCK_M=block_m, BLOCK_N=shape.block_n,
+            q, kv_cache, out, tiles, metadata.query_start, metadata.seq_lens, table, window or 0,
+            scale * kv_scales.k * _LOG2_E, kv_scales.v, tiles.shape[1], table.stride(0), q.stride(0), q.stride(1),
+            out.stride(0), out.stride(1), *kv_cache.stride()[:4],
+            num_kv_heads=shape.num_kv_heads, group=shape.group, page_size=shape.page_size, head_dim=shape.head_dim,
+            DIM=shape.dim_block, BLOCK_M=block_m, BLOCK_N=shape.block_n,
             WINDOWED=window is not None, PRECISION=shape.precision,
             num_warps=8 if block_m == 128 else 4, num_stages=3 if shape.narrow else 2,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 Sizes in capitals are tile sizes and switches chosen at launch; strides are in elements. Softmax runs in base 2 with a
 finite initial maximum (-1e30), so that fully masked rows and empty ranges stay free of NaN; accumulation is float32.
+K and V of an FP8 cache are widened to q's dtype, which holds each of its numbers exactly; `scale` includes the scale of
+K, `out_scale` is that of V (kernels/attention.py).
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ def decode_kernel(
     table_ptr,
     window,
     scale,
+    out_scale,
     table_stride,
     q_token_stride,
     q_head_stride,
@@ -146,7 +149,7 @@ def decode_kernel(
         token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
     if used == 1:
-        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+        out = acc * (out_scale / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
         out_place = seq * out_token_stride + head[:, None] * out_head_stride + lane[None, :]
         tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=valid)
     else:
@@ -163,6 +166,7 @@ def merge_kernel(
     out_ptr,
     seq_lens_ptr,
     window,
+    out_scale,
     out_token_stride,
     out_head_stride,
     num_heads: tl.constexpr,
@@ -187,7 +191,7 @@ def merge_kernel(
     valid = live[:, None] & (lane < head_dim)[None, :]
     acc = tl.load(partial_ptr + slot[:, None] * head_dim + lane[None, :], mask=valid, other=0.0)
     weight = tl.exp2(row_max - tl.max(row_max, 0))
-    out = tl.sum(acc * weight[:, None], 0) / tl.sum(row_sum * weight, 0)
+    out = tl.sum(acc * weight[:, None], 0) * (out_scale / tl.sum(row_sum * weight, 0))
     place = out_ptr + seq * out_token_stride + head * out_head_stride + lane
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=lane < head_dim)
 
@@ -203,6 +207,7 @@ def prefill_kernel(
     table_ptr,
     window,
     scale,
+    out_scale,
     num_tiles,
     table_stride,
     q_token_stride,
@@ -272,6 +277,6 @@ def prefill_kernel(
         q, acc, row_max, row_sum, kv_ptr, table_row, position, full_end, end, window, page_stride, kv_stride,
         token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, WINDOWED, PRECISION,
     )  # fmt: skip
-    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    out = acc * (out_scale / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     out_place = q_row[:, None] * out_token_stride + head[:, None] * out_head_stride + lane[None, :]
     tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=valid)

@@ -10,26 +10,42 @@ import torch
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
+from appliance.kernels.attention import UNIT_SCALES, KvScales, store_kv
+from appliance.kernels.fp8_linear import FP8, FP8_MAX
 
 
 def rope_and_write(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: KvScales = UNIT_SCALES,
 ) -> Tensor:
     """Rotates q in place and returns it; writes rotated k and plain v to the cache.
 
     q [n, heads, d], k and v [n, kv_heads, d], any strides with a contiguous last dimension (views of one fused qkv
     tensor); k and v keep their values. positions int64 [n], rows of cos_sin. cos_sin float32 [max_pos, d]: cosines
-    of the d/2 frequencies, then sines. kv_cache [pages, 2, page_size, kv_heads, d], any float dtype (converted).
-    slot_mapping int64 [n]: page * page_size + offset, -1: token is not written. Slots of a call are distinct.
-    Rotation as in Su et al., "RoFormer" (2021), §3.4.2, in float32.
+    of the d/2 frequencies, then sines. kv_cache [pages, 2, page_size, kv_heads, d], any float dtype (converted); FP8 is
+    written as kernels/attention.py says, with `kv_scales`. slot_mapping int64 [n]: page * page_size + offset, -1: token
+    is not written. Slots of a call are distinct. Rotation as in Su et al., "RoFormer" (2021), §3.4.2, in float32.
     """
     if q.is_cuda:
-        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping)
-    return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping)
+        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales)
+    return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales)
 
 
 def rope_and_write_reference(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: KvScales = UNIT_SCALES,
 ) -> Tensor:
     """`rope_and_write` in plain torch, any device."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, d/2]
@@ -37,8 +53,8 @@ def rope_and_write_reference(
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     page, offset = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
-    kv_cache[page, 0, offset] = _rotate(k, cos, sin)[written].to(kv_cache.dtype)
-    kv_cache[page, 1, offset] = v[written].to(kv_cache.dtype)
+    kv_cache[page, 0, offset] = store_kv(_rotate(k, cos, sin)[written], kv_scales.k, kv_cache.dtype)
+    kv_cache[page, 1, offset] = store_kv(v[written], kv_scales.v, kv_cache.dtype)
     return q
 
 
@@ -46,6 +62,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [n, heads, d], cos and sin float32 [n, 1, d/2]; returns float32."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@triton.jit
+def _stored(x, inverse_scale, dtype: tl.constexpr, SCALED: tl.constexpr, LARGEST: tl.constexpr):
+    """x as the cache keeps it; SCALED: as an FP8 cache."""
+    if SCALED:
+        x = tl.clamp(x.to(tl.float32) * inverse_scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -57,6 +81,8 @@ def _rope_kernel(
     cos_sin_ptr,
     cache_ptr,
     slots_ptr,
+    inverse_k_scale,
+    inverse_v_scale,
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -74,6 +100,8 @@ def _rope_kernel(
     q_blocks: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """One program: one token, HEADS query heads (program_id(1) < q_blocks) or HEADS key/value heads (the rest)."""
     half: tl.constexpr = head_dim // 2
@@ -105,14 +133,24 @@ def _rope_kernel(
         place = (slot // page_size) * cache_page_stride + (slot % page_size) * cache_token_stride
         out = cache_ptr + place + head[:, None] * cache_head_stride + lane[None, :]
         dtype = cache_ptr.dtype.element_ty
-        tl.store(out, (x1 * cos - x2 * sin).to(dtype), mask=mask)
-        tl.store(out + half, (x2 * cos + x1 * sin).to(dtype), mask=mask)
-        tl.store(out + cache_kv_stride, v1.to(dtype), mask=mask)
-        tl.store(out + cache_kv_stride + half, v2.to(dtype), mask=mask)
+        k1 = _stored(x1 * cos - x2 * sin, inverse_k_scale, dtype, SCALED, LARGEST)
+        k2 = _stored(x2 * cos + x1 * sin, inverse_k_scale, dtype, SCALED, LARGEST)
+        tl.store(out, k1, mask=mask)
+        tl.store(out + half, k2, mask=mask)
+        out += cache_kv_stride
+        tl.store(out, _stored(v1, inverse_v_scale, dtype, SCALED, LARGEST), mask=mask)
+        tl.store(out + half, _stored(v2, inverse_v_scale, dtype, SCALED, LARGEST), mask=mask)
 
 
 def rope_and_write_triton(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: KvScales = UNIT_SCALES,
 ) -> Tensor:
     """`rope_and_write` as one Triton kernel; launches only, so it can be captured in a CUDA graph."""
     n, num_heads, head_dim = q.shape
@@ -131,6 +169,8 @@ def rope_and_write_triton(
         cos_sin,
         kv_cache,
         slot_mapping,
+        1.0 / kv_scales.k,
+        1.0 / kv_scales.v,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -145,6 +185,8 @@ def rope_and_write_triton(
         q_blocks=q_blocks,
         HEADS=heads_per_program,
         HALF=triton.next_power_of_2(head_dim // 2),
+        SCALED=kv_cache.dtype == FP8,
+        LARGEST=FP8_MAX,
         num_warps=2 if heads_per_program == 4 else 4,
     )
     return q

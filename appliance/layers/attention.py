@@ -33,7 +33,10 @@ class ForwardContext:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of layer `index`; a rank holds an even share of the heads."""
+    """Grouped-query attention of layer `index`; a rank holds an even share of the heads.
+
+    `kv_scales`: of this layer's FP8 KV cache; whoever allocates the caches sets them before the first pass.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Attention(nn.Module):
         self._scale = config.head_dim**-0.5
         self._window = config.window_of(index)
         self.rotary = rotary
+        self.kv_scales = paged.UNIT_SCALES
         heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv = ColumnParallelLinear(
             config.hidden_size, heads * self.head_dim, bias=config.attention_bias, scheme=scheme, dtype=dtype
@@ -76,7 +80,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps)
         cache = ctx.kv_caches[self._index]
-        q = rope_and_write(q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping)
-        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window)
+        scales = self.kv_scales
+        q = rope_and_write(q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales)
+        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window, scales)
         out: Tensor = self.o(attended.flatten(1))
         return out
