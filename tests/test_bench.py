@@ -18,7 +18,7 @@ from appliance.cli import main
 WHERE = {"device", "torch", "date"}
 OFFLINE = WHERE | {
     "bench", "precision", "backend", "attention", "kv_cache_dtype", "cuda_graphs", "kv_cache_tokens",
-    "startup_seconds", "seed", "floor_ms", "decode", "prefill", "throughput",
+    "startup_seconds", "seed", "floor_ms", "ceilings", "decode", "prefill", "throughput",
 }  # fmt: skip
 SMALL = ("--backend", "cpu", "--max-num-seqs", "4", "--input-len", "8", "--output-len", "8", "--batch-sizes", "1,4,8")
 
@@ -39,16 +39,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def check_rows(result: dict[str, Any], *, prefill: tuple[int, int], throughput: tuple[int, int, int]) -> None:
     assert [row["batch"] for row in result["decode"]] == [1, 4], "8 are more than --max-num-seqs"
-    assert set(result["decode"][0]) == {"batch", "input_len", "step_ms", "tokens_per_second", "floor_share"}
-    assert all(row["step_ms"] > 0 for row in result["decode"])
+    keys = {"batch", "input_len", "step_ms", "tokens_per_second", "floor_ms", "floor_share"}
+    assert set(result["decode"][0]) == keys
+    assert all(0 < row["floor_ms"] < row["step_ms"] for row in result["decode"])
     assert [(row["count"], row["length"]) for row in result["prefill"]] == [prefill]
-    assert set(result["prefill"][0]) == {"count", "length", "ms", "tokens_per_second"}
+    keys = {"count", "length", "ms", "tokens_per_second", "floor_ms", "floor_share"}
+    assert set(result["prefill"][0]) == keys
     (row,) = result["throughput"]
     assert (row["requests"], row["input_len"], row["output_len"]) == throughput
     assert set(row) - {"requests", "input_len", "output_len"} == {
         "seconds",
         "output_tokens_per_second",
         "total_tokens_per_second",
+        "floor_share",
     }
 
 
@@ -74,12 +77,20 @@ def test_offline_with_a_model_and_with_its_engine(cache: str, capsys: pytest.Cap
 
 
 def test_rows_that_do_not_fit_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = Rows((1, 9), ((1, 64), (2, 99)), ((3, 60, 40), (3, 60, 41)), input_len=50, output_len=50)
+    rows = Rows(((1, 50), (9, 50)), ((1, 64), (2, 99)), ((3, 60, 40), (3, 60, 41)), output_len=50)
     assert rows.longest == 101
     kept = rows.within(100, 8)
-    assert kept == Rows((1,), ((1, 64), (2, 99)), ((3, 60, 40),), 50, 50)
-    assert "beyond 100 tokens or 8 sequences: decode batch 9, throughput 3:60/41" in capsys.readouterr().out
-    assert rows.within(99, 9) == Rows((), ((1, 64),), (), 50, 50)
+    assert kept == Rows(((1, 50),), ((1, 64), (2, 99)), ((3, 60, 40),), 50)
+    assert "beyond 100 tokens or 8 sequences: decode batch 9 of 50, throughput 3:60/41" in capsys.readouterr().out
+    assert rows.within(99, 9) == Rows((), ((1, 64),), (), 50)
+
+
+def test_decode_rows_are_batches_by_prompt_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("--shape", "tiny", "--backend", "cpu", "--kv-cache", "fp32", "--prefill=", "--throughput=")
+    result = bench(capsys, "offline", *shape, "--batch-sizes", "1,2", "--isl", "8,40", "--osl", "8")
+    assert [(row["batch"], row["input_len"]) for row in result["decode"]] == [(1, 8), (2, 8), (1, 40), (2, 40)]
+    assert result["kv_cache_dtype"] == "fp32"
+    assert set(result["ceilings"]) == {"bandwidth_tbs", "linear_tflops", "attention_tflops"}
 
 
 def test_prompts_are_decided_by_the_seed() -> None:
@@ -93,7 +104,9 @@ def test_prompts_are_decided_by_the_seed() -> None:
 def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
     result = bench(capsys, "quality", "--precision", "bf16,fp8", "--backend", "cpu", *options)
-    assert set(result) == WHERE | {"bench", "model", "samples", "seed", "accuracy", "mean", "seconds"}
+    assert set(result) == WHERE | {
+        "bench", "model", "kv_cache", "samples", "seed", "accuracy", "mean", "seconds"
+    }  # fmt: skip
     assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in ("bf16", "fp8")}
     assert result["mean"] == {"bf16": 1.0, "fp8": 1.0} and set(result["seconds"]) == {"bf16", "fp8"}
 
@@ -122,10 +135,15 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("offline --shape tiny --prefill 8*16", 2, "--prefill has '8*16'; entries must be of the form NxN"),
         ("offline --shape tiny --throughput 8:0/4", 2, "--throughput has '8:0/4'; entries must be of the form N:N/N"),
         ("offline --shape tiny --batch-sizes one", 2, "--batch-sizes has 'one'"),
+        ("offline --shape tiny --kv-cache fp7", 2, "--kv-cache is 'fp7'; allowed: auto, fp32, fp16, bf16, fp8"),
+        ("offline --shape tiny --backend cpu --kv-cache bf16", 2, "kv_cache_dtype bf16 is not supported"),
+        ("offline --shape tiny --max-num-seqs 0", 2, "--max-num-seqs is 0; it must be at least 1"),
+        ("offline --shape tiny --isl 1.5", 2, "--input-len has '1.5'"),
         ("offline --shape tiny --output-len 2", 2, "--output-len is 2; it must be at least 8"),
         ("offline --shape tiny --batch-sizes= --prefill= --throughput=", 2, "nothing to measure"),
         ("offline --model ./nothing-here", 4, "nothing-here"),
         ("quality --precision bf16,fp7", 2, "--precision is 'bf16,fp7'; allowed: "),
+        ("quality --kv-cache bf61", 2, "--kv-cache is 'bf61'; allowed: "),
         ("quality --tasks addition,poetry", 2, "--tasks has 'poetry'; allowed: addition, "),
         ("quality --samples 0", 2, "--samples is 0; it must be at least 1"),
         ("quality --samples 9999 --tasks small_talk", 2, "--samples is 9999: task small_talk has only about"),

@@ -22,6 +22,7 @@ class Timing:
     first_token_seconds: dict[str, float] = field(default_factory=dict)  # request id -> since the start of the run
     # Time between two consecutive steps that gave every running request exactly one token.
     decode_steps: list[float] = field(default_factory=list)
+    token_ids: dict[str, list[int]] = field(default_factory=dict)  # request id -> its output, if it was to be kept
 
     @property
     def median_step(self) -> float:
@@ -42,7 +43,7 @@ def make_requests(count: int, input_len: int, output_len: int, vocab_size: int, 
     ]
 
 
-def run(core: EngineCore, requests: list[EngineRequest]) -> Timing:
+def run(core: EngineCore, requests: list[EngineRequest], *, keep_tokens: bool = False) -> Timing:
     """Run requests to completion on an idle core. RequestFailedError if one ends in any way but by length."""
     timing = Timing(prompt_tokens=sum(len(r.prompt_token_ids) for r in requests))
     begin = last = time.perf_counter()
@@ -58,6 +59,8 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> Timing:
             if output.finish_reason not in (None, "length"):
                 raise RequestFailedError(f"{output.request_id} ended with {output.finish_reason}: {output.error}")
             remaining -= output.finish_reason is not None
+            if keep_tokens:
+                timing.token_ids.setdefault(output.request_id, []).extend(output.token_ids)
         if len(outputs) == len(requests):
             timing.decode_steps.append(now - last)
         if outputs:

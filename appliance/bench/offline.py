@@ -1,8 +1,8 @@
 """`appliance bench offline`: the engine without HTTP, on a model shape with random weights or on a real model.
 
-Reports decode time per step over batch sizes, prefill speed, and throughput at full load, each beside the floor that
-memory bandwidth sets. Bandwidth is measured in the same run. Prompts are random token ids, fixed by the seed; output
-runs to its full length. All times in seconds unless named otherwise.
+Reports decode time per step over batch sizes and prompt lengths, prefill speed, and throughput at full load, each
+beside the floor that memory bandwidth and matrix products set (`floors.py`), both measured in the same run. Prompts are
+random token ids, fixed by the seed; output runs to its full length. All times in seconds unless named otherwise.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from appliance.bench import driver
-from appliance.bench.report import Table, environment, numbers, one_precision, say
-from appliance.bench.shapes import SHAPES, shape_config
+from appliance.bench.options import add_engine_arguments, at_least, open_subject
+from appliance.bench.report import Table, environment, numbers, say
 from appliance.errors import SettingsError
-from appliance.types import EngineOptions
 
 if TYPE_CHECKING:
     from appliance.bench.subject import Subject
 
-_DEFAULT_SHAPE = "llama-3.1-8b"
 _SHORTEST_OUTPUT = 8  # tokens: fewer steps have no median
 
 
@@ -32,31 +28,28 @@ _SHORTEST_OUTPUT = 8  # tokens: fewer steps have no median
 class Rows:
     """What is run, as asked for."""
 
-    decode: tuple[int, ...]  # batch sizes
+    decode: tuple[tuple[int, int], ...]  # (batch size, prompt tokens)
     prefill: tuple[tuple[int, int], ...]  # (prompts, tokens each)
     throughput: tuple[tuple[int, int, int], ...]  # (requests, prompt tokens, output tokens)
-    input_len: int  # of the decode rows, tokens
-    output_len: int
+    output_len: int  # of the decode rows, tokens
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        lengths = [self.input_len + self.output_len] if self.decode else [1]
+        lengths = [1] + [input_len + self.output_len for _, input_len in self.decode]
         lengths += [length + 1 for _, length in self.prefill]
         lengths += [input_len + output_len for _, input_len, output_len in self.throughput]
         return max(lengths)
 
     def within(self, limit: int, max_num_seqs: int) -> Rows:
         """The rows that an engine with these limits can run; says which are left out."""
-        fits = self.input_len + self.output_len <= limit
-        kept = Rows(
-            tuple(batch for batch in self.decode if batch <= max_num_seqs and fits),
-            tuple(row for row in self.prefill if row[1] + 1 <= limit),
-            tuple(row for row in self.throughput if row[1] + row[2] <= limit),
-            self.input_len,
-            self.output_len,
+        kept = replace(
+            self,
+            decode=tuple(r for r in self.decode if r[0] <= max_num_seqs and r[1] + self.output_len <= limit),
+            prefill=tuple(row for row in self.prefill if row[1] + 1 <= limit),
+            throughput=tuple(row for row in self.throughput if row[1] + row[2] <= limit),
         )
-        left_out = [f"decode batch {batch}" for batch in self.decode if batch not in kept.decode]
+        left_out = [f"decode batch {b} of {length}" for b, length in self.decode if (b, length) not in kept.decode]
         left_out += [f"prefill {row[0]}x{row[1]}" for row in self.prefill if row not in kept.prefill]
         too_long = (row for row in self.throughput if row not in kept.throughput)
         left_out += [f"throughput {count}:{inputs}/{outputs}" for count, inputs, outputs in too_long]
@@ -66,21 +59,15 @@ class Rows:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shape", help=f"{', '.join(SHAPES)}: random weights (default: {_DEFAULT_SHAPE})")
-    what.add_argument("--model", help="model directory, hub id, engine directory or builtin, instead of a shape")
-    parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: bf16 for a shape, selected for a model)")
-    parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
-    parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="run decode steps eagerly")
+    add_engine_arguments(parser)
     parser.add_argument(
         "--batch-sizes", default="1,8,32,64,128,256", help="of the decode rows; empty: none (default: %(default)s)"
     )
     parser.add_argument(
-        "--input-len", type=int, default=128, help="prompt tokens of the decode rows (default: %(default)s)"
+        "--input-len", "--isl", default="128", help="prompt tokens of the decode rows, N,… (default: %(default)s)"
     )
     parser.add_argument(
-        "--output-len", type=int, default=128, help="output tokens of the decode rows (default: %(default)s)"
+        "--output-len", "--osl", type=int, default=128, help="output tokens of the decode rows (default: %(default)s)"
     )
     parser.add_argument(
         "--prefill",
@@ -92,101 +79,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="256:1024/1024",
         help="REQUESTS:IN/OUT,… tokens, run to completion; empty: none (default: %(default)s)",
     )
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="running at once (default: %(default)s)")
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=8192, help="computed in one step (default: %(default)s)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    parser.add_argument("--cache", help="cache directory, with --model (default: the server's)")
 
 
 def parse_rows(args: argparse.Namespace) -> Rows:
     """SettingsError, naming the flag, for what is not of the form that its help says."""
+    batches = [row[0] for row in numbers("--batch-sizes", args.batch_sizes, "N")]
+    lengths = [row[0] for row in numbers("--input-len", args.input_len, "N")]
     rows = Rows(
-        tuple(row[0] for row in numbers("--batch-sizes", args.batch_sizes, "N")),
+        tuple((batch, length) for length in lengths for batch in batches),
         tuple((row[0], row[1]) for row in numbers("--prefill", args.prefill, "NxN")),
         tuple((row[0], row[1], row[2]) for row in numbers("--throughput", args.throughput, "N:N/N")),
-        args.input_len,
         args.output_len,
     )
-    least = {"input_len": 1, "output_len": _SHORTEST_OUTPUT, "max_num_seqs": 1, "max_num_batched_tokens": 16}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise SettingsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+    at_least(args, {"output_len": _SHORTEST_OUTPUT})
     if not (rows.decode or rows.prefill or rows.throughput):
         raise SettingsError("--batch-sizes, --prefill and --throughput are all empty: nothing to measure")
     return rows
 
 
-def open_subject(args: argparse.Namespace, rows: Rows) -> Subject:
-    """The model or shape that is measured, loaded. Raises what loading raises."""
-    from appliance.bench.random_model import load_random
-    from appliance.bench.subject import load_model
-
-    options = EngineOptions(
-        engine_dir="",
-        backend=args.backend,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        prefix_caching=False,
-        cuda_graphs=not args.no_cuda_graphs,
-        attention=args.attention,
-    )
-    chosen = one_precision(args.precision) if args.precision else None
-    if args.model:
-        return load_model(args.model, chosen, args.backend, args.cache, options)
-    shape = args.shape or _DEFAULT_SHAPE
-    limit = min(rows.longest, shape_config(shape).max_position_embeddings)
-    return load_random(shape, chosen or "bf16", msgspec.structs.replace(options, max_model_len=limit))
-
-
 def run(args: argparse.Namespace) -> int:
     rows = parse_rows(args)
-    subject = open_subject(args, rows)
-    rows = rows.within(subject.core.limits.max_length, args.max_num_seqs)
+    subject = open_subject(args, rows.longest)
+    rows = rows.within(subject.core.limits.max_length, subject.max_num_seqs)
     result: dict[str, Any] = {"bench": "offline", **subject.description, "seed": args.seed, **environment()}
-    floor_ms = subject.weight_bytes / subject.bandwidth * 1e3
-    result["floor_ms"] = round(floor_ms, 3)
+    floors = subject.floors
+    ceilings = floors.ceilings
+    result["floor_ms"] = round(floors.weights * 1e3, 3)
+    result["ceilings"] = {
+        "bandwidth_tbs": round(ceilings.bandwidth / 1e12, 3),
+        "linear_tflops": round(ceilings.linear_rate / 1e12, 2),
+        "attention_tflops": round(ceilings.attention_rate / 1e12, 2),
+    }
     say(
-        f"weights read per step {subject.weight_bytes / 1e9:.2f} GB, bandwidth {subject.bandwidth / 1e12:.2f} TB/s, "
-        f"floor {floor_ms:.2f} ms a step"
+        f"weights read per step {floors.weight_bytes / 1e9:.2f} GB, floor {floors.weights * 1e3:.2f} ms; "
+        f"measured here: copies {ceilings.bandwidth / 1e12:.2f} TB/s, products of the weights' precision "
+        f"{ceilings.linear_rate / 1e12:,.1f} TFLOP/s, of attention's {ceilings.attention_rate / 1e12:,.1f}"
     )
-    result["decode"] = _decode(subject, rows, args.seed, floor_ms)
+    result["decode"] = _decode(subject, rows, args.seed)
     result["prefill"] = _prefill(subject, rows, args.seed)
     result["throughput"] = _throughput(subject, rows, args.seed)
     print(json.dumps(result))
     return 0
 
 
-def _decode(subject: Subject, rows: Rows, seed: int, floor_ms: float) -> list[dict[str, Any]]:
-    table = Table("batch", "step ms", "tokens/s", "share of floor")
+def _decode(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
+    table = Table("prompt", "batch", "step ms", "tokens/s", "floor ms", "share of floor")
     found = []
-    for batch in rows.decode:
+    for batch, input_len in rows.decode:
         requests = driver.make_requests(
-            batch, rows.input_len, rows.output_len, subject.config.vocab_size, seed=f"decode {seed} {batch}"
+            batch, input_len, rows.output_len, subject.config.vocab_size, seed=f"decode {seed} {batch} {input_len}"
         )
         step = driver.run(subject.core, requests).median_step
-        row: dict[str, Any] = {"batch": batch, "input_len": rows.input_len}
+        floor = subject.floors.decode(batch, input_len + rows.output_len / 2)
+        row: dict[str, Any] = {"batch": batch, "input_len": input_len, "floor_ms": round(floor * 1e3, 3)}
         if math.isnan(step):
             say(f"decode batch {batch}: no steps with all sequences; raise --output-len or --max-num-batched-tokens")
             row |= {"step_ms": None, "tokens_per_second": None, "floor_share": None}
-            table.row(batch, "-", "-", "-")
+            table.row(input_len, batch, "-", "-", f"{floor * 1e3:.3f}", "-")
         else:
-            share = floor_ms / (step * 1e3)
             row |= {
                 "step_ms": round(step * 1e3, 3),
                 "tokens_per_second": round(batch / step, 1),
-                "floor_share": round(share, 3),
+                "floor_share": round(floor / step, 3),
             }
-            table.row(batch, f"{step * 1e3:.3f}", f"{batch / step:,.0f}", f"{share:.0%}")
+            rate = f"{batch / step:,.0f}"
+            table.row(input_len, batch, f"{step * 1e3:.3f}", rate, f"{floor * 1e3:.3f}", f"{floor / step:.0%}")
         found.append(row)
     if found:
-        table.show(f"decode, prompts of {rows.input_len} tokens")
+        table.show(f"decode, {rows.output_len} tokens of output; floor: weights and K/V read, products done")
     return found
 
 
 def _prefill(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    table = Table("prompts", "length", "ms", "tokens/s")
+    table = Table("prompts", "length", "ms", "tokens/s", "floor ms", "share of floor")
     found = []
     for count, length in rows.prefill:
         seconds = []
@@ -196,16 +162,25 @@ def _prefill(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
             )
             seconds.append(driver.run(subject.core, requests).seconds)
         median = sorted(seconds)[1]  # the first also warms up
-        rate = count * length / median
-        found.append({"count": count, "length": length, "ms": round(median * 1e3, 2), "tokens_per_second": round(rate)})
-        table.row(count, length, f"{median * 1e3:.1f}", f"{rate:,.0f}")
+        rate, floor = count * length / median, subject.floors.prefill(count, length)
+        found.append(
+            {
+                "count": count,
+                "length": length,
+                "ms": round(median * 1e3, 2),
+                "tokens_per_second": round(rate),
+                "floor_ms": round(floor * 1e3, 3),
+                "floor_share": round(floor / median, 3),
+            }
+        )
+        table.row(count, length, f"{median * 1e3:.1f}", f"{rate:,.0f}", f"{floor * 1e3:.2f}", f"{floor / median:.0%}")
     if found:
-        table.show("prefill")
+        table.show("prefill; floor: products at the measured rate")
     return found
 
 
 def _throughput(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    table = Table("requests", "in/out", "s", "output tokens/s", "total tokens/s")
+    table = Table("requests", "in/out", "s", "output tokens/s", "total tokens/s", "share of floor")
     found = []
     for count, input_len, output_len in rows.throughput:
         requests = driver.make_requests(
@@ -214,17 +189,20 @@ def _throughput(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]
         timing = driver.run(subject.core, requests)
         rate = timing.output_tokens / timing.seconds
         total = (timing.output_tokens + timing.prompt_tokens) / timing.seconds
+        share = subject.floors.throughput(count, input_len, output_len, subject.max_num_seqs) / timing.seconds
         found.append(
             {
                 "requests": count,
                 "input_len": input_len,
                 "output_len": output_len,
-                "seconds": round(timing.seconds, 2),
+                "seconds": round(timing.seconds, 3),
                 "output_tokens_per_second": round(rate),
                 "total_tokens_per_second": round(total),
+                "floor_share": round(share, 3),
             }
         )
-        table.row(count, f"{input_len}/{output_len}", f"{timing.seconds:.1f}", f"{rate:,.0f}", f"{total:,.0f}")
+        cells = (f"{input_len}/{output_len}", f"{timing.seconds:.1f}", f"{rate:,.0f}", f"{total:,.0f}", f"{share:.0%}")
+        table.row(count, *cells)
     if found:
-        table.show("throughput, all requests at once")
+        table.show("throughput, all requests at once; floor: each prompt once, then full decode steps")
     return found

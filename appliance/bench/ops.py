@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [int(part) for part in _chosen("--rows", args.rows, tuple(str(m) for m in range(1, 65)))]
     if not torch.cuda.is_available():
         raise HardwareError("`bench ops` times GPU kernels and found no CUDA GPU", hint="run it on a machine with one")
-    from appliance.bench.subject import measure_bandwidth
+    from appliance.bench.ceilings import measure_bandwidth
 
     device = torch.device("cuda", torch.cuda.current_device())
     fp8 = torch.cuda.get_device_capability(device) >= (8, 9)

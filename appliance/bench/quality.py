@@ -11,6 +11,7 @@ import json
 import time
 from typing import Any
 
+from appliance.bench.options import add_kv_cache_argument, kv_cache
 from appliance.bench.report import Table, environment, numbers, precisions, say
 from appliance.builtin import tasks
 from appliance.errors import SettingsError
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", help="cuda or cpu (default: what selection chooses)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
+    add_kv_cache_argument(parser)
     parser.add_argument("--samples", type=int, default=200, help="per row (default: %(default)s)")
     parser.add_argument("--tasks", default="", help=f"several by comma, of {', '.join(tasks.TASKS)} (default: all)")
     parser.add_argument(
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, sets = precisions(args.precision), sample_sets(args)
+    chosen, sets, kv_cache_dtype = precisions(args.precision), sample_sets(args), kv_cache(args)
     accuracy: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     for precision in chosen:
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "bench": "quality",
         "model": args.model,
+        "kv_cache": kv_cache_dtype,
         "samples": args.samples,
         "seed": args.seed,
         "accuracy": {p: {n: round(v, 4) for n, v in column.items()} for p, column in accuracy.items()},
@@ -89,8 +92,10 @@ def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
 
 def measure(args: argparse.Namespace, precision: str, sets: dict[str, list[tasks.Sample]]) -> dict[str, float]:
     """Accuracy per row, all samples of all rows in one batch: they share the engine as requests of users do."""
-    with LLM(args.model, precision=precision, backend=args.backend, cache=args.cache, attention=args.attention) as llm:
-        say(f"{precision}: {llm.info.device_name}, attention {llm.info.attention}")
+    kernels = {"attention": args.attention, "kv_cache_dtype": kv_cache(args)}
+    with LLM(args.model, precision=precision, backend=args.backend, cache=args.cache, **kernels) as llm:
+        info = llm.info
+        say(f"{precision}: {info.device_name}, attention {info.attention}, {info.kv_cache_dtype} KV cache")
         conversations = [list(sample.messages) for samples in sets.values() for sample in samples]
         answers = iter(llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=256)))
         found: dict[str, float] = {}

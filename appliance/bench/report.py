@@ -26,7 +26,7 @@ class Table:
     """Rows collected, then shown right-aligned."""
 
     def __init__(self, *columns: str) -> None:
-        self._table = RichTable(box=None, pad_edge=False, title_justify="left", title_style="bold")
+        self._table = RichTable(box=None, pad_edge=False)
         for column in columns:
             self._table.add_column(column, justify="right")
 
@@ -34,7 +34,7 @@ class Table:
         self._table.add_row(*(str(cell) for cell in cells))
 
     def show(self, title: str) -> None:
-        self._table.title = title
+        _console.print(title, style="bold", markup=False)
         _console.print(self._table)
         sys.stdout.flush()
 

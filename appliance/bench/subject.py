@@ -1,4 +1,4 @@
-"""What the offline benchmark measures: a batching core, and what memory bandwidth allows on its device."""
+"""What benchmarks without HTTP measure: a batching core, and the floors that its device sets for its model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from appliance import registry
 from appliance.batching.core import EngineCore
 from appliance.batching.step import Executor
+from appliance.bench.ceilings import measure_ceilings
+from appliance.bench.floors import Floors
 from appliance.bench.report import say
 from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
@@ -24,8 +26,9 @@ from appliance.types import EngineInfo, EngineOptions, ModelConfig
 class Subject:
     core: EngineCore
     config: ModelConfig
-    weight_bytes: int  # read by every decode step: all weights but the embedding table
-    bandwidth: float  # bytes/s of a large copy on this device, read + written
+    floors: Floors
+    max_num_seqs: int
+    device: torch.device
     description: dict[str, Any]  # for the JSON line
 
 
@@ -51,7 +54,7 @@ def load_model(
     """A batching core over a model directory, hub id, "builtin" or engine directory, built first if need be. Sizes and
     kernels are those of `options`, the context limit is the model's own. Raises what `prepare_engine` and the backend
     raise."""
-    names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching")
+    names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching", "kv_cache_dtype")
     wanted = {name: getattr(options, name) for name in names}
     chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)
     begin = time.perf_counter()
@@ -74,43 +77,28 @@ def make_subject(
 ) -> Subject:
     """Around an assembled executor; `seconds`: how long loading took. Says what is going to be measured."""
     embedding = loaded.model.embedding.weight
+    kv_tokens = info.num_pages * info.page_size
     say(
         f"{description.get('shape') or description['model']} {description['precision']} on {info.device_name}: "
-        f"{info.num_pages * info.page_size:,} tokens of KV cache, attention {info.attention}, ready in {seconds:.1f} s"
+        f"{kv_tokens:,} tokens of {info.kv_cache_dtype} KV cache, attention {info.attention}, ready in {seconds:.1f} s"
     )
     return Subject(
         core=EngineCore(executor, prefix_caching=options.prefix_caching),
         config=loaded.config,
-        weight_bytes=loaded.weight_bytes - embedding.numel() * embedding.element_size(),
-        bandwidth=measure_bandwidth(embedding.device),
+        floors=Floors(
+            loaded.config,
+            measure_ceilings(embedding.device, description["precision"]),
+            weight_bytes=loaded.weight_bytes - embedding.numel() * embedding.element_size(),
+            kv_token_bytes=info.kv_cache_bytes / kv_tokens,
+        ),
+        max_num_seqs=info.max_num_seqs,
+        device=embedding.device,
         description={
             **description,
             "attention": info.attention,
             "kv_cache_dtype": info.kv_cache_dtype,
             "cuda_graphs": options.cuda_graphs and embedding.is_cuda,
-            "kv_cache_tokens": info.num_pages * info.page_size,
+            "kv_cache_tokens": kv_tokens,
             "startup_seconds": {k: round(v, 2) for k, v in info.startup_seconds.items()},
         },
     )
-
-
-def measure_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a large copy on the device, bytes read and written counted."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 27)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(8):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-        else:
-            begin = time.perf_counter()
-            target.copy_(source)
-            seconds = time.perf_counter() - begin
-        best = min(best, seconds)
-    return 2 * size / best

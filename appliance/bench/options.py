@@ -1,0 +1,107 @@
+"""What benchmarks of an engine ask in the same words: which model or shape, in which precision, with which limits.
+
+Knows arguments and `EngineOptions`; imports no torch before an engine is opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+import msgspec
+
+from appliance.bench.report import one_precision
+from appliance.bench.shapes import SHAPES, shape_config
+from appliance.errors import SettingsError
+from appliance.types import EngineOptions, KvCacheDtype, Precision
+
+if TYPE_CHECKING:
+    from appliance.bench.subject import Subject
+
+DEFAULT_SHAPE = "llama-3.1-8b"
+_LEAST = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model or shape, precision, backend, kernels and limits."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", help=f"{', '.join(SHAPES)}: random weights (default: {DEFAULT_SHAPE})")
+    what.add_argument("--model", help="model directory, hub id, engine directory or builtin, instead of a shape")
+    parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: bf16 for a shape, selected for a model)")
+    parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+    parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
+    add_kv_cache_argument(parser)
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="run decode steps eagerly")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="running at once (default: %(default)s)")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=8192, help="computed in one step (default: %(default)s)"
+    )
+    parser.add_argument("--cache", help="cache directory, with --model (default: the server's)")
+
+
+def add_kv_cache_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache",
+        default="auto",
+        help=f"precision of the KV cache: {', '.join(get_args(KvCacheDtype))} (default: auto)",
+    )
+
+
+def at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
+    """SettingsError, naming the flag, for a number below its smallest."""
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise SettingsError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+
+
+def kv_cache(args: argparse.Namespace) -> KvCacheDtype:
+    """SettingsError for a name that is none of a precision."""
+    if args.kv_cache not in get_args(KvCacheDtype):
+        raise SettingsError(f"--kv-cache is {args.kv_cache!r}; allowed: {', '.join(get_args(KvCacheDtype))}")
+    return cast(KvCacheDtype, args.kv_cache)
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """The options that the arguments name; which engine is left open. SettingsError for what cannot be."""
+    at_least(args, _LEAST)
+    return EngineOptions(
+        engine_dir="",
+        backend=args.backend,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        prefix_caching=False,
+        cuda_graphs=not args.no_cuda_graphs,
+        attention=args.attention,
+        kv_cache_dtype=kv_cache(args),
+    )
+
+
+def precision_of(args: argparse.Namespace) -> Precision | None:
+    """None: nothing was said. SettingsError for one that cannot be built, or several."""
+    return one_precision(args.precision) if args.precision else None
+
+
+def open_subject(args: argparse.Namespace, longest: int) -> Subject:
+    """The model or shape that is measured, loaded; `longest`: tokens of the longest sequence that a shape must hold.
+    Raises what loading raises."""
+    options, precision = engine_options(args), precision_of(args)
+    config = None if args.model else shape_config(args.shape or DEFAULT_SHAPE)
+    from appliance.bench.random_model import load_random
+    from appliance.bench.subject import load_model
+
+    if config is None:
+        return load_model(args.model, precision, args.backend, args.cache, options)
+    limit = min(longest, config.max_position_embeddings)
+    shape = args.shape or DEFAULT_SHAPE
+    return load_random(shape, precision or "bf16", msgspec.structs.replace(options, max_model_len=limit))
+
+
+def shape_checkpoint(shape: str, work: Path) -> Path:
+    """A checkpoint of a shape with random weights below `work`; one that was written there before is taken again."""
+    from appliance.bench.random_model import write_checkpoint
+
+    path = work / shape
+    if not (path / "model.safetensors.index.json").exists():
+        write_checkpoint(shape_config(shape), path)
+    return path
