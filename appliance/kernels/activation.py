@@ -1,6 +1,7 @@
 """silu(gate) * up over the fused gate-and-up product, plain or quantized to FP8 for the product behind it.
 
-Arithmetic is float32, rounded once at the end.
+Arithmetic is float32, rounded once at the end. Scales of the product that are still to be applied
+(`kernels/deferred_scale.py`) are applied first.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
+from appliance.kernels.deferred_scale import Product, apply_scales, as_float
+from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference, row_block
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Product) -> Tensor:
     """gate_up [n, 2 * size], gate first, rows may be strided -> [n, size], same dtype."""
     return silu_mul_triton(gate_up) if gate_up.is_cuda else silu_mul_reference(gate_up)
 
 
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize(gate_up: Product) -> tuple[Tensor, Tensor]:
     """Like `silu_mul`, quantized per row: float8_e4m3fn [n, size] and float32 [n, 1]."""
     return silu_mul_quantize_triton(gate_up) if gate_up.is_cuda else silu_mul_quantize_reference(gate_up)
 
@@ -26,15 +29,15 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- references
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
+def silu_mul_reference(gate_up: Product) -> Tensor:
     """`silu_mul` in plain torch, any device."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = as_float(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def silu_mul_quantize_reference(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize_reference(gate_up: Product) -> tuple[Tensor, Tensor]:
     """`silu_mul_quantize` in plain torch, any device."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = as_float(gate_up).chunk(2, dim=-1)
     return quantize_rows_reference(F.silu(gate) * up)
 
 
@@ -42,44 +45,87 @@ def silu_mul_quantize_reference(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _silu_mul_block(row_ptr, column, size):
+def _silu_mul_block(
+    row_ptr,
+    row_scale,
+    column_scales_ptr,
+    bias_ptr,
+    column,
+    size,
+    DEFERRED: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """silu(gate) * up of some columns of a row, float32, 0 outside."""
     mask = column < size
     gate = tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(row_ptr + size + column, mask=mask, other=0.0).to(tl.float32)
+    if DEFERRED:
+        gate = apply_scales(gate, row_scale, column_scales_ptr, bias_ptr, column, mask, BIASED)
+        up = apply_scales(up, row_scale, column_scales_ptr, bias_ptr, size + column, mask, BIASED)
     return gate * tl.sigmoid(gate) * up
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    x_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
+    out_ptr,
+    x_stride,
+    size,
+    DEFERRED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program: BLOCK columns of one row."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    y = _silu_mul_block(x_ptr + row * x_stride, column, size)
+    row_scale = 1.0
+    if DEFERRED:
+        row_scale = tl.load(row_scales_ptr + row)
+    y = _silu_mul_block(x_ptr + row * x_stride, row_scale, column_scales_ptr, bias_ptr, column, size, DEFERRED, BIASED)
     tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
 
 
 @triton.jit
 def _silu_mul_quantize_kernel(
     x_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
     out_ptr,
     scales_ptr,
     x_stride,
     size,
+    DEFERRED: tl.constexpr,
+    BIASED: tl.constexpr,
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one row; held in registers (WHOLE_ROW), or read and computed twice."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * x_stride
     column = tl.arange(0, BLOCK)
-    y = _silu_mul_block(row_ptr, column, size)
+    row_scale = 1.0
+    if DEFERRED:
+        row_scale = tl.load(row_scales_ptr + row)
+    y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, column, size, DEFERRED, BIASED)
     largest = tl.max(tl.abs(y), axis=0)
     if not WHOLE_ROW:
         for start in range(BLOCK, size, BLOCK):
-            part = _silu_mul_block(row_ptr, start + column, size)
+            at = start + column
+            part = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
             largest = tl.maximum(largest, tl.max(tl.abs(part), axis=0))
     scale = tl.maximum(largest, SMALLEST_AMAX) / FP8_MAX
     tl.store(scales_ptr + row, scale)
@@ -88,37 +134,61 @@ def _silu_mul_quantize_kernel(
     if not WHOLE_ROW:
         for start in range(BLOCK, size, BLOCK):
             at = start + column
-            part = tl.clamp(_silu_mul_block(row_ptr, at, size) / scale, -FP8_MAX, FP8_MAX)
+            part = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
+            part = tl.clamp(part / scale, -FP8_MAX, FP8_MAX)
             tl.store(out_ptr + row * size + at, part.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-def silu_mul_triton(gate_up: Tensor) -> Tensor:
+def _operands(gate_up: Product) -> tuple[Tensor, tuple[Tensor | None, ...], dict[str, bool]]:
+    """Values; scales of rows and columns, bias; and the constants that say what there is of the latter."""
+    if isinstance(gate_up, Tensor):
+        assert gate_up.stride(-1) == 1
+        return gate_up, (None, None, None), {"DEFERRED": False, "BIASED": False}
+    assert gate_up.values.stride(-1) == 1
+    scales = gate_up.row_scales, gate_up.column_scales, gate_up.bias
+    return gate_up.values, scales, {"DEFERRED": True, "BIASED": gate_up.bias is not None}
+
+
+def silu_mul_triton(gate_up: Product) -> Tensor:
     """`silu_mul` as one kernel."""
-    assert gate_up.stride(-1) == 1
-    n, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((n, size), dtype=gate_up.dtype, device=gate_up.device)
+    x, scaling, constants = _operands(gate_up)
+    n, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty((n, size), dtype=x.dtype, device=x.device)
     block = min(triton.next_power_of_2(size), 1024)
-    _silu_mul_kernel[(n, triton.cdiv(size, block))](gate_up, out, gate_up.stride(0), size, BLOCK=block, num_warps=4)
+    _silu_mul_kernel[(n, triton.cdiv(size, block))](
+        x,
+        *scaling,
+        out,
+        x.stride(0),
+        size,
+        BLOCK=block,
+        num_warps=4,
+        **constants,
+        **launch_options(x.device),
+    )
     return out
 
 
-def silu_mul_quantize_triton(gate_up: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize_triton(gate_up: Product, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
     """`silu_mul_quantize` as one kernel; `values_dtype` as in `fp8_linear.quantize_rows_triton`."""
-    assert gate_up.stride(-1) == 1
-    n, size = gate_up.shape[0], gate_up.shape[1] // 2
-    values = torch.empty((n, size), dtype=values_dtype, device=gate_up.device)
-    scales = torch.empty((n, 1), dtype=torch.float32, device=gate_up.device)
+    x, scaling, constants = _operands(gate_up)
+    n, size = x.shape[0], x.shape[1] // 2
+    values = torch.empty((n, size), dtype=values_dtype, device=x.device)
+    scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
     block, num_warps = row_block(size)
     _silu_mul_quantize_kernel[(n,)](
-        gate_up,
+        x,
+        *scaling,
         values,
         scales,
-        gate_up.stride(0),
+        x.stride(0),
         size,
         FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
         BLOCK=block,
         WHOLE_ROW=size <= block,
         num_warps=num_warps,
+        **constants,
+        **launch_options(x.device),
     )
     return values, scales

@@ -1,4 +1,5 @@
-"""FP8 (e4m3) products with a scale per row of either side: quantization kernels and the product itself.
+"""FP8 (e4m3) products with a scale per row of either side: quantization kernels and the library's products, one that
+applies the scales and one that leaves them to the next kernel.
 
 A row r of a matrix is stored as round(r / scale) with scale = max|r| / 448, in float32; 448 is the largest e4m3 number
 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022). The same serves weights (a row is an output channel) and
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
+from appliance.kernels.deferred_scale import DeferredScale
+from appliance.kernels.dependent_launch import launch_options
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -47,8 +50,12 @@ def _quantize_rows_kernel(
     SMALLEST_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one row; held in registers (WHOLE_ROW), or read twice, the second time from the L2 cache."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
@@ -89,8 +96,43 @@ def quantize_rows_triton(x: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Te
         BLOCK=block,
         WHOLE_ROW=size <= block,
         num_warps=num_warps,
+        **launch_options(x.device),
     )
     return values, scales
+
+
+_ones: dict[torch.device, Tensor] = {}
+
+
+def _one(device: torch.device) -> Tensor:
+    """The scale 1, float32, kept per device."""
+    if device not in _ones:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A number made now would belong to the graph.
+            raise RuntimeError("run a deferred product once on this device before one is captured in a CUDA graph")
+        with torch.inference_mode(False):
+            _ones[device] = torch.ones((), dtype=torch.float32, device=device)
+    return _ones[device]
+
+
+def fp8_linear_deferred(
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None
+) -> DeferredScale:
+    """(values * scales) @ (weight * weight_scales).T + bias with scales and bias left to whoever takes the result; in
+    bfloat16. Arguments as in `fp8_linear`. The product behind it is the library's with one scale per matrix."""
+    if values.shape[0] == 0:
+        raw = values.new_empty((0, weight.shape[0]), dtype=torch.bfloat16)
+    else:
+        one = _one(values.device)
+        raw = torch._scaled_mm(values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return DeferredScale(raw, scales, weight_scales, bias)
+
+
+def fp8_linear_deferred_reference(
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> DeferredScale:
+    """`fp8_linear_deferred` in plain torch, any device, unscaled sums rounded to `dtype`."""
+    return DeferredScale(F.linear(values.float(), weight.float()).to(dtype), scales, weight_scales, bias)
 
 
 def fp8_linear(

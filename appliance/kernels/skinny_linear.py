@@ -38,6 +38,13 @@ class Config:
     num_stages: int  # tiles in flight, the one being multiplied counted
     weight_first: bool  # weight tile as the left operand: Hopper's wgmma, which reads it from shared memory; else mma
 
+    @property
+    def name(self) -> str:
+        """Says what it is, for people and for tables of tactics."""
+        left = "weight" if self.weight_first else "x"
+        shape = f"{self.block_n}x{self.k_bytes} split{self.split}"
+        return f"{shape} warps{self.num_warps} stages{self.num_stages} {left}-first"
+
     def shared_bytes(self, m: int) -> int:
         """Shared memory of the tiles of weight and x. wgmma, for a left operand of 64 rows or more on Hopper, needs the
         tile it multiplies there too; mma has it in registers."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from appliance.distributed import TensorParallel
 from appliance.errors import CheckpointError, EngineDamagedError
+from appliance.kernels.deferred_scale import Product, materialize
 from appliance.layers.attention import Attention, ForwardContext
 from appliance.layers.embedding import Embedding
 from appliance.layers.linear import ColumnParallelLinear, Linear
@@ -26,7 +27,8 @@ _PLAIN = {torch.float32, torch.float16, torch.bfloat16}  # converted into each o
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm. Takes and returns (x, residual): the stream is their sum."""
+    """Attention and MLP, each behind a norm. Takes and returns (x, residual): the stream is their sum; x may be a
+    product whose scales are still to be applied."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = ResidualRMSNorm(config.hidden_size, config.rms_norm_eps, scheme, dtype)
         self.mlp = GatedMLP(config, scheme=scheme, dtype=dtype, tp=tp)
 
-    def forward(self, x: Tensor, residual: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Product, residual: Tensor | None, ctx: ForwardContext) -> tuple[Product, Tensor]:
         normed, residual = self.input_norm(x, residual)
         x = self.attention(normed, ctx)
         normed, residual = self.post_attention_norm(x, residual)
@@ -85,6 +87,7 @@ class Decoder(nn.Module):
             bias=False,
             scheme=scheme,
             dtype=dtype,
+            defer=True,
         )
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
@@ -130,4 +133,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden] -> float32 [m, vocab]."""
-        return self.tp.all_gather(self.lm_head(hidden)).float()
+        logits: Product = self.lm_head(hidden)
+        if self.tp.size == 1:
+            return materialize(logits, torch.float32)
+        return self.tp.all_gather(materialize(logits, self.dtype)).float()

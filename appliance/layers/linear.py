@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from appliance.distributed import TensorParallel
+from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 
@@ -19,15 +20,26 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x [n, in_features] -> [n, out_features]; both are this rank's share."""
+    """x [n, in_features] -> [n, out_features]; both are this rank's share.
+
+    `defer`: whoever takes the result accepts a `DeferredScale`, so the scheme may leave its scales to it.
+    """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, scheme: PrecisionScheme, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        scheme: PrecisionScheme,
+        dtype: torch.dtype,
+        defer: bool = False,
     ) -> None:
         super().__init__()
         self.out_features = out_features
+        self._defer = defer
         self._dtype = dtype
         self._scheme = scheme
         self._stored = scheme.tensors(out_features, in_features, dtype)
@@ -44,12 +56,15 @@ class Linear(nn.Module):
         for suffix in self._stored:
             self.register_parameter(suffix, None)
 
-    def forward(self, x: Activation) -> Tensor:
+    def forward(self, x: Activation) -> Product:
         return self._product(x, self.bias)
 
-    def _product(self, x: Activation, bias: Tensor | None) -> Tensor:
-        out = self._scheme.apply(self._prepared, x, bias, self._dtype)
-        return out if out.shape[1] == self.out_features else out[:, : self.out_features]
+    def _product(self, x: Activation, bias: Tensor | None) -> Product:
+        apply = self._scheme.apply_deferred if self._defer else self._scheme.apply
+        out = apply(self._prepared, x, bias, self._dtype)
+        if out.shape[1] == self.out_features:
+            return out
+        return out.first_columns(self.out_features) if isinstance(out, DeferredScale) else out[:, : self.out_features]
 
 
 class ColumnParallelLinear(Linear):
@@ -69,13 +84,16 @@ class RowParallelLinear(Linear):
         scheme: PrecisionScheme,
         dtype: torch.dtype,
         tp: TensorParallel,
+        defer: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, scheme=scheme, dtype=dtype)
+        # Ranks add numbers up, so with several of them there is nothing to defer.
+        defer = defer and tp.size == 1
+        super().__init__(in_features, out_features, bias=bias, scheme=scheme, dtype=dtype, defer=defer)
         self._tp = tp
 
-    def forward(self, x: Activation) -> Tensor:
+    def forward(self, x: Activation) -> Product:
         if self._tp.size == 1:
             return self._product(x, self.bias)
         # Every rank holds the whole bias; it must count once.
         bias = self.bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(self._product(x, bias))
+        return self._tp.all_reduce(materialize(self._product(x, bias), self._dtype))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from appliance.distributed import TensorParallel
+from appliance.kernels.deferred_scale import Product
 from appliance.layers.linear import ColumnParallelLinear, RowParallelLinear
 from appliance.quantization.scheme import Activation, PrecisionScheme
 from appliance.types import ModelConfig
@@ -19,10 +20,13 @@ class GatedMLP(nn.Module):
         size = tp.share(config.intermediate_size, "feed-forward columns")
         self._scheme = scheme
         self.gate_up = ColumnParallelLinear(
-            config.hidden_size, 2 * size, bias=config.mlp_bias, scheme=scheme, dtype=dtype
+            config.hidden_size, 2 * size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, defer=True
         )
-        self.down = RowParallelLinear(size, config.hidden_size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, tp=tp)
+        self.down = RowParallelLinear(
+            size, config.hidden_size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, tp=tp, defer=True
+        )
 
-    def forward(self, x: Activation) -> Tensor:
-        out: Tensor = self.down(self._scheme.silu_mul(self.gate_up(x)))
+    def forward(self, x: Activation) -> Product:
+        """The result goes to the norm behind it, which takes a deferred product too."""
+        out: Product = self.down(self._scheme.silu_mul(self.gate_up(x)))
         return out

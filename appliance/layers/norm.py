@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from appliance.kernels import norm
+from appliance.kernels.deferred_scale import Product
 from appliance.layers.linear import parameter
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
@@ -23,9 +24,9 @@ class ResidualRMSNorm(nn.Module):
         self._eps = eps
         self._scheme = scheme
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Activation, Tensor]:
-        """x [n, size] is added to the residual stream (None: it starts with x). Returns what the next linear layer
-        takes, and the stream; the residual passed in is overwritten."""
+    def forward(self, x: Product, residual: Tensor | None) -> tuple[Activation, Tensor]:
+        """x [n, size], its scales applied if that is still to be done, is added to the residual stream (None: it starts
+        with x). Returns what the next linear layer takes, and the stream; the residual passed in is overwritten."""
         return self._scheme.rms_norm(x, residual, self.weight, self._eps)
 
 
@@ -37,7 +38,7 @@ class FinalRMSNorm(nn.Module):
         self.weight = parameter((size,), dtype)
         self._eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def forward(self, x: Product, residual: Tensor | None) -> Tensor:
         """norm(x + residual), [n, size]."""
         return norm.rms_norm(x, residual, self.weight, self._eps)[0]
 
