@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
+from appliance.kernels.attention import AttentionMetadata, KvScales, ReferenceAttention
 from appliance.kernels.flashinfer import FlashInferAttention, available, page_lists
+from appliance.kernels.fp8_linear import FP8
 
 # The first plans compile FlashInfer's kernels: four modules (two backends, with and without window), minutes in all.
 pytestmark = pytest.mark.timeout(1200)
@@ -34,6 +35,7 @@ def test_page_lists_of_padding_only():
 def test_available_names_the_reason():
     assert "float32" in available(128, torch.float32)
     assert "head size" in available(80, torch.bfloat16)
+    assert "KV cache in torch.bfloat16 or torch.float8_e4m3fn" in available(128, torch.bfloat16, torch.float16)
 
 
 def make_step(query_lens, seq_lens, num_seqs=None, seed=0):
@@ -151,3 +153,89 @@ def test_unplanned_window_and_wrong_scale_are_refused(attention):
         attention.attend(q, cache, meta, DIM**-0.5, 7)
     with pytest.raises(ValueError, match="scale"):
         attention.attend(q, cache, meta, 1.0, None)
+
+
+FP8_SHAPES = [(8, 8, 64), (8, 2, 64), (8, 1, 64), (8, 8, 128), (8, 2, 128), (8, 1, 128)]  # heads, K/V heads, head size
+SCALES = KvScales(k=0.5, v=3.0)
+
+
+@pytest.fixture(scope="module")
+def fp8_attention():
+    """Instances by shape, with FP8 caches; compiled modules depend on the head size and on having windows only."""
+    made = {}
+
+    def make(heads, kv_heads, d):
+        if (reason := available(d, torch.bfloat16, FP8)) is not None:
+            pytest.skip(reason)
+        if (heads, kv_heads, d) not in made:
+            made[heads, kv_heads, d] = FlashInferAttention(
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=d,
+                page_size=PAGE,
+                dtype=torch.bfloat16,
+                kv_dtype=FP8,
+                max_num_seqs=8,
+                max_model_len=2048,
+                device="cuda",
+                windows=(None, 40),
+                graph_batch_sizes=(4,),
+                workspace_bytes=64 << 20,
+            )
+        return made[heads, kv_heads, d]
+
+    return make
+
+
+def make_fp8_tensors(num_tokens, heads, kv_heads, d):
+    torch.manual_seed(1)
+    q = torch.randn(num_tokens, heads, d, device="cuda", dtype=torch.bfloat16)
+    return q, torch.randn(PAGES, 2, PAGE, kv_heads, d, device="cuda").to(FP8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), FP8_SHAPES)
+def test_fp8_cache_matches_reference(fp8_attention, heads, kv_heads, d, window):
+    """Decode, short chunks of long sequences (the bytes are read), long chunks (widened on compute capability 9.0)."""
+    attention = fp8_attention(heads, kv_heads, d)
+    for query_lens, seq_lens in (
+        ([1, 1, 1], [1, 17, 900]),
+        ([1, 5, 30], [30, 700, 900]),
+        ([1, 1, 64, 200], [16, 77, 300, 200]),
+    ):
+        meta = make_step(query_lens, seq_lens)
+        q, cache = make_fp8_tensors(meta.num_tokens, heads, kv_heads, d)
+        attention.plan(meta)
+        got = attention.attend(q, cache, meta, d**-0.5, window, SCALES)
+        want = ReferenceAttention().attend(q, cache, meta, d**-0.5, window, SCALES)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=5e-2)  # values of three times the usual size
+
+
+@pytest.mark.gpu
+def test_fp8_prefill_widens_where_it_pays(fp8_attention):
+    attention = fp8_attention(8, 2, 128)
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    for query_lens, seq_lens, pays in (([1, 200], [5, 300], True), ([1, 20], [5, 300], False), ([1, 1], [5, 9], False)):
+        attention.plan(make_step(query_lens, seq_lens))
+        assert (attention._planned[None].widened is not None) == (pays and hopper)
+
+
+@pytest.mark.gpu
+def test_fp8_graph_is_replayed_with_new_lengths(fp8_attention):
+    attention = fp8_attention(8, 2, 128)
+    q, cache = make_fp8_tensors(4, 8, 2, 128)
+    first = make_step([1, 1], [3, 30], num_seqs=4)
+    attention.plan(first)
+    attention.attend(q, cache, first, 128**-0.5, None, SCALES)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention.attend(q, cache, first, 128**-0.5, None, SCALES)
+    for seed, lens in enumerate(([1], [1200, 5], [16, 17, 1500, 1])):
+        meta = make_step([1] * len(lens), lens, num_seqs=4, seed=seed)
+        attention.plan(meta)
+        graph.replay()
+        want = ReferenceAttention().attend(q, cache, meta, 128**-0.5, None, SCALES)
+        torch.testing.assert_close(out[: len(lens)], want[: len(lens)], rtol=2e-2, atol=5e-2)
+        assert torch.isfinite(out).all()

@@ -6,6 +6,10 @@ private attributes was checked against flashinfer-python 0.7.2.post1, the versio
 
 Decode rows run on the tensor-core decode wrapper (the FA2 kernel: it splits long sequences over the GPU and takes
 rows without pages, so padding rows cost nothing), longer rows on the prefill wrapper (FA3 on compute capability 9.0).
+
+FP8 caches: FA2 reads the bytes as they are. FA3 takes them only with FP8 queries, which would cost accuracy; so where
+there are many queries per cached token, the step's pages are widened to 16 bits, layer by layer, into pages of this
+object, which FA3 reads. Both see the same numbers.
 """
 
 from __future__ import annotations
@@ -19,26 +23,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import AttentionMetadata
+from appliance.kernels.attention import UNIT_SCALES, AttentionMetadata, KvScales
+from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.widen_pages import widen_pages
 
 HEAD_DIMS = (64, 128, 256)
+_WIDE_BYTES = 256 << 20  # for the widened pages of one layer; steps with longer sequences read the bytes
+# Widening moves three bytes per number more than FA2 reads; it is paid back by FA3's faster products from about this
+# many queries per cached token on (H200 data sheet: 4.8 TB/s; FA2 half as fast as FA3).
+_WIDE_QUERIES = 64
 _INT_WORKSPACE_BYTES = 8 << 20  # FlashInfer's own size: schedules of up to some 100,000 tiles
 
 
-def available(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """None when FlashInfer can serve this head size and dtype on the current GPU, else one line that says why not.
+def available(
+    head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None
+) -> str | None:
+    """None when FlashInfer can serve this head size, dtype and KV cache (None: of the same dtype) on the current GPU,
+    else one line that says why not.
 
     Does not compile anything; a missing nvcc shows at `load_modules`, unless the compiled modules are cached.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return f"FlashInfer attention needs bfloat16 or float16, not {dtype}"
+    if kv_dtype not in (None, dtype, FP8):
+        return f"FlashInfer attention needs a KV cache in {dtype} or {FP8}, not {kv_dtype}"
     if head_dim not in HEAD_DIMS:
         return f"FlashInfer attention needs a head size of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if not torch.cuda.is_available():
         return "FlashInfer attention needs an NVIDIA GPU, and torch sees none"
     capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"FlashInfer attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    oldest = (8, 9) if kv_dtype == FP8 else (8, 0)
+    if capability < oldest:
+        what = "an FP8 KV cache" if kv_dtype == FP8 else "FlashInfer attention"
+        return f"{what} needs compute capability {oldest[0]}.{oldest[1]}, this GPU has {capability[0]}.{capability[1]}"
     try:
         import flashinfer  # noqa: F401
     except Exception as error:  # a broken install fails in many ways; every one of them means "not here"
@@ -74,6 +91,7 @@ class _Planned:
     prefill: Any | None
     num_decodes: int
     num_rows: int
+    widened: Tensor | None  # int32: the pages that `prefill` wants widened; None: it reads the cache itself
 
 
 class _PinnedRing:
@@ -100,7 +118,8 @@ class FlashInferAttention:
     `windows`: every distinct sliding window of the model (None: full attention); `attend` takes no other.
     `graph_batch_sizes`: padded values of `num_seqs` that decode steps are captured with; each has wrappers of its own,
     whose buffers stay at their addresses. A captured step is replayed after a `plan` with the same `num_seqs`.
-    Device memory: `workspace_bytes` + 16 MiB a window + page indices (4 bytes × max_num_seqs × pages of max_model_len).
+    Device memory: `workspace_bytes` + 16 MiB a window + page indices (4 bytes × max_num_seqs × pages of max_model_len);
+    with FP8 caches up to 256 MiB more for widened pages.
     """
 
     name = "flashinfer"
@@ -123,7 +142,7 @@ class FlashInferAttention:
         workspace_bytes: int = 256 << 20,
     ) -> None:
         """Raises ValueError when `available` gives a reason. Compiles nothing; the first plans do."""
-        if (reason := available(head_dim, dtype)) is not None:
+        if (reason := available(head_dim, dtype, kv_dtype)) is not None:
             raise ValueError(reason)
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._page_size = page_size
@@ -131,7 +150,7 @@ class FlashInferAttention:
         self._scale = head_dim**-0.5 if scale is None else scale
         self._windows = tuple(dict.fromkeys(windows))
         self._device = torch.device(device)
-        self._prefill_backend = self._choose_prefill_backend()
+        self._prefill_backend = self._choose_prefill_backend(self._kv_dtype)
         self._float_workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self._device)
         self._ring = _PinnedRing(3 * 2 * len(self._windows))
         # Graph wrappers of all sizes share these: a step plans one size, and whatever it replays reads them afterwards.
@@ -140,6 +159,9 @@ class FlashInferAttention:
         self._indptr = torch.zeros(rows + 1, dtype=torch.int32, device=self._device)
         self._indices = torch.zeros(rows * pages, dtype=torch.int32, device=self._device)
         self._last_page_len = torch.ones(rows, dtype=torch.int32, device=self._device)
+        self._wide = self._wide_pages(max(max_num_seqs, 1) * pages)
+        self._wide_order = torch.arange(0 if self._wide is None else len(self._wide), dtype=torch.int32, device=device)
+        self._wide_prefill: dict[int | None, Any] = {}
         self._decode: dict[int | None, Any] = {}
         self._prefill: dict[int | None, Any] = {}
         self._graph_decode: dict[tuple[int | None, int], Any] = {}
@@ -147,7 +169,16 @@ class FlashInferAttention:
             self._make_wrappers(window, graph_batch_sizes)
         self._planned: dict[int | None, _Planned] = {}
 
-    def _choose_prefill_backend(self) -> str:
+    def _wide_pages(self, most: int) -> Tensor | None:
+        """Pages of this object for widened copies, `most` or as many as _WIDE_BYTES hold; None where FA3 is not used or
+        reads the cache itself."""
+        if self._kv_dtype == self._dtype or self._choose_prefill_backend(self._dtype) != "fa3":
+            return None
+        shape = (2, self._page_size, self._num_kv_heads, self._head_dim)
+        page_bytes = int(np.prod(shape)) * self._dtype.itemsize
+        return torch.zeros((min(most, _WIDE_BYTES // page_bytes), *shape), dtype=self._dtype, device=self._device)
+
+    def _choose_prefill_backend(self, kv_dtype: torch.dtype) -> str:
         from flashinfer.utils import determine_attention_backend
 
         return str(
@@ -157,7 +188,7 @@ class FlashInferAttention:
                 False,  # no fp16 reduction of q @ k
                 False,  # no custom mask
                 self._dtype,
-                self._kv_dtype,
+                kv_dtype,
                 head_dim_qk=self._head_dim,
                 head_dim_vo=self._head_dim,
             )
@@ -176,6 +207,9 @@ class FlashInferAttention:
         ints = [torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2)]
         prefill = BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD", backend=self._prefill_backend)
         self._prefill[window] = share(prefill, ints[0])
+        if self._wide is not None:
+            wide = BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD", backend="fa3")
+            self._wide_prefill[window] = share(wide, ints[0])
         decode = BatchDecodeWithPagedKVCacheWrapper(self._float_workspace, "NHD", use_tensor_cores=True, backend="fa2")
         self._decode[window] = share(decode, ints[1])
         for size in graph_batch_sizes:
@@ -196,23 +230,23 @@ class FlashInferAttention:
 
         Raises whatever the library raises where it can do neither.
         """
-        table = np.zeros((2, 1), dtype=np.int32)
         zeros = torch.zeros(2, dtype=torch.int64, device=self._device)
-        self.plan(
-            AttentionMetadata(
-                num_seqs=2,
-                num_tokens=3,
-                max_query_len=2,
-                max_seq_len=2,
-                query_start=zeros,
-                seq_lens=zeros,
-                page_table=zeros,
-                slot_mapping=zeros,
-                query_start_host=np.array([0, 1, 3], dtype=np.int32),
-                seq_lens_host=np.array([1, 2], dtype=np.int32),
-                page_table_host=table,
+        for length in (2, _WIDE_QUERIES):  # the second is prefilled by the wide wrapper, where there is one
+            self.plan(
+                AttentionMetadata(
+                    num_seqs=2,
+                    num_tokens=1 + length,
+                    max_query_len=length,
+                    max_seq_len=length,
+                    query_start=zeros,
+                    seq_lens=zeros,
+                    page_table=zeros,
+                    slot_mapping=zeros,
+                    query_start_host=np.array([0, 1, 1 + length], dtype=np.int32),
+                    seq_lens_host=np.array([1, length], dtype=np.int32),
+                    page_table_host=np.zeros((2, -(-length // self._page_size)), dtype=np.int32),
+                )
             )
-        )
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Schedules the step for every window, from the host copies; enqueues small copies on the current stream."""
@@ -226,9 +260,12 @@ class FlashInferAttention:
         lens, table = metadata.seq_lens_host, metadata.page_table_host
         real = min(num_decodes, len(lens))
         decode_pages = self._upload(table[:real], lens[:real], num_decodes) if num_decodes else None
-        prefill_pages = None
+        prefill_pages = widened = None
         if num_decodes < len(lens):
             prefill_pages = self._upload(table[num_decodes:], lens[num_decodes:], len(lens) - num_decodes)
+            if self._worth_widening(query_lens[num_decodes:], lens[num_decodes:]):
+                indptr, widened, last = prefill_pages
+                prefill_pages = (indptr, self._wide_order[: len(widened)], last)
         for window in self._windows:
             decode = prefill = None
             if decode_pages is not None:
@@ -236,10 +273,16 @@ class FlashInferAttention:
                 decode = graph or self._decode[window]
                 self._plan_wrapper(decode, decode_pages, window)
             if prefill_pages is not None:
-                prefill = self._prefill[window]
+                prefill = (self._prefill if widened is None else self._wide_prefill)[window]
                 query_start = torch.from_numpy(metadata.query_start_host[num_decodes:] - np.int32(num_decodes))
                 self._plan_wrapper(prefill, prefill_pages, window, query_start.pin_memory())
-            self._planned[window] = _Planned(decode, prefill, num_decodes, rows)
+            self._planned[window] = _Planned(decode, prefill, num_decodes, rows, widened)
+
+    def _worth_widening(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
+        """Of the sequences to prefill: their pages fit into the wide ones, and their queries pay for the copy."""
+        if self._wide is None or int((-(-seq_lens // self._page_size)).sum()) > len(self._wide):
+            return False
+        return int(np.dot(query_lens.astype(np.int64), seq_lens)) >= _WIDE_QUERIES * int(seq_lens.sum())
 
     def _upload(self, table: np.ndarray, lens: np.ndarray, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """`page_lists` as FlashInfer's `plan` takes them without waiting: indptr and last page lengths in pinned host
@@ -263,7 +306,7 @@ class FlashInferAttention:
             "window_left": -1 if window is None else window - 1,  # FlashInfer's window leaves the token itself out
             "sm_scale": self._scale,
             "q_data_type": self._dtype,
-            "kv_data_type": self._kv_dtype,
+            "kv_data_type": self._dtype if wrapper is self._wide_prefill.get(window) else self._kv_dtype,
             "o_data_type": self._dtype,
         }
         if query_start is None:
@@ -273,7 +316,13 @@ class FlashInferAttention:
         copied.record()
 
     def attend(
-        self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        kv_scales: KvScales = UNIT_SCALES,
     ) -> Tensor:
         """See `Attention.attend`. Raises ValueError for a window or scale that the instance was not made for."""
         planned = self._planned.get(window)
@@ -283,10 +332,15 @@ class FlashInferAttention:
             raise ValueError(f"scale {scale} differs from {self._scale}, which this instance was made for")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         n, rows = planned.num_decodes, planned.num_rows
+        scales = {"k_scale": kv_scales.k, "v_scale": kv_scales.v}  # that of V costs a kernel unless it is 1
         if planned.decode is not None:
-            planned.decode.run(q[:n], kv_cache, out=out[:n])
+            planned.decode.run(q[:n], kv_cache, out=out[:n], **scales)
         if planned.prefill is not None:
-            planned.prefill.run(q[n:rows], kv_cache, out=out[n:rows])
+            pages = kv_cache
+            if planned.widened is not None and self._wide is not None:
+                pages = self._wide
+                widen_pages(kv_cache, planned.widened, pages)
+            planned.prefill.run(q[n:rows], pages, out=out[n:rows], **scales)
         if rows < len(q):
             out[rows:].zero_()
         return out
