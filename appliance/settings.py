@@ -68,6 +68,10 @@ class Settings:
     engine_source: str | None = _model(
         None, "where ready engines are fetched from before building: any fsspec URL (directory, s3://, hf://, https://)"
     )
+    engine_source_timeout: float = _model(
+        15.0, "seconds without a byte after which the engine is built, not fetched", limits=(0.1, 3600)
+    )
+    engine_publish: bool = _model(False, "copy engines that are built here to the engine source, after the start")
     offline: bool = _model(False, "open no outside socket", also="NIM_DISABLE_MODEL_DOWNLOAD HF_HUB_OFFLINE")
     hf_token: str | None = _model(None, "Hugging Face token for private models", also="HF_TOKEN", secret=True)
 
@@ -116,6 +120,18 @@ class Settings:
     log_json: bool | None = _server(
         None, "log JSON lines; default: only where stderr is no terminal", also="NIM_JSONL_LOGGING"
     )
+    stuck_seconds: float = _server(
+        60.0, "time without a turn of the event loop after which liveness fails; 0: never", limits=(0, 86_400)
+    )
+    otel: bool = _server(False, "send a trace of each request (needs the otel extra)", also="NIM_ENABLE_OTEL")
+    otel_endpoint: str | None = _server(
+        None,
+        "OTLP collector over HTTP; default http://localhost:4318",
+        also="NIM_OTEL_EXPORTER_OTLP_ENDPOINT OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    otel_service_name: str = _server(
+        "appliance", "name of this service in traces", also="NIM_OTEL_SERVICE_NAME OTEL_SERVICE_NAME"
+    )
 
     origins: Mapping[str, Origin] = field(default_factory=dict, repr=False, compare=False)
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)  # one plain line each, for the log
@@ -139,6 +155,8 @@ class Settings:
         value = getattr(self, name)
         if specs()[name].secret:
             return "(set)" if value else "(not set)"
+        if isinstance(value, str):
+            return re.sub(r"//[^/@]*@", "//***@", value)  # the name and password of a URL
         if value is None or value == ():
             return "-"
         if isinstance(value, bool):
@@ -181,10 +199,8 @@ NOT_SUPPORTED: dict[str, tuple[bool, str]] = {
     "NIM_TOOL_PARSER_PLUGIN": (True, "tool calls are not supported yet"),
     "NIM_GUIDED_DECODING_BACKEND": (True, "guided decoding is not supported yet"),
     "NIM_FORCE_TRUST_REMOTE_CODE": (True, "code of a checkpoint is never run here"),
-    "NIM_ENABLE_OTEL": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
-    "NIM_OTEL_TRACES_EXPORTER": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
-    "NIM_OTEL_METRICS_EXPORTER": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
-    "NIM_OTEL_EXPORTER_OTLP_ENDPOINT": (False, "OpenTelemetry is not supported yet; metrics are at /metrics"),
+    "NIM_OTEL_TRACES_EXPORTER": (False, "traces go out over OTLP only: NIM_ENABLE_OTEL, OTEL_EXPORTER_OTLP_ENDPOINT"),
+    "NIM_OTEL_METRICS_EXPORTER": (False, "metrics are at /metrics only"),
 }
 # What Kubernetes sets in every pod for a Service whose name starts with "appliance" or "nim".
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?$")
@@ -301,6 +317,14 @@ def _check_together(settings: Settings) -> None:
             raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set {specs()[name].variable}")
         if not path.is_file():
             raise SettingsError(f"{name}: there is no file {path}")
+    if settings.engine_publish:
+        if settings.engine_source is None:
+            raise SettingsError("engine_publish needs engine_source", hint="set APPLIANCE_ENGINE_SOURCE")
+        if settings.engine_source.startswith(("http://", "https://")):
+            raise SettingsError(
+                "engine_publish: an engine source on http is only for fetching",
+                hint="name a directory, s3:// or hf:// as engine source, or leave engine_publish out",
+            )
     if settings.chat_template is not None and not settings.chat_template.is_file():
         raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
 
@@ -360,6 +384,26 @@ def child_logging() -> tuple[str, bool]:
     return table["log_level"].parse(level, "APPLIANCE_LOG_LEVEL"), table["log_json"].parse(
         as_json, "APPLIANCE_LOG_JSON"
     )
+
+
+def export_otel_environment(settings: Settings) -> None:
+    """Let the OpenTelemetry SDK see these where it looks for all the other OTEL_* variables, the environment."""
+    os.environ["OTEL_SERVICE_NAME"] = settings.otel_service_name
+    if settings.otel_endpoint:
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = settings.otel_endpoint
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Texts that no log line may hold: keys, tokens, and passwords in URLs."""
+    urls = [settings.engine_source or "", settings.otel_endpoint or "", settings.model]
+    passwords = [match[1] for url in urls if (match := re.search(r"//[^/@:]*:([^/@]+)@", url))]
+    return [*settings.api_keys, *filter(None, [settings.hf_token]), *passwords]
+
+
+def inherited_secrets() -> list[str]:
+    """The same for a child process, from what its environment holds."""
+    names = ("HF_TOKEN", "APPLIANCE_HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    return [os.environ[name] for name in names if os.environ.get(name)]
 
 
 def export_hub_environment(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from appliance.engines.key import BUILDER_VERSION, KeyInputs, engine_dtype, engi
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.engines.meter import ByteMeter, ProgressFn, Snapshot
 from appliance.engines.store import EngineStore, LockHolder, StoredEngine
-from appliance.engines.transfer import EngineNotFoundError, EngineTransferError, fetch, publish
+from appliance.engines.transfer import EngineNotFoundError, EnginePublishedError, EngineTransferError, fetch, publish
 from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, verify_engine
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DamagedFileError",
     "EngineManifest",
     "EngineNotFoundError",
+    "EnginePublishedError",
     "EngineStore",
     "EngineTransferError",
     "KeyInputs",

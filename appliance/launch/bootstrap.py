@@ -15,7 +15,7 @@ import signal
 import sys
 
 from appliance import logs
-from appliance.settings import child_logging
+from appliance.settings import child_logging, inherited_secrets
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,7 +33,7 @@ def main() -> None:
     die_with_parent(parent_pid)
     faulthandler.enable()  # a crash in native code leaves a stack in the log
     level, as_json = child_logging()
-    logs.configure(level, as_json, process=name)
+    logs.configure(level, as_json, process=name, secrets=inherited_secrets())
     sys.argv = sys.argv[3:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -11,8 +11,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
+from appliance.engines import read_manifest
 from appliance.errors import ApplianceError, EngineCrashedError, EngineDamagedError
 from appliance.ipc import AbortRequests, AddRequests, Failed, Outputs, Progress, Ready, StartEngine, ToServer
 from appliance.ipc import Phase as ChildPhase
@@ -40,21 +42,32 @@ PHASES: dict[ChildPhase, ServerPhase] = {
 }
 
 
-def show_progress(lifecycle: Lifecycle, message: Progress) -> None:
-    """A child's progress as the server's. While an engine restarts the phase stays "restarting"."""
+def show_progress(lifecycle: Lifecycle, message: Progress, load_bytes: int = 0) -> None:
+    """A child's progress as the server's. While an engine restarts the phase stays "restarting". `load_bytes`: what
+    100% of loading is, as the engine process reports that phase in percent of the bytes read."""
     phase = PHASES[message.phase]
     detail = message.detail
     if lifecycle.phase == "restarting":
         detail = f"{phase}: {detail}" if detail else phase
     elif lifecycle.phase != phase:
         lifecycle.enter(phase)
+    total = message.bytes_total or (load_bytes if message.phase == "load" else 0)
     lifecycle.progress(
         percent=message.percent,
         detail=detail,
-        bytes_done=message.bytes_done,
-        bytes_total=message.bytes_total,
+        bytes_done=message.bytes_done if message.bytes_total else int(total * message.percent / 100),
+        bytes_total=total,
         eta_seconds=message.eta_seconds,
     )
+
+
+def _weight_bytes(engine_dir: Path) -> int:
+    """Bytes of the weight files; 0 if they cannot be told, which the engine process then says of itself."""
+    try:
+        manifest = read_manifest(engine_dir)
+    except EngineDamagedError:
+        return 0
+    return sum(file.size for file in manifest.files if file.name in manifest.rank_files)
 
 
 class Journal(Protocol):
@@ -115,6 +128,7 @@ class EngineSupervisor:
         self._crashes: deque[float] = deque()  # monotonic seconds
         self._failed: Failed | None = None
         self._loaded = False  # the present process said Ready
+        self._load_bytes = 0  # of the engine's weights
         self._first_token = asyncio.Event()  # of the present process
         self._warming: asyncio.Task[None] | None = None
 
@@ -150,6 +164,7 @@ class EngineSupervisor:
     async def _run_once(self, options: EngineOptions) -> ApplianceError:
         """One life of an engine process. Returns why it ended."""
         child = self._fresh()
+        self._load_bytes = _weight_bytes(Path(options.engine_dir))
         watch = asyncio.create_task(self._watch(child))
         try:
             with contextlib.suppress(ConnectionError):  # it died while it waited: listen says of what
@@ -186,7 +201,7 @@ class EngineSupervisor:
                 if not self._first_token.is_set() and any(output.token_ids for output in outputs):
                     self._first_token.set()
             case Progress():
-                show_progress(self._lifecycle, message)
+                show_progress(self._lifecycle, message, self._load_bytes)
             case Ready(info=info):
                 if self._stopping:
                     return  # what was meant to be loaded came too late

@@ -75,6 +75,10 @@ async def _prepare(settings: Settings, directory: Path) -> EngineOptions:
     state = ServerState((settings.model,))
     reporter = asyncio.create_task(report_progress(state.lifecycle))
     try:
-        return await Startup(settings, state, directory).prepare()
+        startup = Startup(settings, state, directory)
+        options = await startup.prepare()
+        if startup.publication is not None:
+            await startup.publication
+        return options
     finally:
         reporter.cancel()

@@ -24,7 +24,8 @@ from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
 from appliance.launch.scratch import socket_directory
-from appliance.settings import Settings, child_environment
+from appliance.launch.watchdog import Watchdog
+from appliance.settings import Settings, child_environment, secrets_of
 
 if TYPE_CHECKING:
     from appliance.errors import EngineDamagedError
@@ -54,8 +55,7 @@ def serve(settings: Settings, *, sequence: SequenceFactory | None = None, engine
     """Serve until a signal or a failure; returns the exit code: 0 after a drain, the error's own otherwise.
 
     `sequence` and `engine_module` are seams for tests. Raises SettingsError if a port cannot be opened."""
-    secrets = [*settings.api_keys, *([settings.hf_token] if settings.hf_token else [])]
-    logs.configure(settings.log_level, settings.json_logging, secrets=secrets)
+    logs.configure(settings.log_level, settings.json_logging, secrets=secrets_of(settings))
     for warning in settings.warnings:
         log.warning("%s", warning)
     sockets = open_sockets(settings)
@@ -119,7 +119,8 @@ class _Process:
         from appliance.launch import report
 
         before_seconds = report.process_age_seconds()
-        state = self._make_state()
+        state = self._make_state(before_seconds)
+        watchdog = self._start_watchdog()
         supervisor = self._make_supervisor(state, first_engine)
         helpers = [asyncio.create_task(report.report_progress(state.lifecycle))]
         helpers.append(asyncio.create_task(self._say_when_ready(state, before_seconds)))
@@ -134,6 +135,8 @@ class _Process:
                 await self._drain(state, work)
             return self._outcome(state, http, work)
         finally:
+            if watchdog is not None:
+                watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
             await self._leave(supervisor, first_engine, http, work, [stop, *helpers])
 
     # ------------------------------------------------------------ making the parts
@@ -141,7 +144,31 @@ class _Process:
     def _spawn_engine(self) -> Child:
         return Child("engine", self._engine_module, [], directory=self._directory, environment=self._environment)
 
-    def _make_state(self) -> ServerState:
+    def _start_watchdog(self) -> Watchdog | None:
+        if not self._settings.stuck_seconds:
+            return None
+        watchdog = Watchdog(
+            asyncio.get_running_loop(),
+            self._sockets,
+            self._settings.stuck_seconds,
+            self._give_up,
+            lambda: self._http.config.ssl if self._http is not None else None,
+        )
+        watchdog.start()
+        return watchdog
+
+    def _give_up(self, reason: str) -> None:
+        """From the watchdog's thread: the loop will not end this process."""
+        from appliance.launch.report import write_termination_log
+
+        log.error("%s: leaving", reason)
+        write_termination_log(reason)
+        kill_all()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        sys.stderr.flush()
+        os._exit(1)
+
+    def _make_state(self, before_seconds: float) -> ServerState:
         from appliance.server.state import ServerState
 
         settings = self._settings
@@ -151,6 +178,7 @@ class _Process:
             api_keys=settings.api_keys,
             max_waiting_requests=settings.max_waiting_requests,
             model_url=settings.model,
+            before_seconds=before_seconds,
         )
 
     def _make_supervisor(self, state: ServerState, first: Child) -> EngineSupervisor:

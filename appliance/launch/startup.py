@@ -24,6 +24,7 @@ from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve
 from appliance.checkpoint.files import require_tokenizer
 from appliance.engines import (
     DamagedFileError,
+    EnginePublishedError,
     EngineStore,
     EngineTransferError,
     LockHolder,
@@ -31,6 +32,7 @@ from appliance.engines import (
     Snapshot,
     VerifyLevel,
     fetch,
+    publish,
     verify_engine,
 )
 from appliance.engines.disk import ensure_writable
@@ -96,6 +98,7 @@ class Startup:
         self._store = EngineStore(settings.cache_dir)
         self._plan: Plan | None = None
         self._digest = ""  # of the checkpoint, so that the builder need not hash it once more
+        self.publication: asyncio.Task[None] | None = None  # the copy of the engine to its source, beside the start
 
     async def prepare(self) -> EngineOptions:
         """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
@@ -232,12 +235,17 @@ class Startup:
         self._state.metrics.engine_cache_hit = hit is not None
         if hit is not None:
             log.info("engine %s found", key[:12])
+            self._publish(hit)
             return hit
-        if self._settings.engine_source is None or not await self._fetch(self._settings.engine_source, key):
+        source = self._settings.engine_source
+        fetched = source is not None and await self._fetch(source, key)
+        if not fetched:
             await self._build(key)
         engine_dir = await self._verified(key)
         if engine_dir is None:
             raise EngineBuildError(f"engine {key[:12]} was damaged as soon as it was made", hint="check the disk")
+        if not fetched:
+            self._publish(engine_dir)
         return engine_dir
 
     async def _verified(self, key: str) -> Path | None:
@@ -261,12 +269,21 @@ class Startup:
         self._enter("fetching", f"engine {key[:12]}")
         progress = self._progress()
         try:
-            await in_thread(lambda: fetch(url, key, self._store, progress=progress, on_wait=_say_holder))
+            patience = self._settings.engine_source_timeout
+            await in_thread(
+                lambda: fetch(url, key, self._store, progress=progress, on_wait=_say_holder, patience=patience)
+            )
         except (EngineTransferError, EngineDamagedError) as error:
             log.warning("building the engine, since it could not be fetched: %s", error)
             return False
         log.info("engine %s fetched", key[:12])
         return True
+
+    def _publish(self, engine_dir: Path) -> None:
+        """Begin to copy the engine to its source, if that is allowed and it is not there. Delays nothing."""
+        source = self._settings.engine_source
+        if self._settings.engine_publish and source is not None:
+            self.publication = asyncio.create_task(in_thread(lambda: _copy_to_source(engine_dir, source)))
 
     async def _build(self, key: str) -> None:
         assert self._plan is not None
@@ -297,6 +314,16 @@ def _license_of(checkpoint: Path) -> Path | None:
     own = Path(appliance.__file__).parent.parent / "LICENSE"
     given = sorted(path for path in checkpoint.glob("LICENSE*") if path.is_file())
     return next(iter([*given, *([own] if own.is_file() else [])]), None)
+
+
+def _copy_to_source(engine_dir: Path, url: str) -> None:
+    """Whatever goes wrong is said, not raised: the engine is served from here."""
+    try:
+        log.info("engine %s is at %s", engine_dir.name[:12], publish(engine_dir, url))
+    except EnginePublishedError as error:
+        log.info("%s", error)
+    except Exception as error:
+        log.warning("the engine could not be published: %s", error)
 
 
 def _say_holder(holder: LockHolder | None) -> None:

@@ -76,7 +76,8 @@ class Lifecycle:
         bytes_total: int | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """Report on the current phase; what is left out stays as it was, but an estimate is never kept."""
+        """Report on the current phase; what is left out stays as it was, but an estimate is never kept: without a new
+        one it is made from the percentage and the time that the phase has taken."""
         if percent is not None:
             self.percent = min(100.0, max(0.0, percent))
         if detail is not None:
@@ -85,7 +86,13 @@ class Lifecycle:
             self.bytes_done = bytes_done
         if bytes_total is not None:
             self.bytes_total = bytes_total
-        self.eta_seconds = eta_seconds
+        self.eta_seconds = self._estimate() if eta_seconds is None else eta_seconds
+
+    def _estimate(self) -> float | None:
+        seconds = self._clock() - self._entered
+        if self.percent is None or not 1.0 <= self.percent < 100.0 or seconds < 1.0 or self.phase == "restarting":
+            return None
+        return seconds * (100.0 - self.percent) / self.percent
 
     @property
     def reason(self) -> str:

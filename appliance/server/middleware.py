@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from appliance import logs
 from appliance.errors import AuthenticationError
 from appliance.server.errors import error_response, plain_response
 
@@ -35,7 +36,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 class Gate:
     """`api_keys` empty means open to all. The request id is the client's X-Request-Id if it is a plain one, else new;
-    it is in `scope["state"]["request_id"]` and in the response."""
+    it is in `scope["state"]["request_id"]`, in the response, and in every log line of the request's task."""
 
     def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
         self._app = app
@@ -50,7 +51,13 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        token = logs.request_id.set(request_id)
+        try:
+            await self._handle(scope, receive, send, headers, request_id)
+        finally:
+            logs.request_id.reset(token)
 
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id

@@ -35,6 +35,7 @@ class ServerState:
     manifest: dict[str, Any] = field(default_factory=dict)  # engine.json, for /v1/manifest
     selection: dict[str, Any] = field(default_factory=dict)  # `select --json`, for /v1/metadata
     tokenizer: ServerTokenizer | None = None
+    before_seconds: float = 0.0  # from the start of the process to that of the lifecycle
     started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
     metrics: ServerMetrics = field(init=False)
     journal: RequestJournal = field(init=False)
@@ -43,13 +44,20 @@ class ServerState:
     def __post_init__(self) -> None:
         assert self.model_names, "a server has at least one model name"
         self.metrics = ServerMetrics(self.model_names[0])
-        self.metrics.phase_seconds = lambda: self.lifecycle.phase_seconds
+        self.metrics.phase_seconds = self._phase_seconds
         self.journal = RequestJournal(
             self.lifecycle,
             self.metrics,
             max_waiting=self.max_waiting_requests,
             max_engine_crashes=self.max_engine_crashes,
         )
+
+    def _phase_seconds(self) -> dict[str, float]:
+        """Of this process by phase, and of the newest engine process by "engine.<phase>": its import of torch runs
+        beside the first phases here, the rest is inside of "loading" and "warming"."""
+        inside = self._engine.startup_seconds if self._engine is not None else {}
+        own = {"python": self.before_seconds, **self.lifecycle.phase_seconds}
+        return own | {f"engine.{phase}": seconds for phase, seconds in inside.items()}
 
     @property
     def engine(self) -> EngineInfo | None:
