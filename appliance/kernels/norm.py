@@ -47,8 +47,8 @@ def qk_rms_norm_(
     """RMS norm over the last dimension of q [n, heads, dim] and k [n, kv_heads, dim], in place. Both may be views of a
     fused product; their last dimension is contiguous.
 
-    v [n, kv_heads, dim] and `deferred`, both or none: the fused product that q, k and v are the heads of, in this
-    order. Its scales are applied first, to v too, so that all three are plain numbers afterwards."""
+    `deferred`: the fused product that q, k and v [n, kv_heads, dim] are the heads of, in this order. Its scales are
+    applied first, to v too, so that all three are plain numbers afterwards; without it v is left alone."""
     if q.is_cuda:
         qk_rms_norm_triton_(q, k, q_weight, k_weight, eps, v, deferred)
     else:
@@ -273,7 +273,7 @@ def qk_rms_norm_triton_(
     """`qk_rms_norm_` as one kernel."""
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    assert (v is None) == (deferred is None)
+    assert deferred is None or v is not None
     v = k if v is None else v  # not touched
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.dtype == k.dtype == v.dtype
     bias = None if deferred is None else deferred.bias

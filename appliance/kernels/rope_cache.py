@@ -11,6 +11,8 @@ from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.attention import UNIT_SCALES, KvScales, store_kv
+from appliance.kernels.deferred_scale import DeferredScale, apply_scales
+from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8, FP8_MAX
 
 
@@ -23,6 +25,7 @@ def rope_and_write(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     kv_scales: KvScales = UNIT_SCALES,
+    deferred: DeferredScale | None = None,
 ) -> Tensor:
     """Rotates q in place and returns it; writes rotated k and plain v to the cache.
 
@@ -30,11 +33,13 @@ def rope_and_write(
     tensor); k and v keep their values. positions int64 [n], rows of cos_sin. cos_sin float32 [max_pos, d]: cosines
     of the d/2 frequencies, then sines. kv_cache [pages, 2, page_size, kv_heads, d], any float dtype (converted); FP8 is
     written as kernels/attention.py says, with `kv_scales`. slot_mapping int64 [n]: page * page_size + offset, -1: token
-    is not written. Slots of a call are distinct. Rotation as in Su et al., "RoFormer" (2021), §3.4.2, in float32.
+    is not written. Slots of a call are distinct. `deferred`: the fused product that q, k and v are the heads of, in
+    this order, if its scales are still to be applied: they are, first. Rotation as in Su et al., "RoFormer" (2021),
+    §3.4.2, in float32.
     """
     if q.is_cuda:
-        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales)
-    return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales)
+        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred)
+    return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred)
 
 
 def rope_and_write_reference(
@@ -46,10 +51,15 @@ def rope_and_write_reference(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     kv_scales: KvScales = UNIT_SCALES,
+    deferred: DeferredScale | None = None,
 ) -> Tensor:
     """`rope_and_write` in plain torch, any device."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, d/2]
-    q.copy_(_rotate(q, cos, sin))
+    given_q = q
+    if deferred is not None:
+        heads = deferred.scaled().unflatten(-1, (-1, q.shape[-1]))
+        given_q, k, v = heads.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
+    q.copy_(_rotate(given_q, cos, sin))
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     page, offset = slots // kv_cache.shape[2], slots % kv_cache.shape[2]
@@ -81,6 +91,9 @@ def _rope_kernel(
     cos_sin_ptr,
     cache_ptr,
     slots_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
     inverse_k_scale,
     inverse_v_scale,
     q_token_stride,
@@ -102,8 +115,14 @@ def _rope_kernel(
     HALF: tl.constexpr,
     SCALED: tl.constexpr,
     LARGEST: tl.constexpr,
+    DEFERRED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one token, HEADS query heads (program_id(1) < q_blocks) or HEADS key/value heads (the rest)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     half: tl.constexpr = head_dim // 2
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -112,12 +131,19 @@ def _rope_kernel(
     row = cos_sin_ptr + tl.load(positions_ptr + token) * head_dim
     cos = tl.load(row + lane, mask=in_half, other=0.0)[None, :]
     sin = tl.load(row + half + lane, mask=in_half, other=0.0)[None, :]
+    row_scale = 1.0
+    if DEFERRED:
+        row_scale = tl.load(row_scales_ptr + token)
     if block < q_blocks:
         head = block * HEADS + tl.arange(0, HEADS)
         mask = (head < num_heads)[:, None] & in_half[None, :]
         first = q_ptr + token * q_token_stride + head[:, None] * q_head_stride + lane[None, :]
         x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
+        if DEFERRED:
+            at = head[:, None] * head_dim + lane[None, :]
+            x1 = apply_scales(x1, row_scale, column_scales_ptr, bias_ptr, at, mask, BIASED)
+            x2 = apply_scales(x2, row_scale, column_scales_ptr, bias_ptr, at + half, mask, BIASED)
         tl.store(first, (x1 * cos - x2 * sin).to(q_ptr.dtype.element_ty), mask=mask)
         tl.store(first + half, (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty), mask=mask)
     else:
@@ -130,6 +156,13 @@ def _rope_kernel(
         x2 = tl.load(key + half, mask=mask, other=0.0).to(tl.float32)
         v1 = tl.load(value, mask=mask, other=0.0)
         v2 = tl.load(value + half, mask=mask, other=0.0)
+        if DEFERRED:
+            at = (num_heads + head)[:, None] * head_dim + lane[None, :]
+            x1 = apply_scales(x1, row_scale, column_scales_ptr, bias_ptr, at, mask, BIASED)
+            x2 = apply_scales(x2, row_scale, column_scales_ptr, bias_ptr, at + half, mask, BIASED)
+            at += num_kv_heads * head_dim
+            v1 = apply_scales(v1.to(tl.float32), row_scale, column_scales_ptr, bias_ptr, at, mask, BIASED)
+            v2 = apply_scales(v2.to(tl.float32), row_scale, column_scales_ptr, bias_ptr, at + half, mask, BIASED)
         place = (slot // page_size) * cache_page_stride + (slot % page_size) * cache_token_stride
         out = cache_ptr + place + head[:, None] * cache_head_stride + lane[None, :]
         dtype = cache_ptr.dtype.element_ty
@@ -151,6 +184,7 @@ def rope_and_write_triton(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     kv_scales: KvScales = UNIT_SCALES,
+    deferred: DeferredScale | None = None,
 ) -> Tensor:
     """`rope_and_write` as one Triton kernel; launches only, so it can be captured in a CUDA graph."""
     n, num_heads, head_dim = q.shape
@@ -160,6 +194,7 @@ def rope_and_write_triton(
     # Few tokens: many small programs, for latency. Many tokens: larger ones, for bandwidth.
     heads_per_program = 4 if n <= 64 else 8
     q_blocks = triton.cdiv(num_heads, heads_per_program)
+    bias = None if deferred is None else deferred.bias
     grid = (n, q_blocks + triton.cdiv(num_kv_heads, heads_per_program))
     _rope_kernel[grid](
         q,
@@ -169,6 +204,9 @@ def rope_and_write_triton(
         cos_sin,
         kv_cache,
         slot_mapping,
+        None if deferred is None else deferred.row_scales,
+        None if deferred is None else deferred.column_scales,
+        bias,
         1.0 / kv_scales.k,
         1.0 / kv_scales.v,
         q.stride(0),
@@ -187,6 +225,9 @@ def rope_and_write_triton(
         HALF=triton.next_power_of_2(head_dim // 2),
         SCALED=kv_cache.dtype == FP8,
         LARGEST=FP8_MAX,
+        DEFERRED=deferred is not None,
+        BIASED=bias is not None,
         num_warps=2 if heads_per_program == 4 else 4,
+        **launch_options(q.device),
     )
     return q

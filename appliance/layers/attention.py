@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from appliance.distributed import TensorParallel
 from appliance.kernels import attention as paged
+from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.kernels.norm import qk_rms_norm_
 from appliance.kernels.rope_cache import rope_and_write
 from appliance.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -60,7 +61,12 @@ class Attention(nn.Module):
         self.kv_scales = paged.UNIT_SCALES
         heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv = ColumnParallelLinear(
-            config.hidden_size, heads * self.head_dim, bias=config.attention_bias, scheme=scheme, dtype=dtype
+            config.hidden_size,
+            heads * self.head_dim,
+            bias=config.attention_bias,
+            scheme=scheme,
+            dtype=dtype,
+            defer=True,
         )
         self.q_norm = HeadRMSNorm(self.head_dim, dtype) if config.qk_norm else None
         self.k_norm = HeadRMSNorm(self.head_dim, dtype) if config.qk_norm else None
@@ -71,17 +77,24 @@ class Attention(nn.Module):
             scheme=scheme,
             dtype=dtype,
             tp=tp,
+            defer=True,
         )
 
-    def forward(self, x: Activation, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Activation, ctx: ForwardContext) -> Product:
         """x: [n, hidden] as the scheme takes it. Returns [n, hidden]; writes this layer's KV cache."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv_heads, head_dim]
+        product: Product = self.qkv(x)
+        deferred = product if isinstance(product, DeferredScale) else None
+        values = product.values if isinstance(product, DeferredScale) else product
+        qkv = values.unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv_heads, head_dim]
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps)
+            qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps, v, deferred)
+            deferred = None  # applied
         cache = ctx.kv_caches[self._index]
         scales = self.kv_scales
-        q = rope_and_write(q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales)
+        q = rope_and_write(
+            q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales, deferred
+        )
         attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window, scales)
-        out: Tensor = self.o(attended.flatten(1))
+        out: Product = self.o(attended.flatten(1))
         return out
