@@ -18,6 +18,8 @@ from torch import Tensor
 # (prepared tensors, input as the scheme's products take it, bias, the model's dtype) -> what the scheme's `apply` gives
 Tactic = Callable[[dict[str, Tensor], Any, Tensor | None, torch.dtype], Any]
 Tactics = Mapping[str, Tactic]  # by name; the first is what serves where nothing was timed
+# (scheme, out_features, in_features, rows, all tactics for up to so many rows) -> the one to use
+Probe = Callable[[str, int, int, int, Callable[[int], Tactics]], Tactic | None]
 
 # Row counts that are timed; a product of another number of rows uses the next larger one.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -37,6 +39,7 @@ class TacticTable:
         self._buckets: dict[tuple[str, int, int], list[int]] = {}
         self._resolved: dict[tuple[str, int, int, int | None], Tactic | None] = {}
         self.unknown: set[str] = set()  # names in use that no scheme has: of an engine built by other code
+        self.probe: Probe | None = None  # decides instead of the choices, while tactics are being timed
 
     def clear(self) -> None:
         """Forget all choices: every product is computed the way it is without timings."""
@@ -66,6 +69,8 @@ class TacticTable:
     ) -> Tactic | None:
         """The tactic to compute a product with, None: the scheme's own choice. One dict lookup after the first call of
         a row bucket. `tactics(bucket)`: all that the scheme has for up to that many rows."""
+        if self.probe is not None:
+            return self.probe(scheme, out_features, in_features, rows, tactics)
         bucket = row_bucket(rows)
         key = (scheme, out_features, in_features, bucket)
         try:

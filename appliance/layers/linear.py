@@ -38,6 +38,7 @@ class Linear(nn.Module):
         defer: bool = False,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         self.out_features = out_features
         self._defer = defer
         self._dtype = dtype
