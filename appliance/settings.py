@@ -393,6 +393,12 @@ def export_otel_environment(settings: Settings) -> None:
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = settings.otel_endpoint
 
 
+def otel_exporters() -> tuple[str, ...]:
+    """Where traces go, by the standard variable: names separated by commas."""
+    given = os.environ.get("OTEL_TRACES_EXPORTER", "otlp")
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
 def secrets_of(settings: Settings) -> list[str]:
     """Texts that no log line may hold: keys, tokens, and passwords in URLs."""
     urls = [settings.engine_source or "", settings.otel_endpoint or "", settings.model]

@@ -84,6 +84,7 @@ class EngineOutput(Struct, frozen=True):
     stop_token_id: int | None = None  # the token that caused finish_reason "stop"
     num_cached_tokens: int = 0  # prompt tokens served by the prefix cache
     error: str | None = None  # with finish_reason "error"
+    queue_seconds: float = 0.0  # with the first output: from the engine's acceptance to the first step of the request
 
 
 # ---------------------------------------------------------------- models

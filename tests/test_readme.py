@@ -102,7 +102,9 @@ def test_exit_codes() -> None:
 
 def test_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["cuda"]
+    wanted = project["dependencies"] + [
+        line for extra in ("cuda", "otel") for line in project["optional-dependencies"][extra]
+    ]
     names = {re.match(r"[A-Za-z0-9_-]+", line)[0] for line in wanted}  # type: ignore[index]
     assert set(first_column(section("Dependencies"))) == names
 

@@ -122,8 +122,8 @@ def test_unknown_variables_are_reported_with_the_nearest() -> None:
         "APPLIANCE_XYZZY is not a setting and does nothing",
         "NIM_MAX_MODEL_LENGTH is not a setting and does nothing; did you mean NIM_MAX_MODEL_LEN?",
     )
-    assert load({}, {"NIM_ENABLE_OTEL": "1"}).warnings == (
-        "NIM_ENABLE_OTEL is set, but OpenTelemetry is not supported yet; metrics are at /metrics",
+    assert load({}, {"NIM_OTEL_METRICS_EXPORTER": "otlp"}).warnings == (
+        "NIM_OTEL_METRICS_EXPORTER is set, but metrics are at /metrics only",
     )
     assert load({}, {"NIM_ENABLE_OTEL": "0", "NIM_ENABLE_AUTO_TOOL_CHOICE": "false"}).warnings == ()
 

@@ -13,8 +13,9 @@ the CPU works on results. Sampled tokens stay on the device in between. Conseque
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from appliance.batching.kv_cache import KvCache
 from appliance.batching.request import RequestLimits, Sequence, make_sequence
@@ -32,7 +33,13 @@ class EngineCore:
     """
 
     def __init__(
-        self, executor: Executor, *, prefix_caching: bool = True, pipeline_depth: int = 2, seed: int = 0
+        self,
+        executor: Executor,
+        *,
+        prefix_caching: bool = True,
+        pipeline_depth: int = 2,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`pipeline_depth`: steps in flight at most; 1 waits for each step before it plans the next. `seed`: what
         requests without a seed of their own derive theirs from, with their request id."""
@@ -42,6 +49,7 @@ class EngineCore:
         self._executor = executor
         self._pipeline_depth = pipeline_depth
         self._seed = seed
+        self._clock = clock  # only measures how long requests wait: nothing is decided by it
         self._kv_cache = KvCache(executor.num_pages, executor.page_size, prefix_caching=prefix_caching)
         self._scheduler = Scheduler(
             self._kv_cache,
@@ -67,6 +75,7 @@ class EngineCore:
                 f"a request with the id {request.request_id!r} is still running", hint="give each request its own id"
             )
         seq = make_sequence(request, self.limits, serial=self._num_accepted, engine_seed=self._seed)
+        seq.accepted_at = self._clock()
         self._num_accepted += 1
         scores_prompt = seq.prompt_logprobs is not None and seq.num_prompt_tokens > 1
         if len(seq.token_ids) >= seq.max_length and not scores_prompt:
@@ -98,11 +107,19 @@ class EngineCore:
         outputs, self._ready = self._ready, []
         step = self._scheduler.schedule()
         if step is not None:
+            if step.plan.new:
+                self._note_first_steps(step)
             self._executor.submit(step.plan)
             self._in_flight.append(step)
         if self._in_flight and (step is None or len(self._in_flight) >= self._pipeline_depth):
             self._collect(outputs)
         return outputs
+
+    def _note_first_steps(self, step: ScheduledStep) -> None:
+        now = self._clock()
+        for seq in step.sequences:
+            if seq.queue_seconds < 0:  # else it runs already, or again after a preemption
+                seq.queue_seconds = now - seq.accepted_at
 
     def _collect(self, outputs: list[EngineOutput]) -> None:
         """Takes in the oldest step's result. The hot loop: about a microsecond of Python for each decoding sequence."""
@@ -163,9 +180,9 @@ class EngineCore:
             if entry is None:
                 raise RuntimeError(f"the executor returned no log probabilities for request {seq.request_id}")
             logprobs = [entry]
-        num_cached = 0
+        num_cached, queue_seconds = 0, 0.0
         if not seq.started:
-            num_cached = seq.num_cached_tokens
+            num_cached, queue_seconds = seq.num_cached_tokens, max(seq.queue_seconds, 0.0)
             self._prompt_tokens += seq.num_prompt_tokens
             seq.started = True
             seq.detailed = seq.params.logprobs is not None
@@ -180,6 +197,7 @@ class EngineCore:
             finish_reason=reason,
             stop_token_id=token_id if reason == "stop" else None,
             num_cached_tokens=num_cached,
+            queue_seconds=queue_seconds,
         )
 
     def stats(self) -> EngineStats:

@@ -90,6 +90,8 @@ class Sequence:
     finished: bool = False  # results still in flight are discarded
     detailed: bool = True  # the next output has more to it than one token
     started: bool = False  # the first output has been returned
+    accepted_at: float = 0.0  # monotonic seconds
+    queue_seconds: float = -1.0  # from there to its first step; negative: that is still to come
     admitted: bool = False  # has run before, so an admission is one after preemption
     num_cached_tokens: int = 0  # prompt tokens from the prefix cache at the first admission
     # [num_prompt_tokens], entry 0 None; None: not asked for, or already returned. Entries come by chunks.

@@ -25,12 +25,13 @@ from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
 from appliance.launch.scratch import socket_directory
 from appliance.launch.watchdog import Watchdog
-from appliance.settings import Settings, child_environment, secrets_of
+from appliance.settings import Settings, child_environment, export_otel_environment, otel_exporters, secrets_of
 
 if TYPE_CHECKING:
     from appliance.errors import EngineDamagedError
     from appliance.launch.engine import EngineSupervisor
     from appliance.server.state import ServerState
+    from appliance.server.tracing import RequestTracer
     from appliance.types import EngineInfo, EngineOptions
 
 log = logging.getLogger("appliance.launch")
@@ -138,6 +139,8 @@ class _Process:
             if watchdog is not None:
                 watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
             await self._leave(supervisor, first_engine, http, work, [stop, *helpers])
+            if state.tracer is not None:
+                state.tracer.shutdown()
 
     # ------------------------------------------------------------ making the parts
 
@@ -172,14 +175,24 @@ class _Process:
         from appliance.server.state import ServerState
 
         settings = self._settings
+        names = settings.served_model_name or (default_model_name(settings.model),)
         return ServerState(
-            settings.served_model_name or (default_model_name(settings.model),),
+            names,
             version=__version__,
             api_keys=settings.api_keys,
             max_waiting_requests=settings.max_waiting_requests,
             model_url=settings.model,
             before_seconds=before_seconds,
+            tracer=self._make_tracer(names[0]),
         )
+
+    def _make_tracer(self, model_name: str) -> RequestTracer | None:
+        if not self._settings.otel:
+            return None
+        from appliance.server.tracing import make_tracer
+
+        export_otel_environment(self._settings)
+        return make_tracer(model_name, otel_exporters())
 
     def _make_supervisor(self, state: ServerState, first: Child) -> EngineSupervisor:
         from appliance.launch.engine import EngineSupervisor

@@ -36,7 +36,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(Exception, on_unexpected_error)
     for module in (routes_chat, routes_completions, routes_meta):
         app.include_router(module.router)
-    app.add_middleware(Gate, api_keys=state.api_keys, max_body_bytes=state.max_body_bytes)
+    app.add_middleware(Gate, api_keys=state.api_keys, max_body_bytes=state.max_body_bytes, tracer=state.tracer)
     _describe_bodies(app)
     return app
 

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -19,6 +20,7 @@ from appliance.errors import InvalidRequestError, OverloadedError, RequestFailed
 from appliance.server.engine_client import EngineLink
 from appliance.server.lifecycle import Lifecycle
 from appliance.server.metrics import ServerMetrics
+from appliance.server.request_times import RequestTimes, Tracer
 from appliance.types import EngineOutput, EngineRequest, EngineStats, FinishReason, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class _Entry:
     prompt_logprobs_sent: bool = False
     first_token: float = 0.0  # monotonic seconds
     last_token: float = 0.0
+    queue_seconds: float = 0.0  # in the engine, before its first step
+    context: Any = None  # of its trace
 
     def resumed(self) -> EngineRequest:
         """What to hand to an engine now: the tokens that exist already become part of the prompt."""
@@ -126,12 +130,14 @@ class RequestJournal:
         *,
         max_waiting: int = 4096,
         max_engine_crashes: int = 3,
+        tracer: Tracer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._max_engine_crashes = max_engine_crashes
+        self._tracer = tracer
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._link: EngineLink | None = None
@@ -186,9 +192,10 @@ class RequestJournal:
     def _accept(self, requests: Sequence[EngineRequest], *, internal: bool) -> RequestGroup:
         group = RequestGroup(self, [request.request_id for request in requests])
         now = self._clock()
+        context = self._tracer.context() if self._tracer is not None and not internal else None
         for request in requests:
             assert request.request_id not in self._entries, f"request id {request.request_id} is in use"
-            entry = _Entry(request, group, now, internal)
+            entry = _Entry(request, group, now, internal, context=context)
             self._entries[request.request_id] = entry
             self._outbox.append(entry)
         self._idle.clear()
@@ -240,7 +247,10 @@ class RequestJournal:
                 self._metrics.tokens(count, now - entry.last_token)
             else:
                 prompt = len(entry.request.prompt_token_ids)
-                self._metrics.request_started(prompt, output.num_cached_tokens, now - entry.arrival)
+                entry.queue_seconds = output.queue_seconds
+                self._metrics.request_started(
+                    prompt, output.num_cached_tokens, now - entry.arrival, output.queue_seconds
+                )
                 self._metrics.tokens(count - 1, 0.0)
         if not entry.output_ids:
             entry.first_token = now
@@ -346,7 +356,10 @@ class RequestJournal:
         if not entry.internal:
             prompt, output = len(entry.request.prompt_token_ids), len(entry.output_ids)
             decode_seconds = entry.last_token - entry.first_token
-            self._metrics.request_finished(reason, prompt, output, self._clock() - entry.arrival, decode_seconds)
+            now = self._clock()
+            self._metrics.request_finished(reason, prompt, output, now - entry.arrival, decode_seconds)
+            if self._tracer is not None:
+                self._tracer.finished(_times_of(entry, reason, now))
 
     # ------------------------------------------------------------ to the engine
 
@@ -393,3 +406,17 @@ class RequestJournal:
             log.exception("request %s cannot be sent to the engine", entries[0].request.request_id)
             if self._entries.get(entries[0].request.request_id) is entries[0]:
                 self._terminate(entries[0], "error", f"the request cannot be sent to the engine: {error}")
+
+
+def _times_of(entry: _Entry, reason: FinishReason, end: float) -> RequestTimes:
+    return RequestTimes(
+        request=entry.request,
+        context=entry.context,
+        reason=reason,
+        arrival=entry.arrival,
+        queue_seconds=entry.queue_seconds,
+        first_token=entry.first_token if entry.output_ids else None,
+        last_token=entry.last_token,
+        end=end,
+        num_output_tokens=len(entry.output_ids),
+    )

@@ -62,6 +62,9 @@ class ServerMetrics:
         self.inter_token = Distribution(_TOKEN_BUCKETS)
         self.time_per_output_token = Distribution(_TOKEN_BUCKETS)  # mean of one request
         self.e2e = Distribution(_E2E_BUCKETS)
+        self.queue_time = Distribution(_E2E_BUCKETS)
+        self.prefill_time = Distribution(_E2E_BUCKETS)
+        self.decode_time = Distribution(_E2E_BUCKETS)
         self.request_prompt_tokens = Distribution(_COUNT_BUCKETS)
         self.request_generation_tokens = Distribution(_COUNT_BUCKETS)
         self.in_flight: Callable[[], int] = lambda: 0  # set by the journal
@@ -90,8 +93,12 @@ class ServerMetrics:
         )
         self._stats = EngineStats()
 
-    def request_started(self, num_prompt_tokens: int, num_cached_tokens: int, seconds: float) -> None:
-        """The first token of a request is there, `seconds` after its arrival."""
+    def request_started(
+        self, num_prompt_tokens: int, num_cached_tokens: int, seconds: float, queue_seconds: float
+    ) -> None:
+        """The first token of a request is there, `seconds` after its arrival, `queue_seconds` of which it waited."""
+        self.queue_time.observe(queue_seconds)
+        self.prefill_time.observe(max(seconds - queue_seconds, 0.0))
         self.prompt_tokens += num_prompt_tokens
         self.cached_prompt_tokens += num_cached_tokens
         self.time_to_first_token.observe(seconds)
@@ -109,6 +116,8 @@ class ServerMetrics:
         self.e2e.observe(seconds)
         self.request_prompt_tokens.observe(num_prompt_tokens)
         self.request_generation_tokens.observe(num_tokens)
+        if num_tokens:
+            self.decode_time.observe(decode_seconds)
         if num_tokens > 1:
             self.time_per_output_token.observe(decode_seconds / (num_tokens - 1))
 
@@ -189,6 +198,9 @@ class _ServerCollector(Collector):
                 ("vllm:request_time_per_output_token_seconds",),
             ),
             (m.e2e, "Seconds from arrival to the last token.", _both("e2e_request_latency_seconds")),
+            (m.queue_time, "Seconds before the first step of a request.", ("vllm:request_queue_time_seconds",)),
+            (m.prefill_time, "Seconds from there to its first token.", ("vllm:request_prefill_time_seconds",)),
+            (m.decode_time, "Seconds from there to its last token.", ("vllm:request_decode_time_seconds",)),
             (m.request_prompt_tokens, "Prompt tokens of a request.", _both("request_prompt_tokens")),
             (m.request_generation_tokens, "Tokens generated for a request.", _both("request_generation_tokens")),
         ):

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from appliance import logs
 from appliance.errors import AuthenticationError
 from appliance.server.errors import error_response, plain_response
+from appliance.server.tracing import RequestTracer
 
 # Answered without a key: probes, scrapers and the dashboard have none, and these tell nothing of any request.
 OPEN_PATHS = frozenset(
@@ -38,10 +39,13 @@ class Gate:
     """`api_keys` empty means open to all. The request id is the client's X-Request-Id if it is a plain one, else new;
     it is in `scope["state"]["request_id"]`, in the response, and in every log line of the request's task."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int, tracer: RequestTracer | None = None
+    ) -> None:
         self._app = app
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,9 +57,24 @@ class Gate:
         scope.setdefault("state", {})["request_id"] = request_id
         token = logs.request_id.set(request_id)
         try:
-            await self._handle(scope, receive, send, headers, request_id)
+            if self._tracer is None or scope["path"] in OPEN_PATHS:
+                await self._handle(scope, receive, send, headers, request_id)
+            else:
+                await self._traced(self._tracer, scope, receive, send, headers, request_id)
         finally:
             logs.request_id.reset(token)
+
+    async def _traced(
+        self, tracer: RequestTracer, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str
+    ) -> None:
+        with tracer.http(scope, request_id) as span:
+
+            async def send_noting_status(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.status(message["status"])
+                await send(message)
+
+            await self._handle(scope, receive, send_noting_status, headers, request_id)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
         async def send_with_id(message: Message) -> None:

@@ -19,6 +19,7 @@ from appliance.types import EngineInfo
 
 if TYPE_CHECKING:
     from appliance.server.tokenizer import ServerTokenizer
+    from appliance.server.tracing import RequestTracer
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ServerState:
     selection: dict[str, Any] = field(default_factory=dict)  # `select --json`, for /v1/metadata
     tokenizer: ServerTokenizer | None = None
     before_seconds: float = 0.0  # from the start of the process to that of the lifecycle
+    tracer: RequestTracer | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
     metrics: ServerMetrics = field(init=False)
     journal: RequestJournal = field(init=False)
@@ -50,6 +52,7 @@ class ServerState:
             self.metrics,
             max_waiting=self.max_waiting_requests,
             max_engine_crashes=self.max_engine_crashes,
+            tracer=self.tracer,
         )
 
     def _phase_seconds(self) -> dict[str, float]:
