@@ -20,6 +20,7 @@ from appliance.checkpoint import read_model_config
 from appliance.kernels.attention import Attention, AttentionMetadata, ReferenceAttention
 from appliance.layers.attention import ForwardContext
 from appliance.layers.decoder import Decoder
+from appliance.quantization.scheme import PrecisionScheme
 from appliance.types import ModelConfig, WeightSpec
 
 
@@ -62,7 +63,7 @@ def engine_tensors(
 def load_model(
     path: Path,
     *,
-    scheme: str = "none",
+    scheme: str | PrecisionScheme = "none",
     dtype: torch.dtype = torch.float32,
     stored_dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -72,7 +73,7 @@ def load_model(
     (default: the same). `config` replaces what the checkpoint's config.json says."""
     config = config or read_model_config(path)
     plugin = registry.load("models", registry.architectures()[config.architecture].name)
-    precision = registry.load("quantization", scheme).Scheme()
+    precision = registry.load("quantization", scheme).Scheme() if isinstance(scheme, str) else scheme
     with torch.device("meta"):
         model = plugin.Model(config, precision, dtype)
     checkpoint: dict[str, Tensor] = {}
