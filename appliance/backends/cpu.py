@@ -1,7 +1,7 @@
 """The CPU backend: plain torch in float32, the reference that every other backend is compared with.
 
 Weights keep their engine's values (bf16, fp8, …) but products run in float32, which is also faster on CPUs without
-half-precision matrix units.
+half-precision matrix units. A KV cache of fewer bits is rounded as the GPU rounds it, and read back into float32.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import torch
 from appliance.errors import HardwareError, SettingsError
 from appliance.hardware.host import host
 from appliance.kernels.attention import ReferenceAttention
+from appliance.kernels.fp8_linear import FP8
 from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.kv_scales import set_kv_scales
 from appliance.runtime.loading import (
+    KV_DTYPES,
     LoadedModel,
     PhaseTimer,
     ProgressFn,
@@ -32,7 +35,7 @@ PLUGIN = {
     "device": "cpu",
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8"],
-    "kv_cache": ["fp32"],
+    "kv_cache": ["fp32", "bf16", "fp16", "fp8"],
     "attention": ["auto", "reference"],
     "max_tp": 1,
     "max_pp": 1,
@@ -53,29 +56,28 @@ def assemble(
     loaded: LoadedModel, options: EngineOptions, progress: ProgressFn, timer: PhaseTimer
 ) -> tuple[LocalExecutor, EngineInfo]:
     """Everything around loaded weights: KV cache, runner, executor."""
-    if options.kv_cache_dtype not in ("auto", "fp32"):
-        raise SettingsError(
-            f"kv_cache_dtype {options.kv_cache_dtype} is not supported by the cpu backend; allowed: auto, fp32"
-        )
     if options.attention not in ("auto", "reference"):
         raise SettingsError(
             f"attention {options.attention!r} is not supported by the cpu backend; allowed: auto, reference"
         )
     config, model = loaded.config, loaded.model
-    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, torch.float32)
+    kv_dtype = KV_DTYPES["fp32" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype]
+    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, kv_dtype)
     num_pages = options.num_pages or _pages_that_fit(options, config.max_position_embeddings, page_bytes)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
         model.prepare(max_model_len)
-        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, torch.float32, _DEVICE)
+        if kv_dtype == FP8:
+            set_kv_scales(model, options.engine_dir)
+        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, kv_dtype, _DEVICE)
     runner = ModelRunner(model, kv_caches, ReferenceAttention(), limits, _DEVICE)
     info = engine_info(
         loaded,
         limits,
         num_pages=num_pages,
         page_bytes=page_bytes,
-        kv_cache_dtype="fp32",
+        kv_dtype=kv_dtype,
         attention="reference",
         device_name=f"CPU, {torch.get_num_threads()} threads",
         timer=timer,

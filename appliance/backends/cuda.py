@@ -12,17 +12,20 @@ import logging
 import torch
 
 from appliance.errors import HardwareError, SettingsError
-from appliance.kernels.attention import Attention, ReferenceAttention
+from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, ReferenceAttention
+from appliance.kernels.fp8_linear import FP8
 from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.kv_scales import set_kv_scales
 from appliance.runtime.loading import (
-    DTYPES,
+    KV_DTYPES,
     LoadedModel,
     PhaseTimer,
     ProgressFn,
     allocate_kv_cache,
     choose_max_model_len,
     engine_info,
+    kv_dtype_name,
     kv_page_bytes,
     load_engine,
     runner_limits,
@@ -35,7 +38,7 @@ PLUGIN = {
     "device": "gpu",
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8"],
-    "kv_cache": ["bf16", "fp16", "fp32"],
+    "kv_cache": ["bf16", "fp16", "fp32", "fp8"],
     "attention": ["auto", "flashinfer", "triton", "reference"],
     "min_compute_capability": [7, 5],
     "max_tp": 1,
@@ -90,6 +93,9 @@ def assemble(
     dtype = _kv_dtype(options, model.dtype)
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, dtype)
     model.prepare(options.max_model_len or config.max_position_embeddings)
+    if dtype == FP8:
+        with timer.phase("kv_scales"):
+            set_kv_scales(model, options.engine_dir)
 
     with timer.phase("profile_memory"):
         progress("warmup", "loading kernels; those compiled for the first time take a minute or two", 0.0)
@@ -111,7 +117,7 @@ def assemble(
         limits,
         num_pages=num_pages,
         page_bytes=page_bytes,
-        kv_cache_dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=dtype,
         attention=attention.name,
         device_name=torch.cuda.get_device_name(device),
         timer=timer,
@@ -120,14 +126,16 @@ def assemble(
 
 
 def _kv_dtype(options: EngineOptions, model_dtype: torch.dtype) -> torch.dtype:
-    if options.kv_cache_dtype == "auto":
-        return model_dtype
-    dtype = DTYPES.get(options.kv_cache_dtype)
-    if dtype != model_dtype:
+    """SettingsError for one that the attention kernels cannot read, HardwareError for FP8 on a GPU without it."""
+    dtype = model_dtype if options.kv_cache_dtype == "auto" else KV_DTYPES[options.kv_cache_dtype]
+    if dtype not in (model_dtype, FP8):
         raise SettingsError(
-            f"kv_cache_dtype {options.kv_cache_dtype} is not supported with a model in {model_dtype}",
-            hint="set --kv-cache-dtype to auto",
+            f"kv_cache_dtype {options.kv_cache_dtype} is not supported with a model in {kv_dtype_name(model_dtype)}",
+            hint="set --kv-cache-dtype to auto or fp8",
         )
+    if dtype == FP8 and torch.cuda.get_device_capability() < FP8_CACHE_CAPABILITY:
+        needed = ".".join(map(str, FP8_CACHE_CAPABILITY))
+        raise HardwareError(f"an FP8 KV cache needs compute capability {needed}", hint="set --kv-cache-dtype to auto")
     return dtype
 
 
@@ -179,7 +187,8 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         if options.cuda_graphs:
             raise SettingsError("attention reference cannot run in CUDA graphs", hint="turn CUDA graphs off")
         return ReferenceAttention()
-    reason = flashinfer.available(config.head_dim, model.dtype)
+    kv_dtype = _kv_dtype(options, model.dtype)
+    reason = flashinfer.available(config.head_dim, model.dtype, kv_dtype)
     if options.attention == "flashinfer" and reason:
         raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set attention to triton or auto")
     if options.attention == "triton" or reason:
@@ -190,6 +199,7 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         head_dim=config.head_dim,
         page_size=limits.page_size,
         dtype=model.dtype,
+        kv_dtype=kv_dtype,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         device=device,

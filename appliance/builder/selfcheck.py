@@ -15,9 +15,8 @@ from appliance.checkpoint import Checkpoint
 from appliance.engines.key import scheme_of
 from appliance.engines.manifest import SelfCheck
 from appliance.errors import EngineBuildError
-from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
-from appliance.layers.attention import ForwardContext
 from appliance.quantization.scheme import PrecisionScheme
+from appliance.runtime.single_prompt import run_prompt
 from appliance.runtime.weights import load_weights
 from appliance.types import ModelConfig, Precision, WeightSpec
 
@@ -94,31 +93,7 @@ def _forward_problem(rank_file: Path, config: ModelConfig, architecture: ModuleT
     model.prepare(_TOKENS)
     token_ids = torch.arange(_TOKENS) * 7 % config.vocab_size
     with torch.inference_mode():
-        logits: Tensor = model.logits(model(token_ids, _one_prompt(config)))
+        logits: Tensor = model.logits(run_prompt(model, token_ids)[0])
     if tuple(logits.shape) != (_TOKENS, config.vocab_size):
         return f"logits have shape {list(logits.shape)}"
     return "" if bool(torch.isfinite(logits).all()) else "logits are not finite"
-
-
-def _one_prompt(config: ModelConfig) -> ForwardContext:
-    """The context of one prompt of _TOKENS tokens in one page."""
-    n = _TOKENS
-    cache = (1, 2, n, config.num_key_value_heads, config.head_dim)
-    start, lengths, table = np.array([0, n], np.int32), np.array([n], np.int32), np.zeros((1, 1), np.int32)
-    attention = ReferenceAttention()
-    metadata = AttentionMetadata(
-        num_seqs=1,
-        num_tokens=n,
-        max_query_len=n,
-        max_seq_len=n,
-        query_start=torch.from_numpy(start),
-        seq_lens=torch.from_numpy(lengths),
-        page_table=torch.from_numpy(table),
-        slot_mapping=torch.arange(n),
-        query_start_host=start,
-        seq_lens_host=lengths,
-        page_table_host=table,
-    )
-    attention.plan(metadata)
-    caches = [torch.zeros(cache) for _ in range(config.num_hidden_layers)]
-    return ForwardContext(torch.arange(n), caches, metadata, attention)

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from appliance.kernels.fp8_linear import FP8, FP8_MAX
 
+FP8_CACHE_CAPABILITY = (8, 9)  # the oldest GPUs with instructions that convert e4m3
+
 
 @dataclass(frozen=True, slots=True)
 class KvScales:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import UNIT_SCALES, AttentionMetadata, KvScales
+from appliance.kernels.attention import FP8_CACHE_CAPABILITY, UNIT_SCALES, AttentionMetadata, KvScales
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.widen_pages import widen_pages
 
@@ -52,7 +52,7 @@ def available(
     if not torch.cuda.is_available():
         return "FlashInfer attention needs an NVIDIA GPU, and torch sees none"
     capability = torch.cuda.get_device_capability()
-    oldest = (8, 9) if kv_dtype == FP8 else (8, 0)
+    oldest = FP8_CACHE_CAPABILITY if kv_dtype == FP8 else (8, 0)
     if capability < oldest:
         what = "an FP8 KV cache" if kv_dtype == FP8 else "FlashInfer attention"
         return f"{what} needs compute capability {oldest[0]}.{oldest[1]}, this GPU has {capability[0]}.{capability[1]}"

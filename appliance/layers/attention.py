@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.num_heads = tp.share(config.num_attention_heads, "attention heads")
         self.num_kv_heads = tp.share(config.num_key_value_heads, "key/value heads")
         self.head_dim = config.head_dim
-        self._index = index
+        self.index = index
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._window = config.window_of(index)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps, v, deferred)
             deferred = None  # applied
-        cache = ctx.kv_caches[self._index]
+        cache = ctx.kv_caches[self.index]
         scales = self.kv_scales
         q = rope_and_write(
             q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales, deferred

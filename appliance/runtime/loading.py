@@ -16,6 +16,7 @@ from torch import Tensor
 from appliance import registry
 from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
+from appliance.kernels.fp8_linear import FP8
 from appliance.layers.decoder import Decoder
 from appliance.runtime.model_runner import RunnerLimits
 from appliance.runtime.weights import load_weights
@@ -29,6 +30,8 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+# Of the KV cache, by the name that settings, profiles and `EngineInfo` use.
+KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
 
 
 @dataclass
@@ -47,6 +50,11 @@ class PhaseTimer:
 
 
 ProgressFn = Callable[[str, str, float], None]  # (phase, detail, percent)
+
+
+def kv_dtype_name(dtype: torch.dtype) -> str:
+    """ "bf16" for torch.bfloat16: the key of KV_DTYPES."""
+    return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
 def kv_page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype: torch.dtype) -> int:
@@ -151,7 +159,7 @@ def engine_info(
     *,
     num_pages: int,
     page_bytes: int,
-    kv_cache_dtype: str,
+    kv_dtype: torch.dtype,
     attention: str,
     device_name: str,
     timer: PhaseTimer,
@@ -164,7 +172,7 @@ def engine_info(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         num_pages=num_pages,
         page_size=limits.page_size,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=kv_dtype_name(kv_dtype),
         attention=attention,
         device_name=device_name,
         weight_bytes=loaded.weight_bytes,
