@@ -12,7 +12,7 @@ a ring that only comes round after thousands of launches; launches captured in C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,17 @@ def candidates(n: int, k: int, m: int, sms: int, element_size: int = 1) -> list[
         for per_sm in (1, 2, 4):
             split = _split_for(tiles, per_sm, sms)
             found.append(Config(block_n, k_bytes, split, num_warps, num_stages, weight_first))
+    return [config for config in dict.fromkeys(found) if config.fits(n, k, m, element_size)]
+
+
+def likely(n: int, k: int, m: int, sms: int, element_size: int = 1) -> list[Config]:
+    """The few configs that a build has the time for: that of `choose` first, then tiles that were best for any product
+    in `TUNED`, with shares that bring one, two or three programs to each multiprocessor."""
+    found = [choose(n, k, m, sms, element_size)]
+    for won in dict.fromkeys(TUNED.values()):
+        for per_sm in (1, 2, 3):
+            split = _split_for(-(-n // won.block_n), per_sm, sms)
+            found.append(replace(won, split=split))
     return [config for config in dict.fromkeys(found) if config.fits(n, k, m, element_size)]
 
 

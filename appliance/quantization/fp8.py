@@ -17,7 +17,7 @@ from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
 from appliance.kernels.fp8_linear import FP8, fp8_linear, fp8_linear_deferred, quantize_rows, quantize_rows_reference
 from appliance.kernels.norm import rms_norm_quantize
-from appliance.kernels.skinny_linear import MAX_ROWS, Config, candidates, multiprocessors, skinny_linear
+from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
@@ -89,7 +89,7 @@ class Scheme(PrecisionScheme):
         library: dict[str, Tactic] = {"deferred": _deferred, "rowwise": _rowwise}
         own: dict[str, Tactic] = {}
         if 0 < rows <= MAX_ROWS:
-            for config in candidates(out_features, in_features, rows, multiprocessors(device)):
+            for config in likely(out_features, in_features, rows, multiprocessors(device)):
                 own[f"skinny {config.name}"] = functools.partial(_skinny, config=config)
         return library | own if _default(rows, deferrable=True) is _deferred else own | library
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appliance.kernels.skinny_linear import MAX_ROWS, Config, candidates, multiprocessors, skinny_linear
+from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
@@ -50,7 +50,7 @@ class Scheme(PrecisionScheme):
             return {}
         found: dict[str, Tactic] = {"library": _library}
         if 0 < rows <= MAX_ROWS:
-            for config in candidates(out_features, in_features, rows, multiprocessors(device), _ELEMENT_SIZE):
+            for config in likely(out_features, in_features, rows, multiprocessors(device), _ELEMENT_SIZE):
                 found[f"skinny {config.name}"] = functools.partial(_skinny, config=config)
         return found
 
