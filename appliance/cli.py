@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance import __version__
+from appliance import __version__, termination
 from appliance.errors import ApplianceError
-from appliance.settings import add_flags, load, yield_idle_threads
+from appliance.settings import add_flags, load, termination_log, yield_idle_threads
 
 DESCRIPTION = """\
 Serves a language model behind an OpenAI-compatible API: detects the GPUs, selects an optimization profile, builds an
@@ -30,6 +30,7 @@ Exit codes: 0 done, 2 wrong settings, 3 hardware or no profile fits, 4 checkpoin
 """
 
 Parser = argparse.ArgumentParser
+_CONTAINER_COMMANDS = ("serve", "build", "download-to-cache", "create-model-store")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def serve(args: argparse.Namespace) -> int:
     if args.hardware is not None:
         raise_usage("--hardware is only for --dry-run: a server needs the machine it runs on")
     # Until the server's own handlers are there; as PID 1 of a container the signal would be lost without one.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # nothing runs yet that could be cut off
     from appliance.launch.server import serve
 
     code = serve(load(vars(args)))
@@ -123,6 +124,18 @@ def run_doctor(args: argparse.Namespace) -> int:
     checks = doctor.examine(settings, found)
     print(doctor.as_json(checks) if args.json else doctor.as_text(checks))
     return 0 if doctor.passed(checks) else 1
+
+
+def add_health(parser: Parser) -> None:
+    from appliance.commands.health import add_arguments
+
+    add_arguments(parser)
+
+
+def health(args: argparse.Namespace) -> int:
+    from appliance.commands.health import run_health
+
+    return run_health(args)
 
 
 def version(args: argparse.Namespace) -> int:
@@ -203,6 +216,7 @@ COMMANDS: dict[str, Command] = {
     "engines": Command("list, verify, remove, publish and fetch engines", add_engines, engines),
     "bench": Command("measure speed and quality", add_bench, run_bench),
     "doctor": Command("check this machine before anything is downloaded, with fixes", add_doctor, run_doctor),
+    "health": Command("whether the server that runs here is ready; for HEALTHCHECK", add_health, health),
     "version": Command("print the version", lambda parser: None, version),
 }
 
@@ -230,23 +244,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except ApplianceError as error:
+        _leave_reason(args, error)
         print(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        return _ended_by(error)
+        return _ended_by(args, error)
+    except Exception as error:
+        _leave_reason(args, error)
+        raise
 
 
-def _ended_by(error: OSError) -> int:
+def _leave_reason(args: argparse.Namespace, error: BaseException) -> None:
+    """For Kubernetes, from the commands that containers are started with; not from one that looks into a container."""
+    if args.command in _CONTAINER_COMMANDS:
+        termination.write(error, termination_log(vars(args)))
+
+
+def _ended_by(args: argparse.Namespace, error: OSError) -> int:
     from appliance.engines.disk import full, is_full
 
     if isinstance(error, BrokenPipeError):  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if not is_full(error):
+        _leave_reason(args, error)
         raise error
     explained = full(Path(error.filename or Path.cwd()), "a file")
+    _leave_reason(args, explained)
     print(f"error: {explained.message}\n  {explained.hint}", file=sys.stderr)
     return explained.exit_code
 

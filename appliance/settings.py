@@ -9,6 +9,7 @@ are used for. Precedence: command line > environment > --config YAML > profile >
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -62,7 +63,7 @@ class Settings:
     )
     cache: Path | None = _model(
         None,
-        "directory for engines and downloads; default /opt/nim/.cache if writable, else ~/.cache/appliance",
+        "directory for engines and downloads; default /opt/nim/.cache if that exists, else ~/.cache/appliance",
         also="APPLIANCE_CACHE_PATH NIM_CACHE_PATH",
     )
     engine_source: str | None = _model(
@@ -119,6 +120,9 @@ class Settings:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _server("INFO", "least level", also="NIM_LOG_LEVEL")
     log_json: bool | None = _server(
         None, "log JSON lines; default: only where stderr is no terminal", also="NIM_JSONL_LOGGING"
+    )
+    termination_log: Path = _server(
+        Path("/dev/termination-log"), "file for the reason of a failed exit, where there is one (Kubernetes makes it)"
     )
     stuck_seconds: float = _server(
         60.0, "time without a turn of the event loop after which liveness fails; 0: never", limits=(0, 86_400)
@@ -333,15 +337,25 @@ def _check_together(settings: Settings) -> None:
 
 
 def default_cache_dir() -> Path:
-    """/opt/nim/.cache where this user can write it (the image), the user's cache directory otherwise."""
+    """/opt/nim/.cache where it exists (the image), the user's cache directory otherwise. Also where it cannot be
+    written: that a volume mounted there is not used would be noticed only at the next long start."""
     image = Path("/opt/nim/.cache")
-    if image.is_dir() and os.access(image, os.W_OK | os.X_OK):
+    if image.is_dir():
         return image
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "appliance"
     except RuntimeError:
         raise SettingsError("no cache directory: this user has no home", hint="set APPLIANCE_CACHE") from None
+
+
+def termination_log(flags: Mapping[str, object]) -> Path:
+    """The setting of that name, also where other settings are wrong."""
+    with contextlib.suppress(SettingsError):
+        return load(flags).termination_log
+    spec = specs()["termination_log"]
+    given = flags.get(spec.name) or os.environ.get(spec.variable, "").strip()
+    return Path(str(given)) if given else Path(spec.default)
 
 
 def cuda_visible_devices() -> str | None:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from appliance.errors import SettingsError
-from appliance.launch.report import breakdown, progress_line, write_termination_log
+from appliance.launch.report import breakdown, progress_line
 from appliance.launch.scratch import socket_directory
 from appliance.launch.server import default_model_name, open_sockets
 from appliance.server.lifecycle import Lifecycle
@@ -302,12 +302,3 @@ def test_progress_lines_and_breakdown() -> None:
     parts, beside = line.split("; ")
     assert parts == "3.5 s: python 0.5, starting 0.0, building 2.0, loading 1.0 (weights 0.4)"
     assert beside == "beside it torch was imported in 2.0 s"
-
-
-def test_termination_log_only_where_kubernetes_made_it(tmp_path: Path) -> None:
-    path = tmp_path / "termination-log"
-    write_termination_log("reason", path)
-    assert not path.exists()
-    path.touch()
-    write_termination_log("reason", path)
-    assert path.read_text() == "reason\n"

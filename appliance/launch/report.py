@@ -1,21 +1,18 @@
-"""What a start says of itself: a line per phase and every ten seconds in a long one, the breakdown when it is ready,
-and the reason of a failure where Kubernetes looks for it. Knows the lifecycle only."""
+"""What a start says of itself: a line per phase and every ten seconds in a long one, the breakdown when it is
+ready. Knows the lifecycle only."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from appliance.server.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 10.0  # longest time without a line while not ready
-TERMINATION_LOG = Path("/dev/termination-log")
 _QUIET_PHASES = ("starting", "ready", "restarting", "draining", "failed")  # these have their own lines
 
 
@@ -69,10 +66,3 @@ def process_age_seconds(now: Callable[[], float] = time.time) -> float:
     import psutil
 
     return max(0.0, now() - psutil.Process().create_time())
-
-
-def write_termination_log(message: str, path: Path = TERMINATION_LOG) -> None:
-    """For `kubectl describe pod`; where there is no such file, nothing happens."""
-    if path.is_file():
-        with contextlib.suppress(OSError):
-            path.write_text(message[:4000] + "\n", encoding="utf-8")

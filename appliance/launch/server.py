@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from appliance import __version__, builtin, logs
+from appliance import __version__, builtin, logs, termination
 from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
@@ -162,10 +162,8 @@ class _Process:
 
     def _give_up(self, reason: str) -> None:
         """From the watchdog's thread: the loop will not end this process."""
-        from appliance.launch.report import write_termination_log
-
         log.error("%s: leaving", reason)
-        write_termination_log(reason)
+        termination.write(reason, self._settings.termination_log)
         kill_all()
         shutil.rmtree(self._directory, ignore_errors=True)
         sys.stderr.flush()
@@ -289,8 +287,6 @@ class _Process:
         log.info("drained%s", f", {left} requests cut off" if left else "")
 
     def _outcome(self, state: ServerState, http: asyncio.Task[None], work: asyncio.Task[None]) -> int:
-        from appliance.launch.report import write_termination_log
-
         ended = next((task for task in (work, http) if task.done()), None)
         if ended is None or (self._stop.is_set() and (ended.cancelled() or ended.exception() is None)):
             return 0
@@ -303,7 +299,7 @@ class _Process:
             log.error("%s", error)
         else:
             log.error("unexpected failure", exc_info=error)
-        write_termination_log(str(error) or type(error).__name__)
+        termination.write(error, self._settings.termination_log)
         return error.exit_code if isinstance(error, ApplianceError) else 1
 
     async def _leave(
