@@ -1,19 +1,23 @@
 """CUDA graphs of decode steps, one per batch bucket. Knows capture and replay; what a step computes is the runner's.
 
-All graphs share one memory pool and are captured largest first, so that the smaller ones live in memory the largest
-took. A graph reads its inputs from the input batch's arena and leaves its logits in a buffer of its own, which the next
+All graphs share one memory pool. A start captures a few sizes, the others are captured while the engine serves; until
+then a batch is padded to the next larger size that there is. A graph reads its inputs from the input batch's arena and leaves its logits in a buffer of its own, which the next
 replay of any graph overwrites: consume it in stream order.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from appliance.runtime.input_batch import StepInputs
+
+T = TypeVar("T")
 
 # Dense at the low end, where a padded row costs as much as a real one; coarser where steps are long anyway.
 _BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -25,34 +29,82 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
+def ready_buckets(sizes: Sequence[int]) -> list[int]:
+    """Of the sizes to capture, those that a start waits for, ascending: powers of two and the largest. A batch of any
+    size has one that is at most twice as large; the others follow while the engine serves."""
+    return [size for size in sizes if size & (size - 1) == 0 or size == max(sizes)]
+
+
+def capture(
+    function: Callable[[], T], pool: tuple[int, int] | None = None, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """What `function` launches, as a graph, and what it returned. It must have run once before, so that everything that
+    is compiled or allocated lazily exists.
+
+    `torch.cuda.graph` does the same, but waits for the GPU and gives all cached memory back first, also page-locked
+    memory, which the next steps then have to allocate anew."""
+    stream = stream or torch.cuda.Stream()
+    current = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        # thread_local: other threads may go on using the GPU.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            result = function()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what went wrong is what matters
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(stream)
+    return graph, result
+
+
 class DecodeGraphs:
     """`make_inputs(n)` gives the inputs of a dummy decode step of n sequences, planned; `forward` turns inputs into
-    logits [n, vocab] using device work only."""
+    logits [n, vocab] using device work only. Neither may change what sequences that are being served rely on: sizes are
+    also captured between their steps."""
 
     def __init__(self, forward: Callable[[StepInputs], Tensor], make_inputs: Callable[[int], StepInputs]) -> None:
         self._forward = forward
         self._make_inputs = make_inputs
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._sizes: list[int] = []
+        self._later: list[int] = []  # ascending; captured from the end
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def bucket(self, num_seqs: int) -> int | None:
         """The smallest captured size that holds `num_seqs`; None if there is none."""
         at = bisect.bisect_left(self._sizes, num_seqs)
         return self._sizes[at] if at < len(self._sizes) else None
 
+    def capture_first(self, sizes: Sequence[int], progress: Callable[[int, int], None]) -> None:
+        """Capture `ready_buckets(sizes)`, largest first, so that the smaller ones live in memory the largest took;
+        `progress(done, total)` after each. The others wait for `capture_next`."""
+        first = ready_buckets(sizes)
+        for done, size in enumerate(reversed(first), start=1):
+            self.capture(size)
+            progress(done, len(first))
+        self._later = sorted(set(sizes) - set(first))
+
+    def capture_next(self) -> bool:
+        """Capture one of the sizes that still wait, largest first; False if none did. Takes some 20 ms."""
+        if not self._later:
+            return False
+        self.capture(self._later.pop())
+        return True
+
     def capture(self, size: int) -> None:
         """Capture the step of `size` sequences. Runs it once before, so that lazily compiled kernels exist."""
         inputs = self._make_inputs(size)
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits = self._forward(inputs)
-        self._graphs[size] = (graph, logits)
+        self._graphs[size] = capture(lambda: self._forward(inputs), self._pool, stream)
         bisect.insort(self._sizes, size)
 
     def replay(self, size: int) -> Tensor:

@@ -103,16 +103,18 @@ class ModelRunner:
         self._batch.token_table.index_put_((inputs.write_slots[:n], positions), sampled.token_ids.to(torch.int32))
         return PendingStep(plan, sampled, sampling, chunks, self._cuda)
 
+    @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
-        """Capture decode steps of every bucket, largest first. `progress(done, total)` after each."""
+        """Capture decode steps of the buckets that a start needs. `progress(done, total)` after each."""
         self._graphs = None
         graphs = DecodeGraphs(self._logits, self._dummy_decode)
-        sizes = decode_buckets(self._limits.max_num_seqs)
-        with torch.inference_mode():
-            for done, size in enumerate(reversed(sizes), start=1):
-                graphs.capture(size)
-                progress(done, len(sizes))
+        graphs.capture_first(decode_buckets(self._limits.max_num_seqs), progress)
         self._graphs = graphs
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Capture one more bucket, between two steps. False: there are no more."""
+        return self._graphs is not None and self._graphs.capture_next()
 
     def profile(self) -> None:
         """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards.
@@ -148,10 +150,11 @@ class ModelRunner:
         return self._model(token_ids, ctx)
 
     def _dummy_decode(self, size: int) -> StepInputs:
-        """Inputs of `size` decodes of the padding slot: they read and write the first entry of page 0, which is free
-        while graphs are captured."""
+        """Inputs of `size` decodes of the padding slot: they read the first entry of page 0, whosever it is, and write
+        no keys or values."""
         slot = self._batch.padding_slot
         inputs = self._batch.step_inputs([ScheduledSequence(slot, 0, 1, [], samples=True)] * size, size)
+        inputs.metadata.slot_mapping.fill_(-1)
         self._attention.plan(inputs.metadata)
         return inputs
 
