@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from appliance.kernels.deferred_scale import DeferredScale, materialize
 from appliance.runtime.sampler import Sampler, prompt_logprobs, unpack_logprobs
 from appliance.types import SamplingParams
 
@@ -149,6 +150,26 @@ def test_each_parameter_matches_the_reference(name):
     rig = Rig()
     for trial in range(12):
         run_case(rig, [name], 8 + trial, seed=2**40 + trial * 1000, logits_seed=trial)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 3}, {"logit_bias": {1: 50.0}}, {"logprobs": 2}])
+@pytest.mark.parametrize("form", ["bfloat16", "deferred"])
+def test_logits_as_the_product_gives_them(params, form):
+    """In the model's dtype, or with scales still to be applied: the same as their float32 numbers."""
+    rig, slots, positions = Rig(), [0, 1, 2, 3], [9, 9, 9, 9]
+    for slot in slots:
+        rig.set(slot, SamplingParams(**({"temperature": 0.0} | params)), seed=slot)
+    given = random_logits(4, seed=5, spread=2.0).bfloat16()
+    if form == "deferred":
+        row_scales, column_scales = random_logits(4, 1, seed=6).abs(), random_logits(1, VOCAB, seed=7).abs()
+        given = DeferredScale(given, row_scales, column_scales, None)
+    batch = rig.sampler.prepare(np.array(slots))
+    dev = [torch.tensor(x, device=DEVICE) for x in (slots, positions)]
+    want = rig.sampler.sample(materialize(given, torch.float32), *dev, rig.table, batch)
+    got = rig.sampler.sample(given, *dev, rig.table, batch)
+    assert got.token_ids.tolist() == want.token_ids.tolist() and got.token_ids.dtype == torch.int64
+    assert (got.logprobs is None) == (want.logprobs is None) == ("logprobs" not in params)
+    assert got.logprobs is None or torch.equal(got.logprobs, want.logprobs)
 
 
 def test_mixed_batches_match_the_reference():

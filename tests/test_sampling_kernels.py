@@ -14,6 +14,7 @@ import torch
 from transformers import generation as hf
 
 from appliance.kernels import filtered_draw, sampling
+from appliance.kernels.deferred_scale import DeferredScale, materialize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 60
@@ -103,6 +104,52 @@ def test_triton_draw_matches_reference(vocab, filtered):
     assert torch.equal(got, sampling.draw_reference(logits, temperature, seeds, positions, thresholds))
     assert got[2] == logits[2].argmax()
     assert got[4] == 0
+
+
+@pytest.mark.parametrize("vocab", [1, 40, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax(vocab, dtype):
+    logits = random_logits(7, vocab, seed=vocab).to(dtype)
+    wide = torch.full((7, vocab + 8), 99.0, dtype=dtype, device=DEVICE)
+    wide[:, :vocab] = logits
+    best = logits.float().argmax(1)
+    assert torch.equal(sampling.argmax_triton(wide[:, :vocab]), best)
+    assert torch.equal(sampling.argmax_reference(logits), best)
+    assert sampling.argmax_triton(logits[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("argmax", [sampling.argmax_triton, sampling.argmax_reference])
+def test_argmax_of_equals_and_of_what_is_no_number(argmax):
+    logits = torch.zeros(5, 5000, device=DEVICE)
+    logits[0, [2500, 2501, 4999]] = 1.0
+    logits[1] = float("-inf")
+    logits[2] = float("nan")
+    logits[3, 100], logits[3, 4000] = float("nan"), 2.0
+    logits[4, [3000, 4500]] = float("inf")
+    assert argmax(logits).tolist() == [2500, 0, 0, 4000, 3000]
+    # The same as a greedy row beside random ones.
+    zero = torch.zeros(5, device=DEVICE)
+    assert sampling.draw_triton(logits, zero, seeds_of(range(5)), zero.long(), None).tolist() == [
+        2500,
+        0,
+        0,
+        4000,
+        3000,
+    ]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_argmax_applies_deferred_scales(with_bias):
+    values = random_logits(6, 5000, seed=1, spread=1e5).bfloat16()
+    row_scales, column_scales = random_logits(6, 1, seed=2).abs(), random_logits(1, 5000, seed=3).abs()
+    bias = random_logits(1, 5000, seed=4, spread=1e5)[0] if with_bias else None
+    values[4, 7] = float("nan")
+    product = DeferredScale(values, row_scales, column_scales, bias)
+    want = materialize(product, torch.float32).nan_to_num(nan=float("-inf")).argmax(1)
+    assert not torch.equal(want, values.nan_to_num(nan=float("-inf")).argmax(1)), "scales must matter"
+    assert torch.equal(sampling.argmax_triton(product), want)
+    assert torch.equal(sampling.argmax_reference(product), want)
+    assert torch.equal(sampling.argmax_triton(product.first_rows(2)), want[:2])
 
 
 def test_triton_draw_takes_the_lowest_of_equals_across_blocks():

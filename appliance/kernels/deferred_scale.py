@@ -55,6 +55,10 @@ class DeferredScale:
         bias = None if self.bias is None else self.bias[:count]
         return DeferredScale(self.values[:, :count], self.row_scales, self.column_scales[:, :count], bias)
 
+    def first_rows(self, count: int) -> DeferredScale:
+        """The first `count` rows."""
+        return DeferredScale(self.values[:count], self.row_scales[:count], self.column_scales, self.bias)
+
     def scaled(self) -> Tensor:
         """The result in float32, in plain torch: the reference of every kernel that takes a deferred product."""
         product = self.values.float() * self.row_scales * self.column_scales

@@ -1,4 +1,5 @@
-"""Choosing tokens from logits: counter-based noise, the draw, thresholds of top-k / top-p / min-p, log probabilities.
+"""Choosing tokens from logits: argmax, counter-based noise, the draw, thresholds of top-k / top-p / min-p, log
+probabilities.
 
 Knows tensors only; which row wants what is `runtime/sampler.py`'s business. Nothing here waits for the device.
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
+from appliance.kernels.deferred_scale import Product, apply_scales, as_float
+from appliance.kernels.dependent_launch import launch_options
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row takes its most likely token (types.SamplingParams.greedy)
-_BLOCK = 2048  # logits of a row that one program of the draw looks at
+_BLOCK = 2048  # logits of a row that one program of the draw or of the argmax looks at
 
 # ---------------------------------------------------------------- noise
 
@@ -82,9 +85,62 @@ def log_noise(token, key, second):
 
 @triton.jit
 def load_logits(row_ptr, token, vocab_size):
-    """Logits of token ids; -inf outside the vocabulary and for NaN."""
-    logit = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf"))
+    """Logits of token ids, float32; -inf outside the vocabulary and for NaN."""
+    logit = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
     return tl.where(logit == logit, logit, float("-inf"))
+
+
+@triton.jit
+def _store_best(score, row, block, best_score_ptr, best_token_ptr, BLOCK: tl.constexpr):
+    """The largest of BLOCK scores and the token it belongs to (the lowest of equals)."""
+    best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    place = row * tl.num_programs(1) + block
+    tl.store(best_score_ptr + place, best)
+    tl.store(best_token_ptr + place, (block * BLOCK + index).to(tl.int64))
+
+
+@triton.jit
+def _best_of_blocks_kernel(best_score_ptr, best_token_ptr, out_ptr, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program: the best of a row's blocks, the lowest of equals. BLOCK: `blocks`, as a power of two."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK)
+    score = tl.load(best_score_ptr + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    _, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(out_ptr + row, tl.load(best_token_ptr + row * blocks + index))
+
+
+@triton.jit
+def _argmax_kernel(
+    logits_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
+    bias_ptr,
+    best_score_ptr,
+    best_token_ptr,
+    vocab_size,
+    logits_stride,
+    DEFERRED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row, block): the largest of BLOCK logits of the row, and its token (the lowest of equals)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    logit = load_logits(logits_ptr + row * logits_stride, token, vocab_size)
+    if DEFERRED:
+        there = token < vocab_size
+        scale = tl.load(row_scales_ptr + row)
+        logit = apply_scales(logit, scale, column_scales_ptr, bias_ptr, token, there, BIASED)
+        logit = tl.where(there & (logit == logit), logit, float("-inf"))
+    _store_best(logit, row, block, best_score_ptr, best_token_ptr, BLOCK)
 
 
 @triton.jit
@@ -103,8 +159,12 @@ def _draw_kernel(
     greedy_temperature,
     FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (row, block): the best score in BLOCK tokens of the row, and its token (the lowest of equals)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -117,10 +177,7 @@ def _draw_kernel(
         score = scaled - log_noise(token, key, second)
         if FILTERED:
             score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
-    best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-    place = row * tl.num_programs(1) + block
-    tl.store(best_score_ptr + place, best)
-    tl.store(best_token_ptr + place, (block * BLOCK + index).to(tl.int64))
+    _store_best(score, row, block, best_score_ptr, best_token_ptr, BLOCK)
 
 
 # ---------------------------------------------------------------- draw
@@ -159,12 +216,10 @@ def draw_triton(
     m, vocab_size = logits.shape
     if logits.stride(1) != 1 or seeds.stride(1) != 1:
         raise ValueError("logits and seeds must be contiguous in their last dimension")
-    blocks = triton.cdiv(vocab_size, _BLOCK)
-    best = torch.empty(m, blocks, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(m, blocks, dtype=torch.int64, device=logits.device)
+    best, tokens = _per_block(m, vocab_size, logits.device)
     if m == 0:
         return tokens[:, 0]
-    _draw_kernel[(m, blocks)](
+    _draw_kernel[tokens.shape](
         logits,
         temperature,
         seeds,
@@ -180,8 +235,75 @@ def draw_triton(
         FILTERED=thresholds is not None,
         BLOCK=_BLOCK,
         num_warps=4,
+        **launch_options(logits.device),
     )
-    return tokens.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
+    return _best_of_blocks(best, tokens)
+
+
+def _per_block(m: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for a score and a token of each block of each row."""
+    blocks = triton.cdiv(vocab_size, _BLOCK)
+    scores = torch.empty(m, blocks, dtype=torch.float32, device=device)
+    return scores, torch.empty(m, blocks, dtype=torch.int64, device=device)
+
+
+def _best_of_blocks(scores: Tensor, tokens: Tensor) -> Tensor:
+    """int64 [m]: each row's token of the largest score."""
+    m, blocks = scores.shape
+    out = torch.empty(m, dtype=torch.int64, device=scores.device)
+    _best_of_blocks_kernel[(m,)](
+        scores,
+        tokens,
+        out,
+        blocks,
+        BLOCK=triton.next_power_of_2(blocks),
+        num_warps=1,
+        **launch_options(scores.device),
+    )
+    return out
+
+
+# ---------------------------------------------------------------- argmax
+
+
+def argmax(logits: Product) -> Tensor:
+    """The most likely token of each row, the lowest id of equals, int64 [m]. logits [m, vocab] of any float dtype, or
+    with scales still to be applied; NaN counts as -inf, as in `draw`, so that a greedy row's token does not depend on
+    whether its neighbours are greedy too."""
+    return argmax_triton(logits) if logits.is_cuda else argmax_reference(logits)
+
+
+def argmax_reference(logits: Product) -> Tensor:
+    """`argmax` in plain torch, any device."""
+    return as_float(logits).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")).argmax(1)
+
+
+def argmax_triton(logits: Product) -> Tensor:
+    """`argmax` in two kernels: every block of a row by a program of its own, then the best of the blocks."""
+    deferred = None if isinstance(logits, Tensor) else logits
+    values = logits if isinstance(logits, Tensor) else logits.values
+    bias = None if deferred is None else deferred.bias
+    assert values.stride(1) == 1
+    m, vocab_size = values.shape
+    best, tokens = _per_block(m, vocab_size, values.device)
+    if m == 0:
+        return tokens[:, 0]
+    _argmax_kernel[tokens.shape](
+        values,
+        None if deferred is None else deferred.row_scales,
+        None if deferred is None else deferred.column_scales,
+        bias,
+        best,
+        tokens,
+        vocab_size,
+        values.stride(0),
+        DEFERRED=deferred is not None,
+        BIASED=bias is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        **launch_options(values.device),
+    )
+    return _best_of_blocks(best, tokens)
 
 
 def scale_logits(logits: Tensor, temperature: Tensor) -> Tensor:

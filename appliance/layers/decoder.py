@@ -133,7 +133,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden] -> float32 [m, vocab]."""
+        return materialize(self.raw_logits(hidden), torch.float32)
+
+    def raw_logits(self, hidden: Tensor) -> Product:
+        """Logits [m, vocab] as the product gives them: in the model's dtype, or with scales still to be applied. For
+        those who may not need them in float32 (`runtime/sampler.py`)."""
         logits: Product = self.lm_head(hidden)
-        if self.tp.size == 1:
-            return materialize(logits, torch.float32)
-        return self.tp.all_gather(materialize(logits, self.dtype)).float()
+        return logits if self.tp.size == 1 else self.tp.all_gather(materialize(logits, self.dtype))

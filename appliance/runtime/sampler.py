@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.filtered_draw import draw_filtered
-from appliance.kernels.sampling import GREEDY_TEMPERATURE, apply_penalties, draw, pack_logprobs
+from appliance.kernels.sampling import GREEDY_TEMPERATURE, apply_penalties, argmax, draw, pack_logprobs
 from appliance.types import SamplingParams, TokenLogprobs
 
 # One row of the parameter table, on the host and on the device: words of 32 bits, so that one copy moves it.
@@ -180,19 +181,24 @@ class Sampler:
         return self._upload(np.concatenate(parts, axis=1)) if parts else None
 
     def sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, token_table: Tensor, batch: SamplingBatch
+        self, logits: Product, slots: Tensor, positions: Tensor, token_table: Tensor, batch: SamplingBatch
     ) -> SamplerOutput:
         """One token per row.
 
-        logits float32 [m, vocab], raw, may be written to; slots int64 [m], as given to `prepare`; positions int64 [m]:
-        where each new token will stand, which is the number of tokens before it; token_table int [slots, tokens].
+        logits [m, vocab], raw, of any float dtype or with scales still to be applied: converted to float32 (and written
+        to, if they are that), save where an argmax is all that is wanted. slots int64 [m], as given to `prepare`;
+        positions int64 [m]: where each new token will stand, which is the number of tokens before it; token_table int
+        [slots, tokens].
         Raises ValueError if the batch was prepared for another number of rows.
         """
         if logits.shape[0] != batch.num_rows:
             raise ValueError(f"{logits.shape[0]} rows of logits for a batch prepared for {batch.num_rows}")
+        if batch.all_greedy and batch.bias is None and batch.penalty_rows is None and batch.max_logprobs < 0:
+            return SamplerOutput(argmax(logits), None)
+        logits = materialize(logits, torch.float32)
         edited = self._edit(logits, slots, positions, token_table, batch)
         if batch.all_greedy:
-            token_ids = edited.argmax(1)
+            token_ids = argmax(edited)
         else:
             token_ids = self._draw(edited, self._table[slots], positions, batch)
         if batch.max_logprobs < 0:
