@@ -40,8 +40,15 @@ FIRST = Capabilities(
 FULL = Capabilities(
     schemes={**FIRST.schemes, "int8": SchemeFacts((7, 5), 16), "int4": SchemeFacts((7, 5))},
     backends={
-        "cuda": BackendFacts("gpu", (*_NOW, "int8", "int4"), ("bf16", "fp16", "fp32", "fp8"), max_tp=8, max_pp=2),
-        "cpu": BackendFacts("cpu", (*_NOW, "int4"), ("fp32",)),
+        "cuda": BackendFacts(
+            "gpu",
+            (*_NOW, "int8", "int4"),
+            ("bf16", "fp16", "fp32", "fp8"),
+            max_tp=8,
+            max_pp=2,
+            kv_cache_capability={"fp8": (8, 9)},
+        ),
+        "cpu": BackendFacts("cpu", (*_NOW, "int4"), ("fp32", "fp8")),
     },
 )
 

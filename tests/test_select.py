@@ -302,6 +302,45 @@ def test_kv_cache_precision_follows_the_device():
     assert require(halved).requires_bytes_per_gpu < require(choose("h100-x1", build=FULL)).requires_bytes_per_gpu
 
 
+def test_an_fp8_kv_cache_only_where_it_is_asked_for_and_can_be():
+    plain, named = choose("h200-x1", build=FULL), choose("h200-x1", build=FULL, profile="fp8-kv8")
+    assert (require(plain).name, require(plain).kv_cache) == ("fp8-tp1", "bf16")
+    assert (require(named).name, require(named).kv_cache) == ("fp8-kv8-tp1", "fp8")
+    assert require(named).kv_cache_tokens == pytest.approx(2 * require(plain).kv_cache_tokens, rel=0.01)
+    assert explain_json(named)["selected"]["kv_cache"] == engine_values(named)["kv_cache_dtype"] == "fp8"
+    asked = choose("h200-x1", build=FULL, kv_cache_dtype="bf16")
+    assert "asked for: kv_cache_dtype bf16" in by_name(asked, "fp8-kv8-tp1").reason
+    assert require(choose("none", build=FULL, kv_cache_dtype="fp8")).kv_cache == "fp8"
+    unbuilt = choose("h200-x1", profile="fp8-kv8")
+    assert names(unbuilt) == (None, "fp8-kv8-tp1") and "a fp8 KV cache is not built yet" in unbuilt.wanted.reason
+
+
+def test_fp8_keys_and_values_serve_where_only_they_fit():
+    """Between the memory that FP8 weights need with FP8 K/V and that with BF16 K/V."""
+    where = machine("h100-x1")
+    with_kv8, with_bf16 = (
+        by_name(choose(where, build=FULL), name).requires_bytes_per_gpu for name in ("fp8-kv8-tp1", "fp8-tp1")
+    )
+    assert with_kv8 < with_bf16
+    free = (with_kv8 + with_bf16) // 2
+    tight = msgspec.structs.replace(where, gpus=(msgspec.structs.replace(where.gpus[0], free_memory=free),))
+    assert require(choose(tight, build=FULL)).name == "fp8-kv8-tp1"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("a100-80gb-x1", {"kv_cache_dtype": "fp8"}, r"cache needs compute capability 8\.9, and NVIDIA A100.* has 8\.0"),
+        ("a100-80gb-x1", {"profile": "fp8-kv8"}, r"needs compute capability 8\.9, and NVIDIA A100.* has 8\.0"),
+        ("h100-x1", {"precision": "bf16", "kv_cache_dtype": "fp32"}, "fp32 KV cache does not go: only bf16 or fp8"),
+        ("t4", {"kv_cache_dtype": "bf16"}, r"bf16 KV cache does not go: only fp16 or fp8 \(leave --kv-cache-dtype "),
+    ],
+)
+def test_a_kv_cache_that_the_gpu_cannot_have_is_refused_first(name: str, asked: dict[str, object], words: str):
+    with pytest.raises(ProfileError, match=words):
+        require(choose(name, BUILTIN, build=FULL, **asked))
+
+
 def test_limits_are_passed_on_to_the_engine():
     selection = choose("h100-x1", max_num_seqs=7, max_num_batched_tokens=512, memory_fraction=0.5, max_model_len=4096)
     assert engine_values(selection) == {

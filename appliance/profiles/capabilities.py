@@ -5,6 +5,8 @@ Selection gets it as a value, so that it stays a pure function and never claims 
 
 from __future__ import annotations
 
+import msgspec
+
 from appliance import registry
 from appliance.types import Struct
 
@@ -23,6 +25,7 @@ class BackendFacts(Struct, frozen=True):
     max_tp: int = 1
     max_pp: int = 1
     min_compute_capability: tuple[int, int] = (0, 0)
+    kv_cache_capability: dict[str, tuple[int, int]] = msgspec.field(default_factory=dict)  # of KV caches that need more
 
 
 class Capabilities(Struct, frozen=True):
@@ -49,6 +52,9 @@ def capabilities() -> Capabilities:
             max_tp=plugin.facts.get("max_tp", 1),
             max_pp=plugin.facts.get("max_pp", 1),
             min_compute_capability=_oldest(plugin),
+            kv_cache_capability={
+                name: (major, minor) for name, (major, minor) in plugin.facts.get("kv_cache_capability", {}).items()
+            },
         )
         for name, plugin in registry.plugins("backends").items()
     }

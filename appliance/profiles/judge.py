@@ -10,7 +10,7 @@ from appliance.profiles import predict
 from appliance.profiles.names import Candidate
 from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place, worst_link
-from appliance.profiles.rules import Question, Rejection, reject, unbuilt
+from appliance.profiles.rules import Question, Rejection, activations, reject, unbuilt
 from appliance.sizes import format_size
 from appliance.types import Gpu, Objective, Struct
 
@@ -55,13 +55,14 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     """The verdict, with the first rule that rejects it as its reason."""
     asked, profile = question.overrides, candidate.profile
     on_cpu = profile.backend == "cpu"
-    rejection = reject(candidate, place, question)
+    kv_cache = _kv_cache(candidate, place, asked)
+    rejection = reject(candidate, place, question, kv_cache)
     draft = Outcome(
         name=candidate.name,
         id=candidate.id,
         profile=profile.name,
         precision=profile.precision,
-        kv_cache=_kv_cache(candidate, place, asked),
+        kv_cache=kv_cache,
         tp_size=candidate.tp_size,
         pp_size=candidate.pp_size,
         backend=profile.backend,
@@ -112,15 +113,9 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
 
 
 def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
-    """The concrete KV-cache precision of "auto": that of the activations (float32 on the CPU)."""
+    """What was asked for, else what the profile says; of "auto" the concrete precision, that of the activations."""
     named = asked.kv_cache_dtype if asked.kv_cache_dtype != "auto" else candidate.profile.kv_cache
-    if named != "auto":
-        return named
-    if candidate.profile.backend == "cpu":
-        return "fp32"
-    if candidate.profile.precision in ("fp32", "fp16"):
-        return candidate.profile.precision
-    return "bf16" if place.facts is None or "bf16" in place.facts.precisions else "fp16"
+    return activations(candidate, place) if named == "auto" else named
 
 
 def _too_big(

@@ -39,8 +39,9 @@ class Question(Struct, frozen=True):
         return self.overrides.backend == "cpu" or (self.named is not None and self.named.profile.endswith("-cpu"))
 
 
-def reject(candidate: Candidate, place: Place, question: Question) -> Rejection | None:
-    """Why it cannot run there whatever memory is free and whatever is built; None if nothing speaks against it."""
+def reject(candidate: Candidate, place: Place, question: Question, kv_cache: str) -> Rejection | None:
+    """Why it cannot run there whatever memory is free and whatever is built; None if nothing speaks against it.
+    `kv_cache` is a concrete precision."""
     if reason := _not_asked(candidate, question):
         return Rejection(reason, 0)
     if reason := _wrong_device(candidate, place, question):
@@ -48,7 +49,19 @@ def reject(candidate: Candidate, place: Place, question: Question) -> Rejection 
         return Rejection(reason, 1, "backend", hint)
     if reason := _gpu_lacks(candidate, place, question):
         return Rejection(reason, 2, "precision", "leave --precision out, or choose another")
+    if reason := _no_such_kv_cache(candidate, place, question, kv_cache):
+        hint = "leave --kv-cache-dtype (or its profile) out, or choose auto"
+        return Rejection(reason, 2, "kv_cache_dtype", hint)
     return _model_lacks(candidate, question) or _too_few(candidate, place)
+
+
+def activations(candidate: Candidate, place: Place) -> str:
+    """The precision in which it computes there: float32 on the CPU, 16 bits that the GPU has, unless it is FP32."""
+    if candidate.profile.backend == "cpu":
+        return "fp32"
+    if candidate.profile.precision in ("fp32", "fp16"):
+        return candidate.profile.precision
+    return "bf16" if place.facts is None or "bf16" in place.facts.precisions else "fp16"
 
 
 def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> Rejection | None:
@@ -103,6 +116,8 @@ def _not_asked(candidate: Candidate, question: Question) -> str | None:
         want = getattr(asked, field)
         if want is not None and want != have:
             return f"not what was asked for: {field} {want}"
+    if "auto" not in (asked.kv_cache_dtype, profile.kv_cache) and asked.kv_cache_dtype != profile.kv_cache:
+        return f"not what was asked for: kv_cache_dtype {asked.kv_cache_dtype}"
     return None
 
 
@@ -133,6 +148,22 @@ def _gpu_lacks(candidate: Candidate, place: Place, question: Question) -> str | 
         return f"needs compute capability {_dotted(need)}, and {place.gpus[0].name} has {_dotted(have)}"
     if precision not in facts.precisions:
         return f"{place.gpus[0].name} cannot work with {precision}"
+    return None
+
+
+def _no_such_kv_cache(candidate: Candidate, place: Place, question: Question, kv_cache: str) -> str | None:
+    """On a GPU a KV cache has the precision of the activations, or FP8 where the GPU converts it."""
+    have = place.compute_capability
+    if have is None:
+        return None
+    natural = activations(candidate, place)
+    if kv_cache not in (natural, "fp8"):
+        return f"computes in {natural} here, with which a {kv_cache} KV cache does not go: only {natural} or fp8"
+    backend = question.capabilities.backends.get(candidate.profile.backend)
+    need = backend.kv_cache_capability.get(kv_cache, (0, 0)) if backend else (0, 0)
+    if have < need:
+        gpu = place.gpus[0].name
+        return f"a {kv_cache} KV cache needs compute capability {_dotted(need)}, and {gpu} has {_dotted(have)}"
     return None
 
 
