@@ -39,6 +39,7 @@ PLUGIN = {
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8"],
     "kv_cache": ["bf16", "fp16", "fp32", "fp8"],
+    "kv_cache_capability": {"fp8": [8, 9]},
     "attention": ["auto", "flashinfer", "triton", "reference"],
     "min_compute_capability": [7, 5],
     "max_tp": 1,
