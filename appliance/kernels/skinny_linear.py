@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
+from appliance.kernels.dependent_launch import launch_options
 
 MAX_ROWS = 64  # what the kernel can do
 
@@ -188,9 +189,13 @@ def _skinny_kernel(
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     PROMOTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (share, tile): BLOCK_N rows of the weight, one of SPLIT shares of k. WHOLE_K: BLOCK_K divides k. PROMOTE:
     inner numbers after which Hopper's FP8 product, which keeps about 14 bits, is added to a float32 sum; 0: n/a."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     share = tl.program_id(0)
     tile = tl.program_id(1)
     k_tiles = tl.cdiv(k, BLOCK_K)
@@ -328,7 +333,7 @@ def skinny_linear(
         BLOCK_M=rows, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT=config.split, WEIGHT_FIRST=config.weight_first,
         WHOLE_K=k % block_k == 0, SCALED=scales is not None, BIASED=bias is not None,
         PROMOTE=min(block_k, 128) if element_size == 1 else 0,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(x.device),
     )  # fmt: skip
     return out
 
