@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from server_fakes import FakeEngine, engine_info, eventually, ready_state
 
 from appliance.errors import InvalidRequestError, OverloadedError, RequestFailedError, UnavailableError
-from appliance.server.journal import RequestGroup
+from appliance.server.request_group import RequestGroup
 from appliance.server.lifecycle import Lifecycle
 from appliance.server.state import ServerState
 from appliance.types import EngineOutput, EngineRequest, EngineStats, SamplingParams
@@ -345,7 +345,7 @@ def test_every_request_ends_exactly_once(actions: list[str]) -> None:
                 engine.step()
             elif action in ("cancel", "finish") and groups:
                 chosen = sorted(groups)[count % len(groups)]
-                if chosen in groups[chosen]._open:
+                if chosen in groups[chosen].open:
                     ended_here.add(chosen)
                     groups[chosen].cancel() if action == "cancel" else groups[chosen].finish(chosen, "stop")
             elif action == "lose" and not engine.dead:

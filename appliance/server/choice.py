@@ -37,6 +37,11 @@ class Delta:
         return not self.text and not self.positions and self.finish_reason is None
 
 
+def is_plain(output: EngineOutput) -> bool:
+    """Whether an output that is not its request's first brings nothing but tokens."""
+    return output.finish_reason is None and output.logprobs is None and output.prompt_logprobs is None
+
+
 class Choice:
     """`take` each output of the request in order. After `matched_stop` the request is to be ended by the caller."""
 
@@ -69,6 +74,17 @@ class Choice:
         self._given += len(delta.text)
         self._release(delta)
         return delta
+
+    @property
+    def plain(self) -> bool:
+        """An output that only brings tokens does nothing but add their text: it may go through `take_plain`."""
+        return self._begun and not self._per_token and self.finish_reason is None
+
+    def take_plain(self, token_ids: Sequence[int]) -> bytes:
+        """The text that these tokens complete, written as the inside of a JSON string: `take` for a `plain` choice and
+        an output that `is_plain`, at a fraction of the time."""
+        self.num_tokens += len(token_ids)
+        return self._stream.push_json(token_ids)
 
     def _take_one(self, output: EngineOutput, delta: Delta) -> None:
         if not self._begun:

@@ -10,7 +10,10 @@ import codecs
 from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
+import msgspec
+
 _REPLACEMENT = "\ufffd"
+_json_encoder = msgspec.json.Encoder()
 _LONGEST_PIECE = 3  # an incomplete UTF-8 character is at most 3 bytes, so at most 3 tokens
 
 
@@ -18,22 +21,50 @@ class TextStream(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
         """The text these tokens complete; empty while a character is incomplete."""
 
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        """As `push`, but written as the inside of a JSON string."""
+
     def flush(self) -> str:
         """What is still held, at the end: incomplete characters become replacement characters."""
+
+
+def json_text(text: str) -> bytes:
+    """Text as it stands between the quotes of a JSON string."""
+    return _json_encoder.encode(text)[1:-1]
 
 
 class ByteTextStream:
     """For byte-level BPE, where a text is the concatenation of its tokens' bytes: an incremental UTF-8 decoder is then
     all it takes, and it is exact for any tokens, invalid UTF-8 included."""
 
-    __slots__ = ("_decode", "_skipped", "_token_bytes")
+    __slots__ = ("_decode", "_decoder", "_skipped", "_token_bytes", "_token_json", "_whole")
 
-    def __init__(self, token_bytes: Callable[[int], bytes], skipped: Set[int]) -> None:
+    def __init__(
+        self, token_bytes: Callable[[int], bytes], token_json: Callable[[int], bytes | None], skipped: Set[int]
+    ) -> None:
+        """`token_json`: a token's text as the inside of a JSON string; None if its bytes are not whole characters."""
         self._token_bytes = token_bytes
+        self._token_json = token_json
         self._skipped = skipped
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = self._decoder.decode
+        self._whole = True  # no piece of a character is held, as far as `push_json` knows
+
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        # The usual token is whole characters and follows whole ones: what it adds is known, and nothing is decoded.
+        if self._whole and len(token_ids) == 1:
+            token_id = token_ids[0]
+            if token_id in self._skipped:
+                return b""
+            known = self._token_json(token_id)
+            if known is not None:
+                return known
+        text = self.push(token_ids)
+        self._whole = not self._decoder.getstate()[0]
+        return json_text(text)
 
     def push(self, token_ids: Sequence[int]) -> str:
+        self._whole = False
         skipped, token_bytes = self._skipped, self._token_bytes
         if len(token_ids) == 1:
             token_id = token_ids[0]
@@ -41,6 +72,7 @@ class ByteTextStream:
         return self._decode(b"".join([token_bytes(token_id) for token_id in token_ids if token_id not in skipped]))
 
     def flush(self) -> str:
+        self._whole = True
         return self._decode(b"", True)
 
 
@@ -61,6 +93,9 @@ class WindowTextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._push_one(token_id) for token_id in token_ids])
+
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        return json_text(self.push(token_ids))
 
     def _push_one(self, token_id: int) -> str:
         self._ids.append(token_id)

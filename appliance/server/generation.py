@@ -8,14 +8,14 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from appliance.errors import ContextLengthError, InvalidRequestError, RequestFailedError, UnavailableError
 from appliance.server.choice import Choice, Delta
-from appliance.server.journal import RequestGroup
+from appliance.server.request_group import RequestGroup
 from appliance.server.state import ServerState
 from appliance.server.tokenizer import ServerTokenizer
 from appliance.server.wire.requests import GenerationRequest
@@ -89,22 +89,41 @@ class Generation:
         cached = sum(choice.num_cached_tokens for choice in self.choices[::n])
         return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, PromptTokensDetails(cached))
 
+    # ------------------------------------------------------------ what comes out
+
+    def listen(self, on_ready: Callable[[], None]) -> None:
+        """Call `on_ready` whenever there may be outputs to `take`, or the end has come."""
+        self._group.listen(on_ready)
+
+    def take(self) -> list[EngineOutput]:
+        """What the engine gave since the last call; may be nothing."""
+        return self._group.take()
+
+    @property
+    def ended(self) -> bool:
+        """All was taken and nothing more comes."""
+        return self._group.ended
+
+    def by_choice(self, outputs: Sequence[EngineOutput]) -> list[tuple[Choice, list[EngineOutput]]]:
+        """Raises RequestFailedError or UnavailableError if one of the choices failed."""
+        ready: dict[str, list[EngineOutput]] = {}
+        for output in outputs:
+            if output.finish_reason in ("error", "abort"):
+                raise _failure(output)
+            ready.setdefault(output.request_id, []).append(output)
+        return [(self._by_id[request_id], of_choice) for request_id, of_choice in ready.items()]
+
+    def advance(self, choice: Choice, outputs: Sequence[EngineOutput]) -> Delta:
+        """What these outputs add to the choice; ends it in the engine where they complete a stop string."""
+        delta = choice.take(outputs)
+        if choice.matched_stop is not None:
+            self._group.finish(choice.request.request_id, "stop")
+        return delta
+
     async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
-        """All that is ready, one delta a choice, until every choice has ended. Raises RequestFailedError or
-        UnavailableError if one of them failed."""
+        """All that is ready, one delta a choice, until every choice has ended. Raises as `by_choice`."""
         async for outputs in self._group:
-            ready: dict[str, list[EngineOutput]] = {}
-            for output in outputs:
-                if output.finish_reason in ("error", "abort"):
-                    raise _failure(output)
-                ready.setdefault(output.request_id, []).append(output)
-            batch = []
-            for request_id, of_choice in ready.items():
-                choice = self._by_id[request_id]
-                batch.append((choice, choice.take(of_choice)))
-                if choice.matched_stop is not None:
-                    self._group.finish(request_id, "stop")
-            yield batch
+            yield [(choice, self.advance(choice, of_choice)) for choice, of_choice in self.by_choice(outputs)]
 
 
 def start_generation(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from appliance.errors import InvalidRequestError, OverloadedError, RequestFailed
 from appliance.server.engine_client import EngineLink
 from appliance.server.lifecycle import Lifecycle
 from appliance.server.metrics import ServerMetrics
+from appliance.server.request_group import RequestGroup
 from appliance.server.request_times import RequestTimes, Tracer
 from appliance.types import EngineOutput, EngineRequest, EngineStats, FinishReason, SamplingParams
 
@@ -61,59 +62,6 @@ class _Entry:
         )
 
 
-class RequestGroup(AsyncIterator[list[EngineOutput]]):
-    """The outputs of requests submitted together (the choices of one HTTP request).
-
-    Iterating gives all outputs that are ready, at least one, in order; it ends after each request's terminal event was
-    given, or after `cancel`. One consumer only.
-    """
-
-    def __init__(self, journal: RequestJournal, request_ids: Sequence[str]) -> None:
-        self._journal = journal
-        self._open = set(request_ids)  # without a terminal event
-        self._pending: list[EngineOutput] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def __anext__(self) -> list[EngineOutput]:
-        while not self._pending:
-            if not self._open:
-                raise StopAsyncIteration
-            assert self._waiter is None, "a request group has one consumer"
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        outputs, self._pending = self._pending, []
-        return outputs
-
-    def finish(self, request_id: str, reason: FinishReason) -> None:
-        """End one request from this side (a stop string was found): no further output of it is given. What is already
-        waiting to be read is dropped."""
-        self._open.discard(request_id)
-        self._pending = [output for output in self._pending if output.request_id != request_id]
-        self._journal._end_early(request_id, reason)
-        self._wake()
-
-    def cancel(self) -> None:
-        """The client is gone: end all that is open, with one abort message to the engine. Idempotent."""
-        self._pending.clear()
-        for request_id in sorted(self._open):
-            self._journal._end_early(request_id, "abort")
-        self._open.clear()
-        self._wake()
-
-    def _push(self, output: EngineOutput) -> None:
-        self._pending.append(output)
-        if output.finish_reason is not None:
-            self._open.discard(output.request_id)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
 class RequestJournal:
     """`max_waiting` requests may be accepted beyond the engine's own `max_num_seqs`; `max_engine_crashes` is how many
     lost engines a request may have been in before it is taken for their cause and ended.
@@ -143,6 +91,7 @@ class RequestJournal:
         self._link: EngineLink | None = None
         self._outbox: list[_Entry] = []
         self._aborts: list[str] = []
+        self._ready: list[RequestGroup] = []  # with outputs that their consumers do not know of
         self._suspects: list[_Entry] = []  # not yet handed to this engine
         self._on_probation: _Entry | None = None  # the suspect that was, and gave no token yet
         self._flush_lock = asyncio.Lock()
@@ -190,7 +139,7 @@ class RequestJournal:
         return self._accept(requests, internal=False)
 
     def _accept(self, requests: Sequence[EngineRequest], *, internal: bool) -> RequestGroup:
-        group = RequestGroup(self, [request.request_id for request in requests])
+        group = RequestGroup([request.request_id for request in requests], self._end_early)
         now = self._clock()
         context = self._tracer.context() if self._tracer is not None and not internal else None
         for request in requests:
@@ -222,14 +171,26 @@ class RequestJournal:
     # ------------------------------------------------------------ from the engine
 
     def on_outputs(self, outputs: Sequence[EngineOutput], stats: EngineStats) -> None:
-        """One message of the engine. Outputs of requests that ended here meanwhile are dropped."""
+        """One message of the engine. Outputs of requests that ended here meanwhile are dropped.
+
+        The hot loop of the server: a step of 256 requests comes here as one message, every few milliseconds. Their
+        consumers run afterwards (`_deliver`), so that a message that is waiting behind this one is taken in first and
+        both go out together.
+        """
         self._metrics.engine_stats(stats)
         now = self._clock()
+        entries = self._entries
+        gaps: dict[float, int] = {}  # when the token before came -> tokens; requests that run together share it
         for output in outputs:
-            entry = self._entries.get(output.request_id)
+            entry = entries.get(output.request_id)
             if entry is None:
                 continue
-            if output.token_ids:
+            token_ids = output.token_ids
+            if len(token_ids) == 1 and entry.output_ids and not entry.internal:
+                gaps[entry.last_token] = gaps.get(entry.last_token, 0) + 1
+                entry.output_ids += token_ids
+                entry.last_token = now
+            elif token_ids:
                 self._record_tokens(entry, output, now)
             if output.prompt_logprobs is not None:
                 entry.prompt_logprobs_sent = True
@@ -237,25 +198,42 @@ class RequestJournal:
                 self._next_suspect()
             if output.finish_reason is not None:
                 self._close(entry, output.finish_reason)
-            entry.group._push(output)
+            self._give(entry.group, output)
+        for last_token, count in gaps.items():
+            self._metrics.tokens(now - last_token, count)
 
     def _record_tokens(self, entry: _Entry, output: EngineOutput, now: float) -> None:
+        """The first tokens of a request, or several at once."""
         count = len(output.token_ids)
         if not entry.internal:
-            self._metrics.generation_tokens += count
             if entry.output_ids:
-                self._metrics.tokens(count, now - entry.last_token)
+                self._metrics.tokens((now - entry.last_token) / count, count)
             else:
-                prompt = len(entry.request.prompt_token_ids)
                 entry.queue_seconds = output.queue_seconds
                 self._metrics.request_started(
-                    prompt, output.num_cached_tokens, now - entry.arrival, output.queue_seconds
+                    len(entry.request.prompt_token_ids),
+                    output.num_cached_tokens,
+                    now - entry.arrival,
+                    output.queue_seconds,
                 )
-                self._metrics.tokens(count - 1, 0.0)
+                self._metrics.tokens(0.0, count - 1)
         if not entry.output_ids:
             entry.first_token = now
         entry.last_token = now
         entry.output_ids += output.token_ids
+
+    def _give(self, group: RequestGroup, output: EngineOutput) -> None:
+        """Add an output to a group, whose consumer is woken in the loop's next turn."""
+        if not group.pending:  # else its consumer was told, and takes this too
+            if not self._ready:
+                asyncio.get_running_loop().call_soon(self._deliver)
+            self._ready.append(group)
+        group.push(output)
+
+    def _deliver(self) -> None:
+        ready, self._ready = self._ready, []
+        for group in ready:
+            group.wake()
 
     def on_engine_lost(self) -> None:
         """The engine process is gone. Its requests are kept for the next one, except those that were in too many."""
@@ -326,7 +304,7 @@ class RequestJournal:
         """Raises AssertionError if the journal's parts disagree."""
         assert self._idle.is_set() == (not self._entries)
         for request_id, entry in self._entries.items():
-            assert entry.request.request_id == request_id and request_id in entry.group._open
+            assert entry.request.request_id == request_id and request_id in entry.group.open
             assert entry.link is None or entry.link is self._link
             assert entry.crashes < self._max_engine_crashes
         live = {id(entry) for entry in self._entries.values()}
@@ -345,7 +323,7 @@ class RequestJournal:
 
     def _terminate(self, entry: _Entry, reason: FinishReason, message: str) -> None:
         self._close(entry, reason)
-        entry.group._push(EngineOutput(entry.request.request_id, finish_reason=reason, error=message))
+        self._give(entry.group, EngineOutput(entry.request.request_id, finish_reason=reason, error=message))
 
     def _close(self, entry: _Entry, reason: FinishReason) -> None:
         del self._entries[entry.request.request_id]

@@ -100,13 +100,15 @@ class ServerMetrics:
         self.queue_time.observe(queue_seconds)
         self.prefill_time.observe(max(seconds - queue_seconds, 0.0))
         self.prompt_tokens += num_prompt_tokens
+        self.generation_tokens += 1
         self.cached_prompt_tokens += num_cached_tokens
         self.time_to_first_token.observe(seconds)
 
-    def tokens(self, count: int, seconds: float) -> None:
-        """`count` further tokens, `seconds` after the one before."""
+    def tokens(self, seconds: float, count: int) -> None:
+        """`count` further tokens, of any requests, each `seconds` after the one before."""
         if count:
-            self.inter_token.observe(seconds / count, count)
+            self.generation_tokens += count
+            self.inter_token.observe(seconds, count)
 
     def request_finished(
         self, reason: str, num_prompt_tokens: int, num_tokens: int, seconds: float, decode_seconds: float

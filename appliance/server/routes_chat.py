@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
@@ -135,35 +134,26 @@ class _Answer(Answer[ChatRequest]):
             prompt_token_ids=prompt_ids,
         )
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        begun: set[int] = set()
-        async for batch in self.generation.deltas():
-            events: list[bytes] = []
-            for choice, delta in batch:
-                if choice.index not in begun:
-                    begun.add(choice.index)
-                    events.append(self._role_chunk(choice))
-                if not delta.empty or (self._token_ids and delta.token_ids):
-                    events.append(self._chunk(choice, delta))
-            if events:
-                yield b"".join(events)
-        if self._usage_at_end:
-            chunk = ChatChunk(self.id, self.created, self.model, [], self.fingerprint, usage=self.generation.usage())
-            yield event(encode(chunk))
+    def chunk(self, choice: Choice, delta: Delta, *, first: bool) -> bytes:
+        events = self._role_chunk(choice) if first else b""
+        if delta.empty and not (self._token_ids and delta.token_ids):
+            return events
+        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
+        logprobs = self._logprobs(delta.positions)
+        wire = ChatChunkChoice(choice.index, content, logprobs, delta.finish_reason)
+        if self._token_ids:
+            wire.token_ids = delta.token_ids
+        return events + event(encode(self._empty_chunk(wire)))
+
+    def usage_chunk(self) -> bytes:
+        chunk = ChatChunk(self.id, self.created, self.model, [], self.fingerprint, usage=self.generation.usage())
+        return event(encode(chunk))
 
     def _role_chunk(self, choice: Choice) -> bytes:
         chunk = self._empty_chunk(ChatChunkChoice(choice.index, ChatDelta("assistant", "")))
         if self._token_ids:
             chunk.prompt_token_ids = self.generation.prompts[0].token_ids
         return event(encode(chunk))
-
-    def _chunk(self, choice: Choice, delta: Delta) -> bytes:
-        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
-        logprobs = self._logprobs(delta.positions)
-        wire = ChatChunkChoice(choice.index, content, logprobs, delta.finish_reason)
-        if self._token_ids:
-            wire.token_ids = delta.token_ids
-        return event(encode(self._empty_chunk(wire)))
 
     def _empty_chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         chunk = ChatChunk(self.id, self.created, self.model, [choice], self.fingerprint)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from fastapi import APIRouter
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.server.answer import Answer
-from appliance.server.choice import Choice, Position
+from appliance.server.choice import Choice, Delta, Position
 from appliance.server.errors import parse
 from appliance.server.generation import Prompt, Wanted, encode_prompt, new_id, start_generation
 from appliance.server.logprobs import completion_logprobs, echo_logprobs, joined
@@ -84,31 +82,24 @@ class _Answer(Answer[CompletionRequest]):
             choices.append(wire)
         return Completion(self.id, self.created, self.model, choices, self.fingerprint, usage=self.generation.usage())
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        begun: set[int] = set()
+    def chunk(self, choice: Choice, delta: Delta, *, first: bool) -> bytes:
+        text = self._echo(choice) + delta.text if first else delta.text
+        if not text and delta.empty and not (self._token_ids and delta.token_ids):
+            return b""
+        logprobs = self._logprobs(choice, delta.positions, first)
+        wire = CompletionChoice(choice.index, text, logprobs, delta.finish_reason)
+        if self._token_ids:
+            wire.token_ids = delta.token_ids
+            wire.prompt_token_ids = self.generation.prompt_of(choice).token_ids if first else UNSET
         usage = None if self._usage_at_end else UNSET
-        async for batch in self.generation.deltas():
-            events: list[bytes] = []
-            for choice, delta in batch:
-                first = choice.index not in begun
-                begun.add(choice.index)
-                text = self._echo(choice) + delta.text if first else delta.text
-                if not text and delta.empty and not (self._token_ids and delta.token_ids):
-                    continue
-                logprobs = self._logprobs(choice, delta.positions, first)
-                wire = CompletionChoice(choice.index, text, logprobs, delta.finish_reason)
-                if self._token_ids:
-                    wire.token_ids = delta.token_ids
-                    wire.prompt_token_ids = self.generation.prompt_of(choice).token_ids if first else UNSET
-                chunk = Completion(self.id, self.created, self.model, [wire], self.fingerprint, usage=usage)
-                if self._usage_each:
-                    chunk.usage = self.generation.usage()
-                events.append(event(encode(chunk)))
-            if events:
-                yield b"".join(events)
-        if self._usage_at_end:
-            chunk = Completion(self.id, self.created, self.model, [], self.fingerprint, usage=self.generation.usage())
-            yield event(encode(chunk))
+        chunk = Completion(self.id, self.created, self.model, [wire], self.fingerprint, usage=usage)
+        if self._usage_each:
+            chunk.usage = self.generation.usage()
+        return event(encode(chunk))
+
+    def usage_chunk(self) -> bytes:
+        chunk = Completion(self.id, self.created, self.model, [], self.fingerprint, usage=self.generation.usage())
+        return event(encode(chunk))
 
     def _echo(self, choice: Choice) -> str:
         """The prompt's text if it is to be echoed. With log probabilities it is the tokens' text, which offsets count

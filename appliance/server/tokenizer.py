@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders
 
 from appliance.errors import CheckpointError
 from appliance.server.chat_template import ChatTemplate, find_template_sources
-from appliance.server.detokenizer import ByteTextStream, TextStream, WindowTextStream
+from appliance.server.detokenizer import ByteTextStream, TextStream, WindowTextStream, json_text
 
 _INLINE_CHARACTERS = 4096  # shorter texts are encoded in the event loop: the thread hop would cost more
 _PROMPT_TAIL = 6  # prompt tokens that give the first output tokens their context (leading spaces)
@@ -86,6 +86,7 @@ class ServerTokenizer:
         self._byte_level = _is_byte_level(tokenizer.decoder)
         self._replaces_underline = "▁" in repr(tokenizer.decoder)
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._json: dict[int, bytes | None] = {}  # likewise
 
     # ------------------------------------------------------------ text to tokens
 
@@ -110,6 +111,20 @@ class ServerTokenizer:
         if known is None:
             known = self._bytes[token_id] = self._find_token_bytes(token_id)
         return known
+
+    def token_json(self, token_id: int) -> bytes | None:
+        """A token's text as the inside of a JSON string; None if its bytes are not whole characters."""
+        try:
+            return self._json[token_id]
+        except KeyError:
+            self._json[token_id] = found = self._find_token_json(token_id)
+            return found
+
+    def _find_token_json(self, token_id: int) -> bytes | None:
+        try:
+            return json_text(self.token_bytes(token_id).decode())
+        except UnicodeDecodeError:
+            return None
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text; a piece of a character becomes the replacement character."""
@@ -136,7 +151,7 @@ class ServerTokenizer:
         tokenizer allows the faster one (they agree; tests compare them)."""
         if self._byte_level and exact:
             skipped = self._special_ids if skip_special_tokens else frozenset[int]()
-            return ByteTextStream(self.token_bytes, skipped)
+            return ByteTextStream(self.token_bytes, self.token_json, skipped)
 
         def decode(token_ids: list[int]) -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
