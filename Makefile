@@ -4,15 +4,22 @@
 PORT ?= 8000
 ARGS ?=
 JOBS ?= 2
+TARGET ?= cuda
+IMAGE ?= appliance
+BUILDER ?= docker
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' appliance/__init__.py)
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help serve install install-dev test lint format clean
+.PHONY: help serve install install-dev test test-image image lock lock-local lint format clean
 
 help:
 	@echo "make serve [PORT=8000] [ARGS=...]  install, then serve the built-in model (ARGS: see ./entrypoint.py serve --help)"
 	@echo "make test [ARGS=...]               every test that needs no GPU (GPU tests too where there is one)"
-	@echo "make lint                          ruff, mypy --strict, import-linter"
+	@echo "make lint                          ruff, mypy --strict, import-linter, hadolint"
+	@echo "make image [TARGET=cuda]           build the image with docker (BUILDER=buildah: with buildah)"
+	@echo "make test-image                    build it on Debian with buildah and run it (root; see tests/container)"
+	@echo "make lock | lock-local             write requirements-cuda.lock | requirements-local.lock"
 	@echo "make install | install-dev         only make the environment in .venv"
 	@echo "make clean                         remove .venv and tool caches; the model cache stays"
 
@@ -26,11 +33,31 @@ install-dev: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+# Builds and runs the image; needs root, buildah, crun and debootstrap, and says what is missing.
+test-image: $(VENV)/.installed-dev
+	$(PY) -m pytest -m image tests/container $(ARGS)
+
+# The image for NVIDIA GPUs from the committed lock; TARGET=local from requirements-local.lock. ARGS: more for the builder.
+image:
+	$(BUILDER) build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg TARGET=$(TARGET) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
+	  --tag $(IMAGE):$(VERSION) $(ARGS) .
+
+# Every wheel of the GPU image by hash, for any Python from 3.11 on, as the public index has them.
+lock: $(VENV)/.installed-dev
+	$(VENV)/bin/uv pip compile pyproject.toml --extra cuda --extra otel --extra pinned --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --quiet --output-file requirements-cuda.lock $(ARGS)
+
+# What pip installs here, from the indexes that it is configured with, for the Python in .venv.
+lock-local: $(VENV)/.installed-dev
+	$(PY) tests/container/lock_local.py requirements-local.lock
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
