@@ -2,8 +2,8 @@
 
 `python -m appliance.engine_process --ipc ADDRESS`, spawned by the server.
 
-Imports torch at once, then waits for StartEngine, so that a server may spawn it before it knows what to load. Owns no
-request: what is lost with this process is re-submitted by the server's journal.
+Imports torch and the rest at once, then waits for StartEngine, so that a server may spawn it before it knows what to
+load. Owns no request: what is lost with this process is re-submitted by the server's journal.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Callable
 
 from appliance import registry
 from appliance.batching.core import EngineCore
@@ -35,29 +36,52 @@ from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineReque
 log = logging.getLogger("appliance.engine")
 
 _IDLE_POLL_SECONDS = 5.0  # how often an idle engine looks whether its server is still there
+_PREPARE_SECONDS = 2.0  # a busy engine does one piece of what its start put off (some 20 ms) as often as this
 
 
-def open_engine(options: EngineOptions, end: ChildEnd) -> tuple[EngineCore, EngineInfo]:
-    """Load what `options` says, reporting progress on `end`. Raises as the backend does."""
+def import_early() -> None:
+    """The slow part of every start, done while the server is still deciding what to serve: torch, and what the backend
+    of this machine's kind imports."""
+    import torch
+
+    import appliance.runtime.loading  # noqa: F401
+
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    for name, plugin in registry.plugins("backends").items():
+        if plugin.facts.get("device") == device:
+            preload = getattr(registry.load("backends", name), "preload", None)
+            if preload is not None:
+                preload()
+
+
+def open_engine(
+    options: EngineOptions, end: ChildEnd, import_seconds: float
+) -> tuple[EngineCore, EngineInfo, Callable[[], bool]]:
+    """Load what `options` says, reporting progress on `end`; also what does one piece of work that the start put off
+    (`LocalExecutor.prepare_more`). Raises as the backend does."""
     from appliance.runtime.loading import PhaseTimer
 
     backend = registry.load("backends", options.backend)
-    timer = PhaseTimer()
+    timer = PhaseTimer({"imports": import_seconds})
 
     def progress(phase: Phase, detail: str, percent: float) -> None:
         end.send(Progress(phase=phase, detail=detail, percent=percent))
 
     loaded = backend.load(options, progress, timer)
     executor, info = backend.assemble(loaded, options, progress, timer)
-    return EngineCore(executor, prefix_caching=options.prefix_caching, seed=options.seed), info
+    core = EngineCore(executor, prefix_caching=options.prefix_caching, seed=options.seed)
+    return core, info, executor.prepare_more
 
 
 class EngineLoop:
-    """Messages in, steps, outputs out; until Shutdown or until the server is gone."""
+    """Messages in, steps, outputs out; until Shutdown or until the server is gone. In between, what the start put off:
+    one piece whenever nothing runs, and every few seconds while something does."""
 
-    def __init__(self, core: EngineCore, end: ChildEnd) -> None:
+    def __init__(self, core: EngineCore, end: ChildEnd, prepare_more: Callable[[], bool] = lambda: False) -> None:
         self._core = core
         self._end = end
+        self._prepare_more = prepare_more
+        self._prepared_at = time.monotonic()
         self._parent = os.getppid()
 
     def run(self) -> None:
@@ -66,11 +90,15 @@ class EngineLoop:
                 outputs = self._core.step()
                 if outputs:
                     self._end.send(Outputs(outputs=outputs, stats=self._core.stats()))
+                if time.monotonic() - self._prepared_at > _PREPARE_SECONDS:
+                    self._prepare_one()
 
     def _take_messages(self) -> bool:
         """Handle what has arrived, waiting only when there is nothing to run. False: stop."""
         while True:
-            message = self._end.receive(0.0 if self._core.has_work else _IDLE_POLL_SECONDS)
+            message = self._end.receive(0.0)
+            if message is None and not self._core.has_work and not self._prepare_one():
+                message = self._end.receive(_IDLE_POLL_SECONDS)
             match message:
                 case None:
                     if self._core.has_work:
@@ -87,6 +115,12 @@ class EngineLoop:
                     return False
                 case StartEngine():
                     raise AssertionError("StartEngine twice")
+
+    def _prepare_one(self) -> bool:
+        """One piece of what the start put off; False if nothing is left."""
+        done = self._prepare_more()
+        self._prepared_at = time.monotonic() if done else float("inf")  # nothing more to look for while busy
+        return done
 
     def _add(self, request: EngineRequest) -> EngineOutput | None:
         try:
@@ -116,17 +150,15 @@ def main(argv: list[str] | None = None) -> int:
     end = ChildEnd(args.ipc)
     try:
         begin = time.perf_counter()
-        import torch  # noqa: F401  the slow part of every start, done while the server is still deciding
-
+        import_early()
         import_seconds = time.perf_counter() - begin
         start = end.receive()
         if isinstance(start, Shutdown):
             return 0
         assert isinstance(start, StartEngine), start
-        core, info = open_engine(start.options, end)
-        info.startup_seconds["import_torch"] = import_seconds
+        core, info, prepare_more = open_engine(start.options, end, import_seconds)
         end.send(Ready(info=info))
-        EngineLoop(core, end).run()
+        EngineLoop(core, end, prepare_more).run()
     except Exception as error:
         log.error("engine failed\n%s", traceback.format_exc())
         end.send(_failure(error))

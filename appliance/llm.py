@@ -89,6 +89,8 @@ class LLM:
         timer = PhaseTimer()
         loaded = plugin.load(engine_options, _no_progress, timer)
         executor, info = plugin.assemble(loaded, engine_options, _no_progress, timer)
+        while executor.prepare_more():  # a server does the rest of the start between requests
+            pass
         self.info: EngineInfo = info
         self.tokenizer: ServerTokenizer = load_tokenizer(Path(engine_options.engine_dir))
         self._core = EngineCore(executor, prefix_caching=engine_options.prefix_caching, seed=engine_options.seed)

@@ -36,7 +36,7 @@ from appliance.engines import (
 )
 from appliance.engines import digest as digests
 from appliance.engines.disk import ensure_writable, write_atomically
-from appliance.engines.manifest import BuildSummary, EngineFile, write_manifest
+from appliance.engines.manifest import SCHEMA_VERSION, BuildSummary, EngineFile, write_manifest
 from appliance.engines.meter import ByteMeter
 from appliance.engines.patience import Abandoned, OutOfPatience, Patience
 from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError, NoSpaceError
@@ -70,7 +70,7 @@ def fill(directory: Path, inputs: KeyInputs = INPUTS, files: dict[str, bytes] = 
     return write_manifest(
         directory,
         EngineManifest(
-            schema_version=1,
+            schema_version=SCHEMA_VERSION,
             key=engine_key(inputs),
             key_inputs=inputs,
             model=CONFIG,
@@ -85,7 +85,8 @@ def fill(directory: Path, inputs: KeyInputs = INPUTS, files: dict[str, bytes] = 
             compute_capability=None,
             created="2026-01-01T00:00:00+00:00",
             files=tuple(listed),
-            tactics={},
+            kernels={},
+            tactics=(),
             self_check=(),
             build=BuildSummary(
                 seconds=1.0, source="x", source_bytes=1, engine_bytes=1, peak_memory=1, device="cpu", notes=()
@@ -247,8 +248,8 @@ def test_manifest_notices_edits_versions_and_escapes(tmp_path: Path) -> None:
     path.write_text(whole.replace('"bfloat16"', '"float16"', 1))
     with pytest.raises(EngineDamagedError, match="own digest"):
         read_manifest(tmp_path)
-    path.write_text(whole.replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(EngineDamagedError, match="schema version 2"):
+    path.write_text(whole.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'))
+    with pytest.raises(EngineDamagedError, match="schema version 99"):
         read_manifest(tmp_path)
     path.write_text("[]")
     with pytest.raises(EngineDamagedError, match="damaged"):

@@ -298,7 +298,7 @@ def test_progress_lines_and_breakdown() -> None:
     life.enter("loading")
     now = 3.0
     life.enter("ready")
-    line = breakdown(life, 0.5, {"import_torch": 2.0, "weights": 0.4, "tiny": 0.001})
+    line = breakdown(life, 0.5, {"imports": 2.0, "weights": 0.4, "tiny": 0.001})
     parts, beside = line.split("; ")
     assert parts == "3.5 s: python 0.5, starting 0.0, building 2.0, loading 1.0 (weights 0.4)"
-    assert beside == "beside it torch was imported in 2.0 s"
+    assert beside == "beside it, imports took 2.0 s"

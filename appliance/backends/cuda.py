@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 
 import torch
 
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, ReferenceAttention
+from appliance.kernels.compiled import KERNELS, triton_key
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.tactics import TABLE
 from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.kv_scales import set_kv_scales
@@ -48,6 +51,7 @@ PLUGIN = {
 
 log = logging.getLogger(__name__)
 
+_LOADING_KERNELS = "loading kernels; those compiled for the first time take a minute or two"
 _GRAPH_RESERVE = 512 << 20  # bytes left for CUDA graphs and late allocations of libraries
 
 
@@ -74,6 +78,17 @@ def _index_of_uuid(uuid: str) -> int:
     raise HardwareError(f"GPU {uuid} is not visible to this process", hint="check CUDA_VISIBLE_DEVICES")
 
 
+def preload() -> None:
+    """Import what serving will need and what takes seconds, before it is known what will be served. Creates no CUDA
+    context."""
+    from appliance.kernels import flashinfer
+
+    digest = threading.Thread(target=triton_key, name="triton-key", daemon=True)  # reads some 300 MB
+    digest.start()
+    flashinfer.available()
+    digest.join()
+
+
 def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
     """Create the CUDA context and copy the engine's weights up."""
     with timer.phase("cuda_context"):
@@ -98,14 +113,14 @@ def assemble(
         with timer.phase("kv_scales"):
             set_kv_scales(model, options.engine_dir)
 
-    with timer.phase("profile_memory"):
-        progress("warmup", "loading kernels; those compiled for the first time take a minute or two", 0.0)
-        num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device)
+    num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device, progress, timer)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
+    with timer.phase("kernels"):
+        progress("warmup", _LOADING_KERNELS, 0.0)
+        attention = _attention(loaded, options, limits, device)
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
-        attention = _attention(loaded, options, limits, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
     if options.cuda_graphs:
         with timer.phase("cuda_graphs"):
@@ -113,6 +128,9 @@ def assemble(
                 lambda done, total: progress("warmup", f"CUDA graph {done} of {total}", 100 * done / total)
             )
             torch.cuda.synchronize()
+    log.info("kernels: %s", KERNELS.summary())
+    if TABLE.unknown:
+        log.warning("tactics of the engine that this version does not have: %s", ", ".join(sorted(TABLE.unknown)))
     info = engine_info(
         loaded,
         limits,
@@ -146,6 +164,8 @@ def _profile_pages(
     page_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
+    progress: ProgressFn,
+    timer: PhaseTimer,
 ) -> int:
     """Run a step of the largest size on a small KV cache, then give the KV cache what is left of the memory share.
 
@@ -156,17 +176,21 @@ def _profile_pages(
     tokens = min(options.max_num_batched_tokens, longest)
     pages = -(-tokens // options.page_size) + 1
     limits = runner_limits(options, longest, config)
-    caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner = ModelRunner(loaded.model, caches, _attention(loaded, options, limits, device), limits, device)
-    runner.profile()
-    peak = torch.cuda.max_memory_allocated(device) - pages * page_bytes  # weights, activations, tables
-    del runner, caches
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    # Memory of this process that torch does not see: context, library workspaces, compiled kernels.
-    ours = torch.cuda.memory_reserved(device)
+    with timer.phase("kernels"):
+        progress("warmup", _LOADING_KERNELS, 0.0)
+        attention = _attention(loaded, options, limits, device)
+    with timer.phase("profile_memory"):
+        caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        runner = ModelRunner(loaded.model, caches, attention, limits, device)
+        runner.profile()
+        peak = torch.cuda.max_memory_allocated(device) - pages * page_bytes  # weights, activations, tables
+        del runner, caches, attention
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        # Memory of this process that torch does not see: context, library workspaces, compiled kernels.
+        ours = torch.cuda.memory_reserved(device)
     budget = int((free + ours) * options.memory_fraction) - peak - _GRAPH_RESERVE
     if budget < pages * page_bytes:
         raise HardwareError(
@@ -194,6 +218,7 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         raise SettingsError(f"attention flashinfer cannot be used: {reason}", hint="set attention to triton or auto")
     if options.attention == "triton" or reason:
         return paged_attention.TritonAttention()
+    KERNELS.attach_flashinfer()
     attention = flashinfer.FlashInferAttention(
         num_heads=config.num_attention_heads // model.tp.size,
         num_kv_heads=model.num_kv_heads,

@@ -1,4 +1,4 @@
-"""Checkpoint to engine, start to end: look, lock, convert, check, publish."""
+"""Checkpoint to engine, start to end: look, lock, convert, check, try on its GPU, publish."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from appliance.builder.progress import SendFn, sender
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
 from appliance.builder.tokenizer import copy_tokenizer
+from appliance.builder.warmup import WarmedUp, warm_up
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
 from appliance.engines.digest import hash_files
 from appliance.engines.key import KeyInputs, engine_key
 from appliance.engines.manifest import (
+    MANIFEST_NAME,
     SCHEMA_VERSION,
     BuildSummary,
     EngineFile,
@@ -105,6 +107,7 @@ def _build(
 class _Job:
     """One build's fixed facts."""
 
+    request: BuildRequest
     inputs: KeyInputs
     config: ModelConfig
     checkpoint: Checkpoint
@@ -125,6 +128,7 @@ class _Job:
         checkpoint.check(specs)
         _check_dimensions(inputs, specs)
         return _Job(
+            request=request,
             inputs=inputs,
             config=config,
             checkpoint=checkpoint,
@@ -184,12 +188,27 @@ def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
         meter.advance(0, "checking the built engine")
         with torch.inference_mode():
             checks = _check(job, staging)
-    others = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != _RANK_FILE)
-    files = [EngineFile(name=_RANK_FILE, size=size, digest=digest)]
-    for path, other_digest in zip(others, hash_files(others)):
+    rank_file = EngineFile(name=_RANK_FILE, size=size, digest=digest)
+    notes = (f"torch {torch.__version__}", *([note] if note else []))
+    # Loading reads the manifest, so there is one before the kernels that loading makes known.
+    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, WarmedUp(), notes))
+
+    def report(detail: str, percent: float) -> None:
+        send(Progress(phase="build", detail=detail, percent=percent))
+
+    warmed = warm_up(staging, job.request, job.scheme, report)
+    notes = (*notes, *([warmed.note] if warmed.note else []))
+    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, warmed, notes))
+
+
+def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
+    """The manifest's list, of everything that is there; the weights' digest is known from writing them."""
+    others = sorted(p for p in staging.rglob("*") if p.is_file() and p.name not in (_RANK_FILE, MANIFEST_NAME))
+    found = [rank_file]
+    for path, digest in zip(others, hash_files(others)):
         name = path.relative_to(staging).as_posix()
-        files.append(EngineFile(name=name, size=path.stat().st_size, digest=other_digest))
-    write_manifest(staging, _manifest(job, tuple(files), checks, total, note))
+        found.append(EngineFile(name=name, size=path.stat().st_size, digest=digest))
+    return tuple(found)
 
 
 def _check(job: _Job, staging: Path) -> tuple[SelfCheck, ...]:
@@ -208,7 +227,12 @@ def _check(job: _Job, staging: Path) -> tuple[SelfCheck, ...]:
 
 
 def _manifest(
-    job: _Job, files: tuple[EngineFile, ...], checks: tuple[SelfCheck, ...], source_size: int, note: str | None
+    job: _Job,
+    files: tuple[EngineFile, ...],
+    checks: tuple[SelfCheck, ...],
+    source_size: int,
+    warmed: WarmedUp,
+    notes: tuple[str, ...],
 ) -> EngineManifest:
     inputs = job.inputs
     return EngineManifest(
@@ -227,7 +251,8 @@ def _manifest(
         compute_capability=inputs.compute_capability,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
-        tactics={},
+        kernels=warmed.kernels,
+        tactics=warmed.tactics,
         self_check=checks,
         build=BuildSummary(
             seconds=round(time.monotonic() - job.started, 3),
@@ -236,6 +261,7 @@ def _manifest(
             engine_bytes=sum(file.size for file in files),
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             device=str(job.device),
-            notes=(f"torch {torch.__version__}", *([note] if note else [])),
+            gpu=warmed.gpu,
+            notes=notes,
         ),
     )

@@ -8,7 +8,7 @@ from appliance import checkpoint
 from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
 from appliance.engines.meter import ProgressFn
 from appliance.errors import EngineBuildError
-from appliance.types import Precision, Struct
+from appliance.types import KvCacheDtype, Precision, Struct
 
 
 class BuildRequest(Struct, frozen=True):
@@ -21,6 +21,13 @@ class BuildRequest(Struct, frozen=True):
     compute_capability: tuple[int, int] | None = None  # of the GPU that will serve; None for the CPU
     device: str = "auto"  # where to convert: "cpu", "cuda", "cuda:1"; auto: a GPU for a GPU backend, else the CPU
     checkpoint_digest: str = ""  # if known already (`checkpoint.digest`); empty: computed
+    # What the engine is likely to be loaded with: the kernels of such a start are compiled into it. Not part of its
+    # key, since it can be loaded in any way.
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    kv_cache_dtype: KvCacheDtype = "auto"
+    attention: str = "auto"
+    tactics: bool = True  # time the ways to compute each product on this GPU
 
 
 def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> KeyInputs:

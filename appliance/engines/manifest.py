@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import msgspec
 
@@ -18,7 +17,7 @@ from appliance.errors import EngineDamagedError
 from appliance.types import ModelConfig, Precision, Struct
 
 MANIFEST_NAME = "engine.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class EngineFile(Struct, frozen=True):
@@ -37,6 +36,20 @@ class SelfCheck(Struct, frozen=True):
     note: str = ""
 
 
+class TimedTactic(Struct, frozen=True):
+    """The way to compute a product that was quickest on the GPU of the build."""
+
+    product: str  # for people: "qkv"
+    scheme: str  # as the scheme calls itself in `kernels.tactics.TABLE`
+    out_features: int  # of the weight as prepared for products
+    in_features: int
+    rows: int  # serves up to so many rows
+    tactic: str
+    microseconds: float
+    runner_up: str = ""
+    runner_up_microseconds: float | None = None
+
+
 class BuildSummary(Struct, frozen=True):
     """What a person wants to know of a build afterwards."""
 
@@ -46,6 +59,7 @@ class BuildSummary(Struct, frozen=True):
     engine_bytes: int
     peak_memory: int  # bytes of resident memory of the building process, highest
     device: str  # where weights were converted: "cpu", "cuda:0"
+    gpu: str = ""  # the type of GPU that kernels were compiled and timed on; "": neither was done
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +81,8 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compute_capability: tuple[int, int] | None
     created: str  # UTC, ISO 8601
     files: tuple[EngineFile, ...]  # all but engine.json
-    tactics: dict[str, Any]  # kernel choices timed on this GPU: operation and shape -> choice
+    kernels: dict[str, str]  # families of compiled code below kernels/ -> versions that it was compiled with
+    tactics: tuple[TimedTactic, ...]
     self_check: tuple[SelfCheck, ...]
     build: BuildSummary
     digest: str = ""  # of this manifest with this field empty

@@ -191,6 +191,16 @@ class CompiledKernels:
         return f"{self.from_engine} from the engine, {self.from_cache} from the cache, {self.compiled} compiled"
 
 
+def triton_key() -> str:
+    """What Triton puts into every kernel's digest for itself: a digest over all its files, made once per process. The
+    interpreter lock is free meanwhile."""
+    if not HAS_TRITON:
+        return ""
+    from triton.runtime import cache
+
+    return str(cache.triton_key())
+
+
 KERNELS = CompiledKernels()  # of this process
 
 

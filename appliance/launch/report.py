@@ -46,15 +46,15 @@ async def report_progress(
 
 
 def breakdown(lifecycle: Lifecycle, before_seconds: float, engine_seconds: dict[str, float]) -> str:
-    """`4.2 s: python 0.5, detecting 0.1, loading 0.9 (weights 0.4); beside it torch was imported in 2.0 s`.
+    """`4.2 s: python 0.5, detecting 0.1, loading 0.9 (weights 0.4); beside it, imports took 2.0 s`.
 
     `before_seconds`: from the start of the process to the lifecycle's. `engine_seconds`: of the engine's own phases;
-    its import of torch goes on from the first moment."""
+    its imports go on from the first moment."""
     parts = {"python": before_seconds}
     parts |= {name: seconds for name, seconds in lifecycle.phase_seconds.items() if name != "ready"}
     shown = []
-    inside = {key: value for key, value in engine_seconds.items() if key != "import_torch" and value >= 0.05}
-    beside = f"; beside it torch was imported in {torch:.1f} s" if (torch := engine_seconds.get("import_torch")) else ""
+    inside = {key: value for key, value in engine_seconds.items() if key != "imports" and value >= 0.05}
+    beside = f"; beside it, imports took {imports:.1f} s" if (imports := engine_seconds.get("imports")) else ""
     for name, seconds in parts.items():
         inner = ", ".join(f"{key} {value:.1f}" for key, value in inside.items())
         shown.append(f"{name} {seconds:.1f}" + (f" ({inner})" if name == "loading" and inner else ""))

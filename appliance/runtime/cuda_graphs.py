@@ -1,16 +1,17 @@
 """CUDA graphs of decode steps, one per batch bucket. Knows capture and replay; what a step computes is the runner's.
 
 All graphs share one memory pool. A start captures a few sizes, the others are captured while the engine serves; until
-then a batch is padded to the next larger size that there is. A graph reads its inputs from the input batch's arena and leaves its logits in a buffer of its own, which the next
-replay of any graph overwrites: consume it in stream order.
+then a batch is padded to the next larger size that there is. A graph reads its inputs from the input batch's arena and
+leaves its logits in a buffer of its own, which the next replay of any graph overwrites: consume it in stream order.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from appliance.runtime.input_batch import StepInputs
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 # Dense at the low end, where a padded row costs as much as a real one; coarser where steps are long anyway.
 _BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -36,10 +38,10 @@ def ready_buckets(sizes: Sequence[int]) -> list[int]:
 
 
 def capture(
-    function: Callable[[], T], pool: tuple[int, int] | None = None, stream: torch.cuda.Stream | None = None
+    function: Callable[[], T], pool: Any = None, stream: torch.cuda.Stream | None = None
 ) -> tuple[torch.cuda.CUDAGraph, T]:
-    """What `function` launches, as a graph, and what it returned. It must have run once before, so that everything that
-    is compiled or allocated lazily exists.
+    """What `function` launches, as a graph, and what it returned; `pool` as of `graph_pool_handle`. The function must
+    have run once before, so that everything that is compiled or allocated lazily exists.
 
     `torch.cuda.graph` does the same, but waits for the GPU and gives all cached memory back first, also page-locked
     memory, which the next steps then have to allocate anew."""
@@ -49,7 +51,7 @@ def capture(
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         # thread_local: other threads may go on using the GPU.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(**({} if pool is None else {"pool": pool}), capture_error_mode="thread_local")
         try:
             result = function()
         except BaseException:
@@ -90,10 +92,16 @@ class DecodeGraphs:
         self._later = sorted(set(sizes) - set(first))
 
     def capture_next(self) -> bool:
-        """Capture one of the sizes that still wait, largest first; False if none did. Takes some 20 ms."""
+        """Capture one of the sizes that still wait, largest first; False if none did. Takes some 20 ms. Where memory
+        has become too little for it, those that wait are left out."""
         if not self._later:
             return False
-        self.capture(self._later.pop())
+        size = self._later.pop()
+        try:
+            self.capture(size)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("no memory for a CUDA graph of %d sequences: larger ones serve", size)
+            self._later = []
         return True
 
     def capture(self, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor
 
 from appliance import registry
-from appliance.engines.manifest import read_manifest
+from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.errors import HardwareError, SettingsError
+from appliance.kernels.compiled import KERNELS
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.tactics import TABLE
 from appliance.layers.decoder import Decoder
 from appliance.runtime.model_runner import RunnerLimits
 from appliance.runtime.weights import load_weights
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "fp32": torch.float32,
@@ -123,6 +128,15 @@ class LoadedModel:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
+def use_tactics(manifest: EngineManifest) -> None:
+    """Let products be computed the way that was quickest when the engine was built."""
+    TABLE.clear()
+    for tactic in manifest.tactics:
+        TABLE.choose(tactic.scheme, tactic.out_features, tactic.in_features, tactic.rows, tactic.tactic)
+    if manifest.tactics:
+        log.info("tactics: %d choices, timed on %s", len(manifest.tactics), manifest.build.gpu)
+
+
 def load_engine(
     options: EngineOptions, device: torch.device, dtype: torch.dtype | None, progress: ProgressFn
 ) -> LoadedModel:
@@ -130,6 +144,9 @@ def load_engine(
     float32). EngineDamagedError if a file does not match its digest or the model."""
     path = Path(options.engine_dir)
     manifest = read_manifest(path)
+    if device.type == "cuda":
+        KERNELS.open(path, manifest.kernels)
+        use_tactics(manifest)
     model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype])
     load_weights(
         model,

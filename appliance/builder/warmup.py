@@ -1,0 +1,167 @@
+"""Runs a finished engine once, with the code that will serve it, on the GPU that it is for, before it is published.
+
+Times the ways to compute each product, then takes every kind of step that a server takes, and puts the kernels that
+these needed into the engine, so that a start compiles nothing. An engine is right without any of this, so what goes
+wrong here is a note in its manifest and not a failed build. Knows engines and requests; knows no kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from appliance import registry
+from appliance.batching.core import EngineCore
+from appliance.builder.request import BuildRequest
+from appliance.builder.tactics import Tuner
+from appliance.builder.timings import Timings
+from appliance.engines import disk
+from appliance.engines.manifest import TimedTactic
+from appliance.kernels.compiled import DIRECTORY, KERNELS
+from appliance.kernels.tactics import TABLE
+from appliance.quantization.scheme import PrecisionScheme
+from appliance.runtime.loading import LoadedModel, PhaseTimer
+from appliance.types import EngineOptions, EngineRequest, ModelConfig, SamplingParams
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, float], None]  # (detail, percent)
+
+# Prompt lengths of the steps: one token, less and more than a page, and sizes that kernels specialize on (divisible by
+# 16 or not).
+_LENGTHS = (1, 5, 16, 33, 250)
+
+
+@dataclass(frozen=True)
+class WarmedUp:
+    """What a warm-up adds to the manifest."""
+
+    gpu: str = ""
+    kernels: dict[str, str] = field(default_factory=dict)
+    tactics: tuple[TimedTactic, ...] = ()
+    note: str | None = None
+
+
+def warm_up(engine_dir: Path, request: BuildRequest, scheme: PrecisionScheme, report: Report) -> WarmedUp:
+    """Time tactics and fill engine_dir/kernels; the engine's weights and a manifest must be there already.
+
+    Raises OSError where the disk is full; anything else that fails is a note."""
+    if registry.plugins("backends")[request.backend].facts.get("device") != "gpu":
+        return WarmedUp()
+    device = _device(request)
+    if isinstance(device, str):
+        return WarmedUp(note=f"kernels are compiled at the first start: {device}")
+    backend = registry.load("backends", request.backend)
+    try:
+        return _warm_up(engine_dir, request, scheme, backend, device, report)
+    except Exception as error:
+        if disk.is_full(error):
+            raise
+        log.warning("the engine is built, but its kernels could not be tried", exc_info=True)
+        disk.remove_tree(engine_dir / DIRECTORY)
+        return WarmedUp(note=f"kernels are compiled at the first start: {type(error).__name__}: {error}"[:300])
+    finally:
+        TABLE.clear()
+
+
+def _device(request: BuildRequest) -> torch.device | str:
+    """The GPU to try the engine on; why there is none."""
+    if request.device == "cpu":
+        return "it was built on the CPU"
+    if not torch.cuda.is_available():
+        return "it was built on a machine without a GPU"
+    wanted = request.compute_capability
+    indices = range(torch.cuda.device_count())
+    if request.device != "auto":
+        indices = range(torch.device(request.device).index or 0, (torch.device(request.device).index or 0) + 1)
+    for index in indices:
+        if wanted is None or torch.cuda.get_device_capability(index) == tuple(wanted):
+            return torch.device("cuda", index)
+    return f"no GPU here has compute capability {'.'.join(map(str, wanted or ()))}"
+
+
+def _warm_up(
+    engine_dir: Path,
+    request: BuildRequest,
+    scheme: PrecisionScheme,
+    backend: ModuleType,
+    device: torch.device,
+    report: Report,
+) -> WarmedUp:
+    options = EngineOptions(
+        engine_dir=str(engine_dir),
+        backend=request.backend,
+        devices=(str(device.index),),
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        kv_cache_dtype=request.kv_cache_dtype,
+        attention=request.attention,
+    )
+    timer = PhaseTimer()
+
+    def progress(phase: str, detail: str, percent: float) -> None:
+        report(f"trying the engine: {detail}", percent)
+
+    loaded: LoadedModel = backend.load(options, progress, timer)
+    loaded.model.prepare(loaded.config.max_position_embeddings)
+    gpu = torch.cuda.get_device_name(device)
+    tactics: list[TimedTactic] = []
+    if request.tactics:
+        with timer.phase("tactics"):
+            tuner = Tuner(scheme, loaded.model.dtype, device, Timings(Path(request.cache), gpu))
+            tactics = tuner.tune(loaded.model, report)
+        log.info("tactics: %d timed in %.1f s", tuner.measured, timer.seconds["tactics"])
+    KERNELS.forget_launched()
+    executor, _ = backend.assemble(loaded, options, progress, timer)
+    while executor.prepare_more():
+        pass
+    with timer.phase("steps"):
+        run_steps(EngineCore(executor), loaded.config)
+    kernels = KERNELS.gather(engine_dir / DIRECTORY)
+    log.info("engine tried: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timer.seconds.items()))
+    return WarmedUp(gpu, kernels, tuple(tactics))
+
+
+def run_steps(core: EngineCore, config: ModelConfig) -> None:
+    """Every kind of step: prompts of several lengths, alone and together, each stage of sampling, prompts scored."""
+    for batch in _batches(config):
+        for request in batch:
+            core.add_request(request)
+        while core.has_work:
+            core.step()
+
+
+def _batches(config: ModelConfig) -> Iterator[list[EngineRequest]]:
+    greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    sampled = SamplingParams(temperature=0.8, max_tokens=3, ignore_eos=True)
+    kinds = [
+        greedy,
+        sampled,
+        SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, max_tokens=3, ignore_eos=True),
+        SamplingParams(
+            temperature=0.8, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, max_tokens=3
+        ),
+        SamplingParams(temperature=0.0, logit_bias={0: -1.0}, min_tokens=2, max_tokens=3),
+        SamplingParams(temperature=0.0, logprobs=5, max_tokens=3, ignore_eos=True),
+        SamplingParams(temperature=0.0, prompt_logprobs=2, max_tokens=2, ignore_eos=True),
+    ]
+    longest = max(1, config.max_position_embeddings - 4)
+    numbers = iter(range(1_000_000))
+
+    def make(length: int, params: SamplingParams) -> EngineRequest:
+        number = next(numbers)
+        length = min(length, longest)
+        tokens = [(number * 7919 + i * 31) % config.vocab_size for i in range(length)]
+        return EngineRequest(f"warm-up-{number}", tokens, params, eos_token_ids=(0,))
+
+    for params in kinds:
+        yield [make(33, params)]
+    for length in _LENGTHS:
+        yield [make(length, greedy)]
+    yield [make(length, params) for length in _LENGTHS for params in (greedy, sampled)]
+    yield [make(_LENGTHS[i % len(_LENGTHS)], params) for i, params in enumerate(kinds)]
