@@ -103,12 +103,11 @@ def test_prompts_are_decided_by_the_seed() -> None:
 
 def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
-    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--backend", "cpu", *options)
-    assert set(result) == WHERE | {
-        "bench", "model", "kv_cache", "samples", "seed", "accuracy", "mean", "seconds"
-    }  # fmt: skip
-    assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in ("bf16", "fp8")}
-    assert result["mean"] == {"bf16": 1.0, "fp8": 1.0} and set(result["seconds"]) == {"bf16", "fp8"}
+    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache", "auto,fp8", "--backend", "cpu", *options)
+    assert set(result) == WHERE | {"bench", "model", "samples", "seed", "accuracy", "mean", "seconds"}
+    columns = ("bf16", "bf16 + fp8 KV", "fp8", "fp8 + fp8 KV")
+    assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in columns}
+    assert result["mean"] == dict.fromkeys(columns, 1.0) and set(result["seconds"]) == set(columns)
 
 
 @pytest.mark.timeout(120)
@@ -128,6 +127,7 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "message"),
     [
         ("offline --shape huge", 2, "--shape is 'huge'; allowed: llama-3.1-8b, llama-3-70b, tiny"),
+        ("quality --kv-cache auto,fp4", 2, "--kv-cache is 'auto,fp4'; allowed: auto, fp32, fp16, bf16, fp8"),
         ("offline --shape tiny --backend tpu", 2, "--backend is 'tpu'; allowed: auto, cpu, cuda"),
         ("offline --shape tiny --backend cpu --attention triton", 2, "allowed: auto, reference"),
         ("offline --shape tiny --precision fp7", 2, "--precision is 'fp7'; allowed: "),
@@ -136,7 +136,6 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("offline --shape tiny --throughput 8:0/4", 2, "--throughput has '8:0/4'; entries must be of the form N:N/N"),
         ("offline --shape tiny --batch-sizes one", 2, "--batch-sizes has 'one'"),
         ("offline --shape tiny --kv-cache fp7", 2, "--kv-cache is 'fp7'; allowed: auto, fp32, fp16, bf16, fp8"),
-        ("offline --shape tiny --backend cpu --kv-cache bf16", 2, "kv_cache_dtype bf16 is not supported"),
         ("offline --shape tiny --max-num-seqs 0", 2, "--max-num-seqs is 0; it must be at least 1"),
         ("offline --shape tiny --isl 1.5", 2, "--input-len has '1.5'"),
         ("offline --shape tiny --output-len 2", 2, "--output-len is 2; it must be at least 8"),

@@ -1,4 +1,4 @@
-"""`appliance bench quality`: exact-match accuracy of a model on the built-in tasks, per precision.
+"""`appliance bench quality`: exact-match accuracy of a model on the built-in tasks, per precision of weights and cache.
 
 Samples are fresh (seeded, of the evaluation split, which training never draws from). Recall is reported per context
 length: it is what shows that paged K/V, prefix reuse and chunked prefill keep every token.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
+from typing import Any, get_args
 
-from appliance.bench.options import add_kv_cache_argument, kv_cache
 from appliance.bench.report import Table, environment, numbers, precisions, say
 from appliance.builtin import tasks
 from appliance.errors import SettingsError
 from appliance.llm import LLM
-from appliance.types import SamplingParams
+from appliance.types import KvCacheDtype, Precision, SamplingParams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", help="cuda or cpu (default: what selection chooses)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
-    add_kv_cache_argument(parser)
+    parser.add_argument(
+        "--kv-cache",
+        default="auto",
+        help=f"precisions of the KV cache: {', '.join(get_args(KvCacheDtype))}; several by comma, each with each "
+        "--precision (default: %(default)s)",
+    )
     parser.add_argument("--samples", type=int, default=200, help="per row (default: %(default)s)")
     parser.add_argument("--tasks", default="", help=f"several by comma, of {', '.join(tasks.TASKS)} (default: all)")
     parser.add_argument(
@@ -37,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, sets, kv_cache_dtype = precisions(args.precision), sample_sets(args), kv_cache(args)
+    chosen, sets = columns(args.precision, args.kv_cache), sample_sets(args)
     accuracy: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    for precision in chosen:
+    for column, (precision, kv_cache) in chosen.items():
         begin = time.perf_counter()
-        accuracy[precision] = measure(args, precision, sets)
-        seconds[precision] = round(time.perf_counter() - begin, 1)
+        accuracy[column] = measure(args, precision, kv_cache, sets)
+        seconds[column] = round(time.perf_counter() - begin, 1)
     table = Table("task", *accuracy)
     for name in sets:
         table.row(name, *(f"{column[name]:.1%}" for column in accuracy.values()))
@@ -53,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "bench": "quality",
         "model": args.model,
-        "kv_cache": kv_cache_dtype,
         "samples": args.samples,
         "seed": args.seed,
         "accuracy": {p: {n: round(v, 4) for n, v in column.items()} for p, column in accuracy.items()},
@@ -63,6 +66,20 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result))
     return 0
+
+
+def columns(precision_text: str, kv_cache_text: str) -> dict[str, tuple[Precision, str]]:
+    """Name -> precision of the weights and of the KV cache: "fp8", and "fp8 + fp8 KV" where that is not left open.
+    SettingsError for an unknown one."""
+    allowed = get_args(KvCacheDtype)
+    kv_caches = [part.strip() for part in kv_cache_text.split(",") if part.strip()]
+    if not kv_caches or not set(kv_caches) <= set(allowed):
+        raise SettingsError(f"--kv-cache is {kv_cache_text!r}; allowed: {', '.join(allowed)}")
+    return {
+        precision if kv_cache == "auto" else f"{precision} + {kv_cache} KV": (precision, kv_cache)
+        for precision in precisions(precision_text)
+        for kv_cache in kv_caches
+    }
 
 
 def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
@@ -90,9 +107,11 @@ def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
     return sets
 
 
-def measure(args: argparse.Namespace, precision: str, sets: dict[str, list[tasks.Sample]]) -> dict[str, float]:
+def measure(
+    args: argparse.Namespace, precision: Precision, kv_cache: str, sets: dict[str, list[tasks.Sample]]
+) -> dict[str, float]:
     """Accuracy per row, all samples of all rows in one batch: they share the engine as requests of users do."""
-    kernels = {"attention": args.attention, "kv_cache_dtype": kv_cache(args)}
+    kernels = {"attention": args.attention, "kv_cache_dtype": kv_cache}
     with LLM(args.model, precision=precision, backend=args.backend, cache=args.cache, **kernels) as llm:
         info = llm.info
         say(f"{precision}: {info.device_name}, attention {info.attention}, {info.kv_cache_dtype} KV cache")
