@@ -27,6 +27,7 @@ from appliance.kernels.fp8_linear import (
     fp8_linear_reference,
     quantize_rows_reference,
 )
+from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import TABLE
 from appliance.layers.linear import Linear, RowParallelLinear
 
@@ -133,11 +134,12 @@ def test_silu_mul(dtype: torch.dtype, with_bias: bool) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("size", [96, 20000])  # held in registers; read twice
+@pytest.mark.parametrize(("size", "crowded"), [(96, False), (5000, True), (20000, False)])  # in one, in parts, twice
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_silu_mul_quantize(size: int, with_bias: bool) -> None:
+def test_silu_mul_quantize(size: int, crowded: bool, with_bias: bool) -> None:
     needs_fp8()
-    product = deferred(3, 2 * size, torch.float32, with_bias)
+    rows = multiprocessors(torch.device(DEVICE)) + 1 if crowded else 3
+    product = deferred(rows, 2 * size, torch.float32, with_bias)
     want = activation.silu_mul_quantize_reference(product.scaled())
     assert_same_quantized(activation.silu_mul_quantize_triton(product, KERNEL_FP8), want)
     assert_same_quantized_exactly(activation.silu_mul_quantize_reference(product), want)

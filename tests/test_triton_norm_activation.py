@@ -9,6 +9,7 @@ from quantized_helpers import DEVICE, KERNEL_FP8, assert_same_quantized, needs_f
 
 from appliance.kernels import activation, norm
 from appliance.kernels._triton import HAS_TRITON
+from appliance.kernels.skinny_linear import multiprocessors
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -74,10 +75,12 @@ def test_silu_mul(dtype: torch.dtype, n: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [96, 5000, 20000])
-def test_silu_mul_quantize(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize(("size", "crowded"), [(96, False), (5000, False), (5000, True), (14336, True), (20000, True)])
+def test_silu_mul_quantize(dtype: torch.dtype, size: int, crowded: bool) -> None:
+    """crowded: more rows than multiprocessors, which take a row in parts."""
     needs_fp8()
-    gate_up = strided(randn(4, 2 * size, dtype=dtype))
+    rows = multiprocessors(torch.device(DEVICE)) + 1 if crowded else 4
+    gate_up = strided(randn(rows, 2 * size, dtype=dtype))
     gate_up[1] = 0
     expected = activation.silu_mul_quantize_reference(gate_up)
     assert_same_quantized(activation.silu_mul_quantize_triton(gate_up, KERNEL_FP8), expected)

@@ -14,6 +14,7 @@ from appliance.kernels._triton import tl, triton
 from appliance.kernels.deferred_scale import Product, apply_scales, as_float
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference, row_block
+from appliance.kernels.skinny_linear import multiprocessors
 
 
 def silu_mul(gate_up: Product) -> Tensor:
@@ -107,10 +108,11 @@ def _silu_mul_quantize_kernel(
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: one row; held in registers (WHOLE_ROW), or read and computed twice."""
+    """One program: one row; held in registers, PARTS times BLOCK numbers (WHOLE_ROW), or read and computed twice."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -120,23 +122,40 @@ def _silu_mul_quantize_kernel(
     row_scale = 1.0
     if DEFERRED:
         row_scale = tl.load(row_scales_ptr + row)
-    y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, column, size, DEFERRED, BIASED)
-    largest = tl.max(tl.abs(y), axis=0)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + column
+        y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
+        largest = tl.maximum(largest, tl.abs(y))
+        parts = parts + (y,)  # noqa: RUF005 (Triton knows no unpacking)
     if not WHOLE_ROW:
-        for start in range(BLOCK, size, BLOCK):
+        for start in range(PARTS * BLOCK, size, BLOCK):
             at = start + column
-            part = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
-            largest = tl.maximum(largest, tl.max(tl.abs(part), axis=0))
-    scale = tl.maximum(largest, SMALLEST_AMAX) / FP8_MAX
+            y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
+            largest = tl.maximum(largest, tl.abs(y))
+    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / FP8_MAX
     tl.store(scales_ptr + row, scale)
-    y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX)
-    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + column
+        y = tl.clamp(parts[part] / scale, -FP8_MAX, FP8_MAX)
+        tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
     if not WHOLE_ROW:
-        for start in range(BLOCK, size, BLOCK):
+        for start in range(PARTS * BLOCK, size, BLOCK):
             at = start + column
-            part = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
-            part = tl.clamp(part / scale, -FP8_MAX, FP8_MAX)
-            tl.store(out_ptr + row * size + at, part.to(out_ptr.dtype.element_ty), mask=at < size)
+            y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
+            y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX)
+            tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def _row_parts(size: int, rows: int, device: torch.device) -> tuple[int, int, int]:
+    """(BLOCK, PARTS, num_warps). While every row has a multiprocessor to itself, as many threads as can be; with more
+    rows, fewer threads that hold no more than the row (14336 is no power of two), so that two or three rows are on a
+    multiprocessor and one loads while another stores."""
+    block, num_warps = row_block(size)
+    if 4096 < size <= block and rows > multiprocessors(device):
+        return 2048, triton.cdiv(size, 2048), 8
+    return block, 1, num_warps
 
 
 def _operands(gate_up: Product) -> tuple[Tensor, tuple[Tensor | None, ...], dict[str, bool]]:
@@ -175,7 +194,7 @@ def silu_mul_quantize_triton(gate_up: Product, values_dtype: torch.dtype = FP8) 
     n, size = x.shape[0], x.shape[1] // 2
     values = torch.empty((n, size), dtype=values_dtype, device=x.device)
     scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
-    block, num_warps = row_block(size)
+    block, parts, num_warps = _row_parts(size, n, x.device)
     _silu_mul_quantize_kernel[(n,)](
         x,
         *scaling,
@@ -186,7 +205,8 @@ def silu_mul_quantize_triton(gate_up: Product, values_dtype: torch.dtype = FP8) 
         FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
         BLOCK=block,
-        WHOLE_ROW=size <= block,
+        PARTS=parts,
+        WHOLE_ROW=size <= parts * block,
         num_warps=num_warps,
         **constants,
         **launch_options(x.device),
