@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from appliance import registry
+from appliance import garbage, registry
 from appliance.batching.core import EngineCore
 from appliance.errors import ApplianceError, RequestError
 from appliance.ipc import (
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         assert isinstance(start, StartEngine), start
         core, info, prepare_more = open_engine(start.options, end, import_seconds)
+        garbage.settle()
         end.send(Ready(info=info))
         EngineLoop(core, end, prepare_more).run()
     except Exception as error:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from appliance import __version__, builtin, logs, termination
+from appliance import __version__, builtin, garbage, logs, termination
 from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
@@ -256,6 +256,7 @@ class _Process:
         log.info("listening on %s://%s:%d", scheme, self._settings.host, self._settings.port)
         while not state.lifecycle.was_ready:
             await asyncio.sleep(0.02)
+        garbage.settle()
         engine_seconds = state.engine.startup_seconds if state.engine is not None else {}
         log.info("ready after %s", breakdown(state.lifecycle, before_seconds, engine_seconds))
         log.info("serving %s at %s://%s:%d/v1", state.model_names[0], scheme, self._settings.host, self._settings.port)

@@ -3,8 +3,8 @@
     python tests/perf/http_streams.py [--clients 256] [--tokens 200] [--step-ms 18] [--route chat] [--profile FILE]
 
 A measurement and no test: figures depend on the machine. The server process is the real one (`launch.server.serve`,
-uvicorn, tokenizer, journal) over loopback; the engine behind it is `steady_engine.py`, which gives each request a token a
-step. Clients are bare sockets in this process, so that they take little of the machine. The last line is JSON.
+uvicorn, tokenizer, journal) over loopback; the engine behind it is `steady_engine.py`, which gives each request a token
+a step. Clients are bare sockets in this process, so that they take little of the machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "writes": sum(len(stream.arrivals) for stream in streams),
         "tokens_per_second": round(tokens / seconds),
         "server_cpu_us_per_token": round(cpu / tokens * 1e6, 1),
+        "server_cpu_us_per_event": round(cpu / sum(stream.events for stream in streams) * 1e6, 1),
         "server_cpu_share": round(cpu / seconds, 2),
         "gap_ms": {f"p{p}": round(percentile(gaps, p / 100) * 1e3, 1) for p in (50, 90, 99)},
     }

@@ -1,8 +1,8 @@
 """An engine process that computes nothing: every running request gets one token each STEADY_STEP_MS milliseconds.
 
-What `http_streams.py` puts behind the server, to load it as a fast GPU does. A step that is late is not made up for, so
-the rate shows whether the channel held the engine up. Its own figures (CPU of making and sending a step's message) go to
-the log when it ends.
+What `http_streams.py` puts behind the server, to load it as a fast GPU does. A step that is late is not made up for,
+so the rate shows whether the channel held the engine up. Its own figures (CPU of making and sending a step's message)
+go to the log when it ends.
 """
 
 from __future__ import annotations
