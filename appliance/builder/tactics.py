@@ -7,12 +7,12 @@ what a tactic does. Timings are remembered per type of GPU (`timings.py`), so a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class _Probe:
         call()
         return self._seen
 
-    @contextmanager
+    @contextlib.contextmanager
     def force(self, tactic: Tactic) -> Iterator[None]:
         self._local.forced = tactic
         try:
@@ -123,6 +123,7 @@ class Tuner:
         self._deadline = clock() + seconds
         self._threads = threads or min(16, host().cpu_cores)
         self._probe = _Probe()
+        self._left_out: set[tuple[str, str]] = set()  # (product, tactic) that was said to fail
         self.measured = 0  # tactics timed, those remembered not counted
 
     @torch.inference_mode()
@@ -219,7 +220,7 @@ class Tuner:
         for name, tactic in tactics.items():
             known = self._timings.get(key, name)
             if known is None:
-                expected = self._output(product, x, next(iter(tactics.values()))) if expected is None else expected
+                expected = self._expected(product, x, tactics) if expected is None else expected
                 known = self._time_tactic(product, rows, x, name, tactic, expected)
                 self._timings.put(key, name, known)
                 self.measured += 1
@@ -242,8 +243,18 @@ class Tuner:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            log.warning("tactics: %s m=%d: %s is left out: %s", product.shape, rows, name, _first_line(error))
+            level = logging.DEBUG if (product.shape, name) in self._left_out else logging.WARNING
+            self._left_out.add((product.shape, name))
+            log.log(level, "tactics: %s m=%d: %s is left out: %s", product.shape, rows, name, _first_line(error))
             return float("inf")
+
+    def _expected(self, product: _Product, x: Any, tactics: dict[str, Tactic]) -> Tensor:
+        """What the first tactic that works gives, the default if it does. Raises what the last one raises."""
+        names = list(tactics)
+        for name in names[:-1]:
+            with contextlib.suppress(RuntimeError):
+                return self._output(product, x, tactics[name])
+        return self._output(product, x, tactics[names[-1]])
 
     def _output(self, product: _Product, x: Any, tactic: Tactic) -> Tensor:
         with self._probe.force(tactic):

@@ -74,8 +74,8 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._sizes: list[int] = []
         self._later: list[int] = []  # ascending; captured from the end
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def bucket(self, num_seqs: int) -> int | None:
         """The smallest captured size that holds `num_seqs`; None if there is none."""
@@ -106,6 +106,8 @@ class DecodeGraphs:
 
     def capture(self, size: int) -> None:
         """Capture the step of `size` sequences. Runs it once before, so that lazily compiled kernels exist."""
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         inputs = self._make_inputs(size)
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
