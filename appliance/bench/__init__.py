@@ -13,6 +13,7 @@ BENCHMARKS = {
     "offline": "the engine without HTTP: decode steps, prefill, throughput; random weights or a real model",
     "ops": "linear layers with few rows: own kernel in all its configs beside the library's products (needs a GPU)",
     "quality": "exact-match accuracy of the built-in model per task, per precision",
+    "serve": "load over HTTP: latencies, gaps between tokens, tokens/s, goodput; on a running server or one of its own",
     "start": "seconds from process start to first token, with and without a built engine",
 }
 

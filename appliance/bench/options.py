@@ -31,21 +31,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: bf16 for a shape, selected for a model)")
     parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
-    add_kv_cache_argument(parser)
+    parser.add_argument(
+        "--kv-cache", default="auto", help=f"its precision: {', '.join(get_args(KvCacheDtype))} (default: auto)"
+    )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="run decode steps eagerly")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="running at once (default: %(default)s)")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="computed in one step (default: %(default)s)"
     )
     parser.add_argument("--cache", help="cache directory, with --model (default: the server's)")
-
-
-def add_kv_cache_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kv-cache",
-        default="auto",
-        help=f"precision of the KV cache: {', '.join(get_args(KvCacheDtype))} (default: auto)",
-    )
 
 
 def at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
@@ -91,7 +85,8 @@ def open_subject(args: argparse.Namespace, longest: int) -> Subject:
     from appliance.bench.subject import load_model
 
     if config is None:
-        return load_model(args.model, precision, args.backend, args.cache, options)
+        backend = None if args.backend == "auto" else args.backend
+        return load_model(args.model, precision, backend, args.cache, options)
     limit = min(longest, config.max_position_embeddings)
     shape = args.shape or DEFAULT_SHAPE
     return load_random(shape, precision or "bf16", msgspec.structs.replace(options, max_model_len=limit))

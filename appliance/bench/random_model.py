@@ -1,7 +1,8 @@
-"""Models with random weights: in device memory for the offline benchmark, on disk for the start-up benchmark."""
+"""Models with random weights: in device memory for what runs without HTTP, on disk for what starts a server."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from appliance import registry
 from appliance.bench.report import say
 from appliance.bench.shapes import shape_config, write_config
 from appliance.bench.subject import Subject, device_of, make_subject, no_progress
+from appliance.bench.vocabulary import write_tokenizer
 from appliance.engines.key import engine_dtype, scheme_of
 from appliance.runtime.loading import DTYPES, LoadedModel, PhaseTimer, build_model
 from appliance.types import EngineOptions, ModelConfig, Precision, WeightSpec
@@ -77,16 +79,11 @@ def load_random(shape: str, precision: Precision, options: EngineOptions) -> Sub
 
 
 def write_checkpoint(config: ModelConfig, path: Path) -> None:
-    """A Hugging Face checkpoint with random weights and the built-in model's tokenizer, sharded by about 4 GB."""
-    import json
-    import shutil
-
-    from appliance import builtin
-
+    """A Hugging Face checkpoint with random weights and a made-up tokenizer, sharded by about 4 GB. The index comes
+    last: where it is, all is."""
     path.mkdir(parents=True, exist_ok=True)
     write_config(config, path / "config.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(builtin.checkpoint_dir() / name, path / name)
+    write_tokenizer(config.vocab_size, path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[config.dtype]

@@ -8,21 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from appliance.bench.options import shape_checkpoint
+from appliance.bench.own_server import OwnServer, get_json
 from appliance.bench.report import Table, environment, one_precision, say
 from appliance.bench.shapes import SHAPES, shape_config
-from appliance.errors import ApplianceError
-
-_POLL_SECONDS = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     work = Path(args.work or tempfile.mkdtemp(prefix="appliance-bench-"))
     work.mkdir(parents=True, exist_ok=True)
     try:
-        model = str(_checkpoint(args.shape, work)) if args.shape else args.model
+        model = str(shape_checkpoint(args.shape, work)) if args.shape else args.model
         cache = Path(tempfile.mkdtemp(prefix="cache-", dir=work))  # empty, also in a directory that was used before
         starts = {name: _start(args, model, cache) for name in ("empty cache", "engine built")}
     finally:
@@ -61,50 +54,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(shape: str, work: Path) -> Path:
-    from appliance.bench.random_model import write_checkpoint
-
-    path = work / shape
-    if not (path / "model.safetensors.index.json").exists():
-        write_checkpoint(shape_config(shape), path)
-    return path
-
-
 def _start(args: argparse.Namespace, model: str, cache: Path) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "appliance.cli", "serve", "--model", model, "--cache", str(cache)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--precision", args.precision] if args.precision else []
-    begin = time.perf_counter()
-    process = subprocess.Popen(command)
-    try:
-        live = _wait(process, f"http://127.0.0.1:{port}/v1/health/live", begin, args.timeout)
-        ready = _wait(process, f"http://127.0.0.1:{port}/v1/health/ready", begin, args.timeout)
-        phases = _get(f"http://127.0.0.1:{port}/v1/health/startup")[1].get("phase_seconds", {})
-    finally:
-        process.terminate()
-        process.wait(60)
+    with OwnServer(model, str(cache), args.precision) as server:
+        live = server.until("/v1/health/live", args.timeout)
+        ready = server.until("/v1/health/ready", args.timeout)
+        phases = get_json(server.url + "/v1/health/startup")[1].get("phase_seconds", {})
     return {"live_seconds": round(live, 3), "first_token_seconds": round(ready, 3), "phases": phases}
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, begin: float, timeout: float) -> float:
-    """Seconds since `begin` until `url` answers 200. ApplianceError if the server ends or takes too long."""
-    while process.poll() is None:
-        if _get(url)[0] == 200:
-            return time.perf_counter() - begin
-        if time.perf_counter() - begin > timeout:
-            raise ApplianceError(f"no answer 200 from {url} within {timeout:.0f} s", hint="raise --timeout")
-        time.sleep(_POLL_SECONDS)
-    raise ApplianceError(f"the server ended with exit code {process.returncode}", hint="its own messages are above")
-
-
-def _get(url: str) -> tuple[int, dict[str, Any]]:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status, json.loads(response.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        return error.code, {}
-    except (OSError, ValueError):
-        return 0, {}
