@@ -14,6 +14,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -73,6 +74,7 @@ class Settings:
         15.0, "seconds without a byte after which the engine is built, not fetched", limits=(0.1, 3600)
     )
     engine_publish: bool = _model(False, "copy engines that are built here to the engine source, after the start")
+    tactics: bool = _model(True, "when an engine is built for a GPU, time the ways to compute each product there")
     offline: bool = _model(False, "open no outside socket", also="NIM_DISABLE_MODEL_DOWNLOAD HF_HUB_OFFLINE")
     hf_token: str | None = _model(None, "Hugging Face token for private models", also="HF_TOKEN", secret=True)
 
@@ -379,8 +381,9 @@ def child_environment(settings: Settings) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
     # Kernels compiled at a start are found by the next one, also where only the cache outlives the container.
-    environment.setdefault("TRITON_CACHE_DIR", str(settings.cache_dir / "kernels" / "triton"))
-    environment.setdefault("FLASHINFER_WORKSPACE_BASE", str(settings.cache_dir / "kernels"))
+    kernels = _writable(settings.cache_dir / "kernels")
+    environment.setdefault("TRITON_CACHE_DIR", str(kernels / "triton"))
+    environment.setdefault("FLASHINFER_WORKSPACE_BASE", str(kernels))
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["APPLIANCE_LOG_LEVEL"] = settings.log_level  # read back by `child_logging`
@@ -388,6 +391,19 @@ def child_environment(settings: Settings) -> dict[str, str]:
     if settings.offline:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return environment
+
+
+def _writable(directory: Path) -> Path:
+    """The directory, or a private one for temporary files where it cannot be written: libraries fail without."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    spare = Path(tempfile.gettempdir()) / f"appliance-kernels-{os.getuid()}"
+    spare.mkdir(mode=0o700, exist_ok=True)
+    there = spare.stat()
+    # Code is loaded from it, so nobody else may have made it or write into it.
+    return spare if there.st_uid == os.getuid() and not there.st_mode & 0o022 else Path(tempfile.mkdtemp())
 
 
 def child_logging() -> tuple[str, bool]:

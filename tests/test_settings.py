@@ -179,3 +179,11 @@ def test_child_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = child_environment(load({"offline": True}, {}))
     assert environment["HF_HUB_OFFLINE"] == "1" and environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert "APPLIANCE_API_KEYS" not in environment
+
+
+def test_kernels_have_a_place_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    good = child_environment(load({"cache": str(tmp_path / "cache")}, {}))
+    assert good["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "kernels" / "triton")
+    (tmp_path / "file").write_text("")
+    spare = Path(child_environment(load({"cache": str(tmp_path / "file")}, {}))["FLASHINFER_WORKSPACE_BASE"])
+    assert tmp_path not in spare.parents and spare.stat().st_mode & 0o077 == 0

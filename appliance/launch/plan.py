@@ -115,6 +115,11 @@ def build_request(plan: Plan, checkpoint_digest: str = "") -> builder.BuildReque
         pp_size=outcome.pp_size,
         compute_capability=place.compute_capability,
         checkpoint_digest=checkpoint_digest,
+        max_num_seqs=outcome.max_num_seqs,
+        max_num_batched_tokens=outcome.max_num_batched_tokens,
+        kv_cache_dtype=cast(KvCacheDtype, outcome.kv_cache),
+        attention=plan.settings.attention,
+        tactics=plan.settings.tactics,
     )
 
 
