@@ -22,7 +22,7 @@ def options(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize("argument", ["--products=kv", "--rows=0", "--rows=65", "--rows=", "--precisions=fp8,int4"])
+@pytest.mark.parametrize("argument", ["--products=kv", "--rows=0", "--rows=8193", "--rows=", "--precisions=fp8,int4"])
 def test_options_that_are_not_known_are_refused(argument: str) -> None:
     with pytest.raises(SettingsError, match=argument.split("=")[0]):
         ops.run(options(argument))
@@ -80,7 +80,8 @@ def test_times_a_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(ops, "PRODUCTS", {"small": (512, 1024)})
     monkeypatch.setattr(ops, "_ROTATED_BYTES", 8 * 512 * 1024)
     precisions = "fp8,bf16" if torch.cuda.get_device_capability() >= (8, 9) else "bf16"
-    assert ops.run(options("--products=small", "--rows=1,32", f"--precisions={precisions}")) == 0
+    assert ops.run(options("--products=small", "--rows=1,32,256", f"--precisions={precisions}")) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["best"]) == 2 * len(precisions.split(","))
-    assert all(case["skinny"] > 0 for case in result["best"])
+    assert len(result["best"]) == 3 * len(precisions.split(","))
+    assert all(case["skinny"] > 0 for case in result["best"] if case["rows"] <= 64)
+    assert all(case["deferred"] > 0 for case in result["best"] if case["precision"] == "fp8")

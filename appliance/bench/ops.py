@@ -1,4 +1,7 @@
-"""`appliance bench ops`: linear layers with few rows, own kernel in all its configs beside the library's products.
+"""`appliance bench ops`: linear layers, the own kernel for few rows in all its configs beside the library's products.
+
+FP8 in the library: "row" applies a scale per row of either side itself; "deferred" leaves scales to the kernel that
+reads the result (where the appliance does, it costs nothing), "deferred, scaled" has a kernel of its own for them.
 
 Weights rotate over enough copies that no cache serves them; launches are timed in a CUDA graph, as in a decode step.
 Every config is compared with a plain product first. One that does not compile, or is wrong, is left out and named.
@@ -29,6 +32,8 @@ PRECISIONS = ("fp8", "bf16")
 _ROTATED_BYTES = 256 << 20  # five times the L2 cache of a Hopper GPU
 _MIN_LAUNCHES = 24  # in one graph, so that starting it does not count
 _REPLAYS = 7
+_MOST_ROWS = 8192
+_MOST_LOGIT_ROWS = 512  # logits are computed for a token of each sequence, not for all of a prompt
 
 
 @dataclass
@@ -51,7 +56,9 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--products", default=",".join(PRODUCTS), help="of an 8B Llama (default: %(default)s)")
-    parser.add_argument("--rows", default="1,8,16,32,64", help="tokens in the batch, 1 to 64 (default: %(default)s)")
+    parser.add_argument(
+        "--rows", default="1,8,16,32,64", help=f"tokens in the batch, 1 to {_MOST_ROWS} (default: %(default)s)"
+    )
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="(default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="a line for every config, not only the best")
     parser.add_argument("--output", type=Path, help="write all timings there, as JSON")
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     products = _chosen("--products", args.products, tuple(PRODUCTS))
     precisions = _chosen("--precisions", args.precisions, PRECISIONS)
-    rows = [int(part) for part in _chosen("--rows", args.rows, tuple(str(m) for m in range(1, 65)))]
+    rows = [int(part) for part in _chosen("--rows", args.rows, tuple(str(m) for m in range(1, _MOST_ROWS + 1)))]
     if not torch.cuda.is_available():
         raise HardwareError("`bench ops` times GPU kernels and found no CUDA GPU", hint="run it on a machine with one")
     from appliance.bench.ceilings import measure_bandwidth
@@ -115,6 +122,7 @@ def _compile_ahead(precision: str, products: list[str], rows: list[int], device:
         (config, skinny.block_m(m))
         for name in products
         for m in rows
+        if m <= skinny.MAX_ROWS
         for config in skinny.candidates(*PRODUCTS[name], m, sms, dtype.itemsize)
     }
 
@@ -156,6 +164,8 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
     for copy in weights:
         copy.copy_(weight)
     for m in rows:
+        if name == "lm_head" and m > _MOST_LOGIT_ROWS:
+            continue
         x, scales = torch.randn(m, k, device=device, dtype=torch.bfloat16), None
         if precision == "fp8":
             x, scales = quantize_rows(x)
@@ -170,9 +180,10 @@ def _time_case(case: Case) -> None:
     n, k = PRODUCTS[case.name]
     expected = _expected(case)
     for method, call in _library(case).items():
-        # Per tensor, the library has no scales of rows to apply; its result is only of the right shape.
-        _time_one(case, method, None, call, None if method == "_scaled_mm tensor" else expected)
+        _time_one(case, method, None, call, expected)
     size = case.weights.element_size()
+    if case.m > skinny.MAX_ROWS:
+        return
     for config in skinny.candidates(n, k, case.m, skinny.multiprocessors(case.x.device), size):
 
         def call(weight: Any, config: Any = config) -> Any:
@@ -211,28 +222,33 @@ def _library(case: Case) -> dict[str, Callable[[Any], Any]]:
 
     if case.precision == "bf16":
         return {"cuBLAS bf16": lambda weight: F.linear(case.x, weight)}
-    one = torch.ones((), device=case.x.device)
+    from appliance.kernels.fp8_linear import fp8_linear_deferred
 
     def by_row(weight: Any) -> Any:
         return torch._scaled_mm(
             case.x, weight.t(), scale_a=case.scales, scale_b=case.weight_scales, out_dtype=_out_dtype()
         )
 
-    def by_tensor(weight: Any) -> Any:
-        return torch._scaled_mm(case.x, weight.t(), scale_a=one, scale_b=one, out_dtype=_out_dtype())
+    def deferred(weight: Any) -> Any:
+        return fp8_linear_deferred(case.x, case.scales, weight, case.weight_scales, None)
 
-    return {"_scaled_mm row": by_row, "_scaled_mm tensor": by_tensor}
+    def scaled(weight: Any) -> Any:
+        return deferred(weight).materialize(_out_dtype())
+
+    return {"_scaled_mm row": by_row, "deferred": deferred, "deferred, scaled": scaled}
 
 
 def _time_one(case: Case, method: str, config: list[Any] | None, call: Callable[[Any], Any], expected: Any) -> None:
     """Check and time one way to compute a case; a failure is said and recorded in place of a time."""
+    from appliance.kernels.deferred_scale import as_float
+
     timing: dict[str, Any] = {"method": method, "config": config}
     try:
-        got = call(case.weights[0]).float()
-        if expected is not None:
-            error = float((got - expected).norm() / expected.norm())
-            if not error < 1e-2:
-                raise ArithmeticError(f"relative error {error:.2g} against the plain product")
+        got = as_float(call(case.weights[0]))
+        error = float((got - expected).norm() / expected.norm())
+        del got
+        if not error < 1e-2:
+            raise ArithmeticError(f"relative error {error:.2g} against the plain product")
         timing["us"] = round(_microseconds(call, case.weights), 3)
     except Exception as error:
         timing["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
@@ -278,8 +294,9 @@ def _summary(case: Case, bandwidth: float) -> dict[str, Any]:
     for timing in case.timings:
         if timing["method"] != "skinny":
             summary[timing["method"]] = timing.get("us")
-    default = next(timing for timing in case.timings if timing["method"] == "skinny")
-    summary["default"] = default.get("us")
+    own = [timing for timing in case.timings if timing["method"] == "skinny"]
+    if own:
+        summary["default"] = own[0].get("us")
     if best := _best(case):
         share = case.weight_bytes / (best["us"] * 1e-6) / bandwidth
         summary |= {"skinny": best["us"], "share": round(share, 3), "config": best["config"]}
@@ -287,7 +304,9 @@ def _summary(case: Case, bandwidth: float) -> dict[str, Any]:
 
 
 def _show(cases: list[Case], bandwidth: float, *, every: bool) -> None:
-    table = Table("rows", "method", "µs", "TB/s", "share", "block_n, k_bytes, split, warps, stages, weight_first")
+    table = Table(
+        "rows", "method", "µs", "TB/s", "share", "TFLOP/s", "block_n, k_bytes, split, warps, stages, weight_first"
+    )
     for case in cases:
         best = _best(case)
         shown = sorted((t for t in case.timings if "us" in t), key=lambda timing: float(timing["us"]))
@@ -298,7 +317,14 @@ def _show(cases: list[Case], bandwidth: float, *, every: bool) -> None:
             rate = case.weight_bytes / (timing["us"] * 1e-6)
             config = ", ".join(map(str, timing["config"])) if own else ""
             method = "skinny, best" if timing is best else timing["method"]
-            cells = (f"{timing['us']:.2f}", f"{rate / 1e12:.2f}", f"{rate / bandwidth:.0%}", config)
+            work = 2 * case.m * case.weights[0].numel() / (timing["us"] * 1e-6)
+            cells = (
+                f"{timing['us']:.2f}",
+                f"{rate / 1e12:.2f}",
+                f"{rate / bandwidth:.0%}",
+                f"{work / 1e12:.0f}",
+                config,
+            )
             table.row(case.m, method, *cells)
     n, k = PRODUCTS[cases[0].name]
     table.show(f"{cases[0].precision} {cases[0].name}, weight {n} x {k}; share of the measured bandwidth")
