@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from appliance import __version__, termination
-from appliance.errors import ApplianceError
-from appliance.settings import add_flags, load, termination_log, yield_idle_threads
+from appliance.errors import ApplianceError, SettingsError
+from appliance.settings import add_flags, load, termination_log, words_to_complete, yield_idle_threads
 
 DESCRIPTION = """\
 Serves a language model behind an OpenAI-compatible API: detects the GPUs, selects an optimization profile, builds an
@@ -29,8 +30,33 @@ Exit codes: 0 done, 2 wrong settings, 3 hardware or no profile fits, 4 checkpoin
 7 engine build, 8 engine crashed too often.
 """
 
-Parser = argparse.ArgumentParser
 _CONTAINER_COMMANDS = ("serve", "build", "download-to-cache", "create-model-store")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error is said, and not with the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message, hint=f"`{self.prog} --help` lists what there is")
+
+    def refuse(self, command: str, words: Sequence[str]) -> NoReturn:
+        """For words that no argument took. SettingsError with the nearest flag that there is."""
+        from appliance.strict import nearest
+
+        near = nearest(words[0].partition("=")[0], self._flags()) if words[0].startswith("-") else None
+        raise SettingsError(
+            f"unknown argument {words[0]!r}" + (f", did you mean {near}?" if near else ""),
+            hint=f"`{self.prog} {command} --help` lists what there is",
+        )
+
+    def _flags(self) -> list[str]:
+        """Of this parser and those of its commands; those that were not chosen have none."""
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    found += child._flags()
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,9 @@ def serve(args: argparse.Namespace) -> int:
 
         return run_dry(args)
     if args.hardware is not None:
-        raise_usage("--hardware is only for --dry-run: a server needs the machine it runs on")
+        raise SettingsError("--hardware is only for --dry-run: a server needs the machine it runs on")
+    if args.json:
+        raise SettingsError("--json is only for --dry-run", hint="--log-json makes log lines JSON")
     # Until the server's own handlers are there; as PID 1 of a container the signal would be lost without one.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # nothing runs yet that could be cut off
     from appliance.launch.server import serve
@@ -67,12 +95,6 @@ def serve(args: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(code)  # a library's download thread must not hold up a server that was told to go
     return code
-
-
-def raise_usage(message: str) -> None:
-    from appliance.errors import SettingsError
-
-    raise SettingsError(message)
 
 
 # ---------------------------------------------------------------- looking
@@ -138,9 +160,26 @@ def health(args: argparse.Namespace) -> int:
     return run_health(args)
 
 
+def add_version(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="for scripts, with the versions of what decides results")
+
+
 def version(args: argparse.Namespace) -> int:
-    print(__version__)
-    return 0
+    from appliance.commands.version import run_version
+
+    return run_version(args)
+
+
+def add_completion(parser: Parser) -> None:
+    from appliance.commands.completion import add_arguments
+
+    add_arguments(parser)
+
+
+def completion(args: argparse.Namespace) -> int:
+    from appliance.commands.completion import run
+
+    return run(args)
 
 
 # ---------------------------------------------------------------- engines
@@ -194,6 +233,18 @@ def engines(args: argparse.Namespace) -> int:
     return run_engines(args)
 
 
+def add_bundle(parser: Parser) -> None:
+    from appliance.commands.bundle import add_arguments
+
+    add_arguments(parser)
+
+
+def bundle(args: argparse.Namespace) -> int:
+    from appliance.commands.bundle import run
+
+    return run(args)
+
+
 def add_bench(parser: Parser) -> None:
     from appliance import bench
 
@@ -213,16 +264,19 @@ COMMANDS: dict[str, Command] = {
     "build": Command("build the engine of a model, and publish it if asked", add_build, build),
     "download-to-cache": Command("download a model, with -p or --all its engines too", add_download, download),
     "create-model-store": Command("an engine as a directory that serves by itself", add_create_store, create_store),
+    "bundle": Command("a model and its engines as one file, for machines without a network", add_bundle, bundle),
     "engines": Command("list, verify, remove, publish and fetch engines", add_engines, engines),
     "bench": Command("measure speed and quality", add_bench, run_bench),
     "doctor": Command("check this machine before anything is downloaded, with fixes", add_doctor, run_doctor),
     "health": Command("whether the server that runs here is ready; for HEALTHCHECK", add_health, health),
-    "version": Command("print the version", lambda parser: None, version),
+    "completion": Command("print shell code that completes commands, flags and values", add_completion, completion),
+    "version": Command("print the version", add_version, version),
 }
 
 
 def make_parser(chosen: str | None) -> Parser:
-    """The parser; only the chosen command gets its arguments, since adding them imports what they belong to."""
+    """The parser; only the chosen command gets its arguments, since adding them imports what they belong to. What it
+    does not understand is a SettingsError."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="appliance", description=DESCRIPTION, epilog=EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=__version__)
@@ -240,8 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
     yield_idle_threads()
-    args = make_parser(words[0]).parse_args(words)
+    args = argparse.Namespace(command=words[0])  # what is known of it while it is parsed
     try:
+        typed = words_to_complete()
+        if typed is not None:
+            return _complete(typed)
+        args = _parse(words)
         return COMMANDS[args.command].run(args)
     except ApplianceError as error:
         _leave_reason(args, error)
@@ -254,6 +312,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _leave_reason(args, error)
         raise
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    if words[0] not in COMMANDS and not words[0].startswith("-"):
+        from appliance.strict import nearest
+
+        near = nearest(words[0], COMMANDS)
+        raise SettingsError(
+            f"there is no command {words[0]!r}" + (f", did you mean {near!r}?" if near else ""),
+            hint="`appliance --help` lists the commands",
+        )
+    parser = make_parser(words[0])
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.refuse(args.command, unknown)
+    return args
+
+
+def _complete(typed: Sequence[str]) -> int:
+    """Answer a shell that asks how its line could go on."""
+    from appliance.commands.completion import answer
+
+    command = next((word for word in typed if word in COMMANDS), None)
+    parser = make_parser(command)
+    if command is None:
+        add_serve(parser)  # flags without a command are its
+    answer(parser)
+    return 0
 
 
 def _leave_reason(args: argparse.Namespace, error: BaseException) -> None:
@@ -270,7 +356,10 @@ def _ended_by(args: argparse.Namespace, error: OSError) -> int:
         return 0
     if not is_full(error):
         _leave_reason(args, error)
-        raise error
+        if error.filename is None or error.strerror is None:
+            raise error
+        print(f"error: {error.filename}: {error.strerror}\n  check the path and its permissions", file=sys.stderr)
+        return 1
     explained = full(Path(error.filename or Path.cwd()), "a file")
     _leave_reason(args, explained)
     print(f"error: {explained.message}\n  {explained.hint}", file=sys.stderr)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextvars import ContextVar
+from typing import TextIO
 
 # Set by the server around each request; every line logged while it is handled carries it.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -80,6 +81,17 @@ class _NoProbes(logging.Filter):
         return not str(args[2]).startswith(_PROBES)
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time: a progress bar puts itself in its place to keep lines whole."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def configure(
     level: str = "INFO", as_json: bool | None = None, *, process: str = "server", secrets: Iterable[str] = ()
 ) -> None:
@@ -89,7 +101,7 @@ def configure(
     if as_json is None:
         as_json = not sys.stderr.isatty()
     redact = _Redactor(secrets)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(JsonFormatter(process, redact) if as_json else HumanFormatter(process, redact))
     handler.addFilter(_NoProbes())
     root = logging.getLogger()

@@ -365,6 +365,11 @@ def cuda_visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def words_to_complete() -> list[str] | None:
+    """The line typed so far, if a shell asks for completions (argcomplete's protocol); None otherwise."""
+    return os.environ.get("COMP_LINE", "").split()[1:] if "_ARGCOMPLETE" in os.environ else None
+
+
 def yield_idle_threads() -> None:
     """Let waiting OpenMP threads sleep instead of spin, unless told otherwise; torch reads this when it is imported.
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from appliance.checkpoint.expected import check_sha256
 from appliance.checkpoint.files import content_files
 from appliance.engines.digest import DigestMemory, FileStamp, hash_files
 from appliance.engines.meter import ByteMeter, ProgressFn
@@ -26,13 +27,15 @@ def digest(
     *,
     cache: Path | None = None,
     full: bool = False,
+    check: bool = False,
     progress: ProgressFn | None = None,
     threads: int | None = None,
 ) -> CheckpointDigest:
     """SHA-256 over name, size and tree digest (`engines.digest`) of every weight, configuration and tokenizer file.
 
     With `cache` (the cache directory), digests of files are remembered there by size, times and inode, so a second
-    start reads nothing; `full` reads everything all the same. Raises CheckpointError.
+    start reads nothing; `full` reads everything all the same. `check` compares files that are not remembered with what
+    is written down of them (`expected.py`), for those that came without a hub to ask. Raises CheckpointError.
     """
     started = time.monotonic()
     files = content_files(path)
@@ -44,6 +47,8 @@ def digest(
         stamps = {file: FileStamp.of(file) for file in files}
         known = {file: memory.get(file.name, file) for file in files} if memory is not None and not full else {}
         unknown = [file for file in files if known.get(file) is None]
+        if check:
+            check_sha256(path, unknown, progress)
         total = sum(stamps[file].size for file in unknown)
         with ByteMeter(total, progress if unknown else None, detail="hashing the checkpoint") as meter:
             fresh = dict(zip(unknown, hash_files(unknown, meter=meter, threads=threads)))

@@ -5,23 +5,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 
-from appliance import engines, logs
-from appliance.checkpoint import resolve
+from appliance import engines
+from appliance.commands import progress
+from appliance.commands.common import add_json_flag, obtain, print_paths, resolved, settings_of
 from appliance.commands.selection import NAMES, selection_of
 from appliance.engines import EngineStore, StoredEngine
 from appliance.engines.disk import ensure_writable, free_bytes, full_disk_explained, no_space
 from appliance.errors import EngineBuildError, SettingsError
-from appliance.launch.prepare import prepare
 from appliance.settings import Settings, add_flags, load
+from appliance.strict import nearest
 
-_NAMES = [*NAMES, "engine_source", "verify_digests", "log_level", "log_json"]
+_NAMES = [
+    *NAMES,
+    "engine_source",
+    "engine_source_timeout",
+    "engine_publish",
+    "verify_digests",
+    "tactics",
+    "log_level",
+    "log_json",
+]
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--publish", metavar="URL", help="copy the engine to this fsspec URL too")
+    add_json_flag(parser)
     add_flags(parser, _NAMES)
 
 
@@ -29,73 +39,60 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("-p", dest="profile", metavar="PROFILE", default=argparse.SUPPRESS, help="same as --profile")
     which.add_argument("--all", action="store_true", help="engines of every profile that can run here")
+    which.add_argument("--model-only", action="store_true", help="no engine [where a GPU is at hand, the one selected]")
+    add_json_flag(parser)
     add_flags(parser, _NAMES)
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="profile", metavar="PROFILE", default=argparse.SUPPRESS, help="same as --profile")
     parser.add_argument("-m", "--model-store", metavar="DIR", type=Path, required=True, help="where to; empty or new")
+    add_json_flag(parser)
     add_flags(parser, _NAMES)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    settings = load(vars(args))
-    logs.configure(settings.log_level, settings.json_logging, process="appliance")
-    return settings
-
-
-def _obtain(settings: Settings) -> Path:
-    """The verified engine of these settings: found, fetched or built."""
-    return Path(prepare(settings).engine_dir)
-
-
 def run_build(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    engine_dir = _obtain(settings)
-    if args.publish:
-        print(engines.publish(engine_dir, args.publish))
-    print(engine_dir)
+    settings = settings_of(args)
+    engine_dir = obtain(settings)
+    published = _publish(engine_dir, args.publish) if args.publish else None
+    print_paths(args, published=published, engine=engine_dir)
     return 0
 
 
+def _publish(engine_dir: Path, url: str, *, overwrite: bool = False) -> str:
+    with progress.shown("publishing") as show:
+        return engines.publish(engine_dir, url, progress=show, overwrite=overwrite)
+
+
 def run_download(args: argparse.Namespace) -> int:
-    """Without a profile: the checkpoint, all that a start without network needs. With: the engine too."""
-    settings = _settings(args)
+    """The checkpoint, which a start without network needs to know the engine by; and engines: of the named profile, of
+    all that can run here, else where a GPU is at hand of the one that would be selected."""
+    settings = settings_of(args)
+    checkpoint = resolved(settings)
+    built: list[Path] = []
     if args.all:
         runnable = [o.name for o in selection_of(settings, None).outcomes if o.status == "runnable"]
         if not runnable:
             raise EngineBuildError("no profile can run here", hint="`list-model-profiles` says why")
-        for name in runnable:
-            print(_obtain(load({**vars(args), "profile": name})))
-        return 0
-    if settings.profile is not None or settings.tags is not None:
-        print(_obtain(settings))
-        return 0
-    token = settings.hf_token
-    print(resolve(settings.model, settings.cache_dir, offline=settings.offline, token=token, progress=_Narrator()))
+        built += [obtain(load({**vars(args), "profile": name})) for name in runnable]
+    elif settings.profile is not None or settings.tags is not None or (not args.model_only and _has_gpu(settings)):
+        built.append(obtain(settings))
+    print_paths(args, checkpoint=checkpoint, engines=built)
     return 0
 
 
-class _Narrator:
-    """Progress of a download on stderr, a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._told = time.monotonic()
-
-    def __call__(self, snapshot: engines.Snapshot) -> None:
-        now = time.monotonic()
-        if now - self._told >= 5.0:
-            self._told = now
-            left = "" if snapshot.eta_seconds is None else f", {snapshot.eta_seconds:.0f} s left"
-            logs.say(f"{snapshot.detail}: {snapshot.percent:.0f}%{left}")
+def _has_gpu(settings: Settings) -> bool:
+    """Whether an engine made here would be for a GPU: one for the CPU is quickly made where it is wanted."""
+    selected = selection_of(settings, None).selected
+    return selected is not None and selected.backend != "cpu"
 
 
 def run_create_store(args: argparse.Namespace) -> int:
     """A directory that `serve --model DIR` serves without cache, download or build."""
-    settings, target = _settings(args), args.model_store.expanduser()
+    settings, target = settings_of(args), args.model_store.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SettingsError(f"{target} is not an empty directory", hint="name a new one with -m")
-    source = _obtain(settings)
+    source = obtain(settings)
     size = engines.read_manifest(source).nbytes
     ensure_writable(target)
     if free_bytes(target) < size:
@@ -103,7 +100,7 @@ def run_create_store(args: argparse.Namespace) -> int:
     with full_disk_explained(target, "the model store"):
         shutil.copytree(source, target, dirs_exist_ok=True)
     engines.verify_engine(target, "full")
-    print(target)
+    print_paths(args, store=target)
     return 0
 
 
@@ -120,9 +117,8 @@ def add_engines_arguments(parser: argparse.ArgumentParser) -> None:
         ("fetch", "bring an engine from a URL"),
     ):
         action = actions.add_parser(name, help=help, description=help)
-        if name == "list":
-            action.add_argument("--json", action="store_true", help="for scripts")
-        else:
+        add_json_flag(action)
+        if name != "list":
             action.add_argument("key", help="key of the engine" + ("" if name == "fetch" else ", or its beginning"))
         if name in ("publish", "fetch"):
             action.add_argument("url", help="any fsspec URL: a directory, s3://, hf://, https://")
@@ -136,28 +132,44 @@ def run_engines(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(store, as_json=args.json)
     if args.action == "fetch":
-        print(engines.fetch(args.url, args.key, store))
+        with progress.shown("fetching") as show:
+            print_paths(args, engine=engines.fetch(args.url, args.key, store, progress=show))
         return 0
     stored = _find(store, args.key)
     if args.action == "verify":
-        checked = store.verify(stored.key, "full")
-        print(f"{stored.key}: {len(checked.manifest.files)} files, {checked.bytes_total} bytes, all as built")
+        _verify(args, store, stored)
     elif args.action == "publish":
-        print(engines.publish(stored.path, args.url, overwrite=args.overwrite))
+        print_paths(args, published=_publish(stored.path, args.url, overwrite=args.overwrite))
     else:
         store.remove(stored.key)
-        print(f"{stored.key} removed")
+        print(json.dumps({"removed": stored.key}) if args.json else f"{stored.key} removed")
     return 0
+
+
+def _verify(args: argparse.Namespace, store: EngineStore, stored: StoredEngine) -> None:
+    with progress.shown("hashing") as show:
+        checked = store.verify(stored.key, "full", show)
+    files = len(checked.manifest.files)
+    if args.json:
+        print(json.dumps({"key": stored.key, "files": files, "bytes": checked.bytes_total}))
+    else:
+        print(f"{stored.key}: {files} files, {checked.bytes_total} bytes, all as built")
 
 
 def _find(store: EngineStore, beginning: str) -> StoredEngine:
     found = [engine for engine in store.list_engines() if engine.key.startswith(beginning)]
     if len(found) != 1:
         raise SettingsError(
-            f"{'no engine' if not found else f'{len(found)} engines'} in {store.engines} with a key like {beginning!r}",
+            f"{'no engine' if not found else f'{len(found)} engines'} in {store.engines} with a key like {beginning!r}"
+            + _did_you_mean(beginning, [engine.key for engine in store.list_engines()] if not found else []),
             hint="`engines list` shows the keys",
         )
     return found[0]
+
+
+def _did_you_mean(beginning: str, keys: list[str]) -> str:
+    near = nearest(beginning, [key[: max(len(beginning), 12)] for key in keys])
+    return f", did you mean {near}?" if near else ""
 
 
 def _list(store: EngineStore, *, as_json: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from appliance.errors import SettingsError
 from appliance.launch.report import report_progress
 from appliance.launch.scratch import socket_directory
 from appliance.launch.startup import Startup
+from appliance.server.lifecycle import Lifecycle
 from appliance.server.state import ServerState
 from appliance.settings import Settings, load, specs
 from appliance.strict import nearest
@@ -50,16 +51,18 @@ def prepare_engine(
     return msgspec.structs.replace(prepare(settings), **direct)
 
 
-def prepare(settings: Settings) -> EngineOptions:
-    """The start-up sequence, with its log lines, in a thread with an event loop: the caller may be inside of one, as in
-    a notebook. Raises what the steps raise."""
+def prepare(
+    settings: Settings, watch: Callable[[Lifecycle], Coroutine[Any, Any, None]] = report_progress
+) -> EngineOptions:
+    """The start-up sequence in a thread with an event loop: the caller may be inside of one, as in a notebook. `watch`
+    shows how far it is, and is cancelled in the end. Raises what the steps raise."""
     result: list[EngineOptions] = []
     failure: list[BaseException] = []
 
     def run() -> None:
         try:
             with socket_directory() as directory:
-                result.append(asyncio.run(_prepare(settings, directory)))
+                result.append(asyncio.run(_prepare(settings, directory, watch)))
         except BaseException as error:
             failure.append(error)
 
@@ -71,9 +74,11 @@ def prepare(settings: Settings) -> EngineOptions:
     return result[0]
 
 
-async def _prepare(settings: Settings, directory: Path) -> EngineOptions:
+async def _prepare(
+    settings: Settings, directory: Path, watch: Callable[[Lifecycle], Coroutine[Any, Any, None]]
+) -> EngineOptions:
     state = ServerState((settings.model,))
-    reporter = asyncio.create_task(report_progress(state.lifecycle))
+    reporter = asyncio.create_task(watch(state.lifecycle))
     try:
         startup = Startup(settings, state, directory)
         options = await startup.prepare()
@@ -82,3 +87,4 @@ async def _prepare(settings: Settings, directory: Path) -> EngineOptions:
         return options
     finally:
         reporter.cancel()
+        await asyncio.wait({reporter})  # a bar takes itself off the terminal

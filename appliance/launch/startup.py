@@ -223,7 +223,8 @@ class Startup:
         assert self._plan is not None
         plan, progress = self._plan, self._progress()
         cache = plan.settings.cache_dir
-        found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, progress=progress))
+        check = plan.settings.offline and plan.settings.verify_digests
+        found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, check=check, progress=progress))
         self._digest = found.value
         return key_of(build_request(plan, found.value))
 
