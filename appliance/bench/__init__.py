@@ -15,6 +15,7 @@ BENCHMARKS = {
     "quality": "exact-match accuracy of the built-in model per task, per precision",
     "serve": "load over HTTP: latencies, gaps between tokens, tokens/s, goodput; on a running server or one of its own",
     "start": "seconds from process start to first token, with and without a built engine",
+    "trace": "a profiler trace of decode steps for Perfetto, and how busy they keep the GPU",
 }
 
 
