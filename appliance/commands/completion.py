@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from appliance.settings import load, specs
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAMS = ("appliance", "entrypoint.py")
@@ -34,7 +37,7 @@ def answer(parser: argparse.ArgumentParser) -> None:
     from argcomplete.finders import CompletionFinder
 
     for action in _actions(parser):
-        completer = _COMPLETERS.get(action.dest)
+        completer = _COMPLETERS.get(action.dest) or _of_setting(action.dest)
         if completer is not None:
             action.completer = completer  # type: ignore[attr-defined]
     CompletionFinder()(parser)
@@ -51,6 +54,15 @@ def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return found
 
 
+def _of_setting(name: str) -> Callable[..., list[str]] | None:
+    """The values that a setting allows; files for a path (None: the shell's own way), nothing for numbers and text."""
+    spec = specs().get(name)
+    if spec is None or spec.kind is Path:
+        return None
+    choices = list(spec.choices)
+    return lambda **_: choices
+
+
 def _profiles(**_: Any) -> list[str]:
     from appliance.profiles import load_profiles
     from appliance.profiles.names import candidates
@@ -60,7 +72,6 @@ def _profiles(**_: Any) -> list[str]:
 
 def _engines(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     from appliance.engines import EngineStore
-    from appliance.settings import load
 
     return [engine.key for engine in EngineStore(load(vars(parsed_args)).cache_dir).list_engines()]
 
