@@ -128,7 +128,7 @@ def _silu_mul_quantize_kernel(
         at = part * BLOCK + column
         y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
         largest = tl.maximum(largest, tl.abs(y))
-        parts = parts + (y,)  # noqa: RUF005 (Triton knows no unpacking)
+        parts = parts + (y,)  # type: ignore[assignment]  # noqa: RUF005
     if not WHOLE_ROW:
         for start in range(PARTS * BLOCK, size, BLOCK):
             at = start + column
