@@ -178,7 +178,7 @@ def request_of(**changes: Any) -> BuildRequest:
 
 def test_no_trial_without_the_gpu_that_the_engine_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(request: BuildRequest) -> WarmedUp:
-        return warm_up(tmp_path, request, unquantized.Scheme(), lambda detail, percent: None)
+        return warm_up(tmp_path, request, unquantized.Scheme(), lambda detail: None)
 
     assert tried(request_of(backend="cpu")) == WarmedUp()
     assert "built on the CPU" in str(tried(request_of(device="cpu")).note)
@@ -198,7 +198,7 @@ def test_a_failed_trial_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(warmup, "_device", lambda request: torch.device("cuda", 0))
     monkeypatch.setattr(warmup, "_warm_up", fails)
-    warmed = warm_up(tmp_path, request_of(), unquantized.Scheme(), lambda detail, percent: None)
+    warmed = warm_up(tmp_path, request_of(), unquantized.Scheme(), lambda detail: None)
     assert "out of memory" in str(warmed.note) and not warmed.kernels
     assert not (tmp_path / "kernels").exists(), "half of the kernels is not packed"
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from appliance.errors import HardwareError, SettingsError
@@ -34,7 +36,10 @@ from appliance.runtime.loading import (
     runner_limits,
 )
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
-from appliance.types import EngineInfo, EngineOptions
+from appliance.types import EngineInfo, EngineOptions, ModelConfig
+
+if TYPE_CHECKING:
+    from appliance.kernels.flashinfer import FlashInferAttention
 
 PLUGIN = {
     "name": "cuda",
@@ -201,6 +206,45 @@ def _profile_pages(
     return budget // page_bytes
 
 
+def compile_ahead(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device) -> None:
+    """Compile what takes longest and needs no weights, FlashInfer's modules, so that a build can do it while it
+    converts. `dtype`: of the model. Raises whatever the library raises where it cannot."""
+    from appliance.kernels import flashinfer
+
+    torch.cuda.set_device(device)
+    kv_dtype = _kv_dtype(options, dtype)
+    if options.attention not in ("auto", "flashinfer") or flashinfer.available(config.head_dim, dtype, kv_dtype):
+        return
+    limits = runner_limits(msgspec.structs.replace(options, max_num_seqs=2), config.max_position_embeddings, config)
+    _flashinfer_attention(config, dtype, kv_dtype, 1, limits, device, cuda_graphs=False).load_modules()
+
+
+def _flashinfer_attention(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    tp_size: int,
+    limits: RunnerLimits,
+    device: torch.device,
+    cuda_graphs: bool,
+) -> FlashInferAttention:
+    from appliance.kernels import flashinfer
+
+    return flashinfer.FlashInferAttention(
+        num_heads=config.num_attention_heads // tp_size,
+        num_kv_heads=config.num_key_value_heads // tp_size,
+        head_dim=config.head_dim,
+        page_size=limits.page_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        device=device,
+        windows=[config.window_of(layer) for layer in range(config.num_hidden_layers)],
+        graph_batch_sizes=decode_buckets(limits.max_num_seqs) if cuda_graphs else (),
+    )
+
+
 def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits, device: torch.device) -> Attention:
     """The implementation asked for; "auto" is FlashInfer where it can serve this model, else Triton."""
     from appliance.kernels import flashinfer, paged_attention
@@ -219,19 +263,7 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
     if options.attention == "triton" or reason:
         return paged_attention.TritonAttention()
     KERNELS.attach_flashinfer()
-    attention = flashinfer.FlashInferAttention(
-        num_heads=config.num_attention_heads // model.tp.size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=limits.page_size,
-        dtype=model.dtype,
-        kv_dtype=kv_dtype,
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-        device=device,
-        windows=[config.window_of(layer) for layer in range(config.num_hidden_layers)],
-        graph_batch_sizes=decode_buckets(limits.max_num_seqs) if options.cuda_graphs else (),
-    )
+    attention = _flashinfer_attention(config, model.dtype, kv_dtype, model.tp.size, limits, device, options.cuda_graphs)
     try:
         attention.load_modules()
     except Exception as error:  # no compiler, a read-only cache, a failed build: Triton serves as well

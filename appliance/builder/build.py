@@ -19,7 +19,7 @@ from appliance.builder.progress import SendFn, sender
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
 from appliance.builder.tokenizer import copy_tokenizer
-from appliance.builder.warmup import WarmedUp, warm_up
+from appliance.builder.warmup import WarmedUp, compile_ahead, warm_up
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
@@ -44,6 +44,9 @@ from appliance.types import ModelConfig, WeightSpec
 
 LoadPlugin = Callable[[str, str], ModuleType]
 _RANK_FILE = "rank-0.safetensors"
+_KERNEL_BYTES = (
+    256 << 20
+)  # at most, of compiled kernels in an engine: some 100 cubins and a few of FlashInfer's modules
 
 
 def build(
@@ -167,6 +170,8 @@ def _reserve(job: _Job, store: EngineStore) -> None:
     source = job.checkpoint.path
     small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
     needed = planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype)) + sum(p.stat().st_size for p in small)
+    on_gpu = registry.plugins("backends")[job.inputs.backend].facts.get("device") == "gpu"
+    needed += _KERNEL_BYTES if on_gpu else 0
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
 
 
@@ -179,6 +184,11 @@ def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
     for name in CONFIG_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
+
+    def report(detail: str) -> None:
+        send(Progress(phase="build", detail=detail, percent=100.0))
+
+    wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
     total = sum(source_bytes(job.checkpoint, spec) for spec in job.specs)
     with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
         with torch.inference_mode(), SafetensorsWriter(staging / _RANK_FILE, plan) as writer:
@@ -192,10 +202,7 @@ def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
     notes = (f"torch {torch.__version__}", *([note] if note else []))
     # Loading reads the manifest, so there is one before the kernels that loading makes known.
     write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, WarmedUp(), notes))
-
-    def report(detail: str, percent: float) -> None:
-        send(Progress(phase="build", detail=detail, percent=percent))
-
+    wait_for_compilers()
     warmed = warm_up(staging, job.request, job.scheme, report)
     notes = (*notes, *([warmed.note] if warmed.note else []))
     write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, warmed, notes))

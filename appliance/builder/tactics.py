@@ -127,9 +127,9 @@ class Tuner:
         self.measured = 0  # tactics timed, those remembered not counted
 
     @torch.inference_mode()
-    def tune(self, model: nn.Module, report: Callable[[str, float], None] = lambda detail, percent: None) -> list[Any]:
-        """Choose for every product and row count that there is time for; the choices are in `TABLE` afterwards, and
-        returned as `TimedTactic`s. `report(detail, percent)` as it goes on."""
+    def tune(self, model: nn.Module, report: Callable[[str], None] = lambda detail: None) -> list[TimedTactic]:
+        """Choose for every product and row count that there is time for; the choices are in `TABLE` afterwards.
+        `report` hears what is being done."""
         products = []
         TABLE.probe = self._probe
         try:
@@ -140,7 +140,7 @@ class Tuner:
                 if self._clock() >= self._deadline:
                     log.warning("tactics: out of time, %d of %d row counts timed", done, len(_ORDER))
                     break
-                report(f"timing products of {rows} rows", 100 * done / len(_ORDER))
+                report(f"timing products of {rows} rows")
                 self._time_rows(products, rows)
         finally:
             TABLE.probe = None

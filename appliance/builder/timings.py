@@ -36,8 +36,9 @@ def code_version() -> str:
     """What a timing depends on besides the GPU: versions of the libraries, and a digest of our kernels and schemes."""
     root = Path(appliance.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("kernels/**/*.py"), *root.glob("kernels/**/*.cu"), *root.glob("quantization/*.py")]):
-        digest.update(path.read_bytes())
+    for path in sorted([*root.glob("kernels/**/*"), *root.glob("quantization/*")]):
+        if path.suffix in (".py", ".cu", ".cuh"):
+            digest.update(path.read_bytes())
     found = {}
     for name in ("torch", "triton"):
         try:

@@ -8,6 +8,7 @@ wrong here is a note in its manifest and not a failed build. Knows engines and r
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from appliance.types import EngineOptions, EngineRequest, ModelConfig, SamplingP
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[str, float], None]  # (detail, percent)
+Report = Callable[[str], None]  # what is being done
 
 # Prompt lengths of the steps: one token, less and more than a page, and sizes that kernels specialize on (divisible by
 # 16 or not).
@@ -47,11 +48,37 @@ class WarmedUp:
     note: str | None = None
 
 
+def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype, report: Report) -> Callable[[], None]:
+    """Start to compile what needs no weights, beside the conversion; the function that is returned waits for it. What
+    fails here is met again, and reported, by `warm_up`."""
+    device = _device(request) if _for_gpu(request) else ""
+    start = getattr(registry.load("backends", request.backend), "compile_ahead", None)
+    if isinstance(device, str) or start is None:
+        return lambda: None
+
+    def run() -> None:
+        try:
+            start(config, dtype, _options(request, Path(), device), device)
+        except Exception as error:
+            log.debug("compiling ahead: %s", error)
+
+    KERNELS.open()
+    thread = threading.Thread(target=run, name="compile-ahead", daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        if thread.is_alive():
+            report("compiling kernels")
+        thread.join()
+
+    return wait
+
+
 def warm_up(engine_dir: Path, request: BuildRequest, scheme: PrecisionScheme, report: Report) -> WarmedUp:
     """Time tactics and fill engine_dir/kernels; the engine's weights and a manifest must be there already.
 
     Raises OSError where the disk is full; anything else that fails is a note."""
-    if registry.plugins("backends")[request.backend].facts.get("device") != "gpu":
+    if not _for_gpu(request):
         return WarmedUp()
     device = _device(request)
     if isinstance(device, str):
@@ -67,6 +94,22 @@ def warm_up(engine_dir: Path, request: BuildRequest, scheme: PrecisionScheme, re
         return WarmedUp(note=f"kernels are compiled at the first start: {type(error).__name__}: {error}"[:300])
     finally:
         TABLE.clear()
+
+
+def _for_gpu(request: BuildRequest) -> bool:
+    return registry.plugins("backends")[request.backend].facts.get("device") == "gpu"
+
+
+def _options(request: BuildRequest, engine_dir: Path, device: torch.device) -> EngineOptions:
+    return EngineOptions(
+        engine_dir=str(engine_dir),
+        backend=request.backend,
+        devices=(str(device.index),),
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        kv_cache_dtype=request.kv_cache_dtype,
+        attention=request.attention,
+    )
 
 
 def _device(request: BuildRequest) -> torch.device | str:
@@ -93,19 +136,11 @@ def _warm_up(
     device: torch.device,
     report: Report,
 ) -> WarmedUp:
-    options = EngineOptions(
-        engine_dir=str(engine_dir),
-        backend=request.backend,
-        devices=(str(device.index),),
-        max_num_seqs=request.max_num_seqs,
-        max_num_batched_tokens=request.max_num_batched_tokens,
-        kv_cache_dtype=request.kv_cache_dtype,
-        attention=request.attention,
-    )
+    options = _options(request, engine_dir, device)
     timer = PhaseTimer()
 
     def progress(phase: str, detail: str, percent: float) -> None:
-        report(f"trying the engine: {detail}", percent)
+        report(f"trying the engine: {detail}")
 
     loaded: LoadedModel = backend.load(options, progress, timer)
     loaded.model.prepare(loaded.config.max_position_embeddings)
