@@ -161,7 +161,7 @@ def test_mistakes_are_one_clear_line(
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["", "offline", "quality", "start", "ops"])
+@pytest.mark.parametrize("name", ["", "offline", "quality", "serve", "start", "ops", "compare", "trace"])
 def test_help_is_readable(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["bench", *filter(None, [name]), "--help"])
@@ -169,7 +169,7 @@ def test_help_is_readable(name: str, capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert "%(" not in text and "None" not in text and "==SUPPRESS==" not in text
     if not name:
-        assert all(benchmark in text for benchmark in ("offline", "ops", "quality", "start"))
+        assert all(benchmark in text for benchmark in ("compare", "offline", "ops", "quality", "serve", "start", "trace"))
     else:
         assert text.count("default:") >= 3
 

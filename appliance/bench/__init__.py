@@ -10,6 +10,7 @@ import importlib
 
 # name -> one line of help. Modules import what is heavy (torch) only when they run.
 BENCHMARKS = {
+    "compare": "tokens/s beside `generate` of transformers, same weights and prompts, and whether outputs agree",
     "kernels": "the small FP8 kernels against memory bandwidth, a layer with its products forced (needs a GPU)",
     "offline": "the engine without HTTP: decode steps, prefill, throughput; random weights or a real model",
     "ops": "linear layers with few rows: own kernel in all its configs beside the library's products (needs a GPU)",

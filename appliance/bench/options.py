@@ -23,12 +23,13 @@ DEFAULT_SHAPE = "llama-3.1-8b"
 _LEAST = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model or shape, precision, backend, kernels and limits."""
+def add_engine_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Model or shape, precision (with `several`, more than one may be given), backend, kernels and limits."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--shape", help=f"{', '.join(SHAPES)}: random weights (default: {DEFAULT_SHAPE})")
     what.add_argument("--model", help="model directory, hub id, engine directory or builtin, instead of a shape")
-    parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: bf16 for a shape, selected for a model)")
+    default = "bf16; several by comma" if several else "bf16 for a shape, selected for a model"
+    parser.add_argument("--precision", help=f"fp32, fp16, bf16 or fp8 (default: {default})")
     parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
     parser.add_argument(
