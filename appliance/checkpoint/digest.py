@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.checkpoint.expected import check_sha256
+from appliance.checkpoint.expected import check_sha256, expected_sha256
 from appliance.checkpoint.files import content_files
 from appliance.engines.digest import DigestMemory, FileStamp, hash_files
 from appliance.engines.meter import ByteMeter, ProgressFn
@@ -38,6 +38,7 @@ def digest(
     is written down of them (`expected.py`), for those that came without a hub to ask. Raises CheckpointError.
     """
     started = time.monotonic()
+    known_content = expected_sha256(path) if check else {}
     files = content_files(path)
     memory = None
     if cache is not None:
@@ -48,7 +49,7 @@ def digest(
         known = {file: memory.get(file.name, file) for file in files} if memory is not None and not full else {}
         unknown = [file for file in files if known.get(file) is None]
         if check:
-            check_sha256(path, unknown, progress)
+            check_sha256(known_content, unknown, progress)
         total = sum(stamps[file].size for file in unknown)
         with ByteMeter(total, progress if unknown else None, detail="hashing the checkpoint") as meter:
             fresh = dict(zip(unknown, hash_files(unknown, meter=meter, threads=threads)))

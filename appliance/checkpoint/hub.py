@@ -80,9 +80,20 @@ class HubRepository:
             return Path(self._download(local_files_only=True))
         except (LocalEntryNotFoundError, FileNotFoundError) as error:
             raise CheckpointError(
-                f"{self.name} (revision {self.revision}) is not (wholly) in {self.cache}, and downloading is off",
-                hint="download it once with access to the network, or copy the cache directory from where it is",
+                f"{self.name} (revision {self.revision}) is not in the cache, and downloading is off: "
+                f"{self._missing()} is missing",
+                hint="import a bundle of it, download it once with access to the network, or copy the cache directory",
             ) from error
+
+    def _missing(self) -> Path:
+        """What of the repository's directory is looked for first and not there."""
+        repository = self._blobs.parent
+        reference = repository / "refs" / self.revision
+        if not repository.is_dir():
+            return repository
+        if (repository / "snapshots" / self.revision).is_dir() or not reference.is_file():
+            return reference
+        return repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
 
     def _download(self, *, dry_run: bool = False, local_files_only: bool = False) -> Any:
         import huggingface_hub

@@ -21,6 +21,7 @@ import appliance
 from appliance import hardware, profiles
 from appliance.builder import BuildRequest, key_of
 from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve
+from appliance.checkpoint.expected import expected_sha256
 from appliance.checkpoint.files import require_tokenizer
 from appliance.engines import (
     DamagedFileError,
@@ -192,7 +193,7 @@ class Startup:
                 progress=progress,
             )
         )
-        await in_thread(lambda: _check_checkpoint(path))
+        await in_thread(lambda: _check_checkpoint(path, settings.offline))
         self._state.license_path = _license_of(path)
         return path
 
@@ -302,9 +303,11 @@ class Startup:
         self._state.tokenizer = await in_thread(lambda: load_tokenizer(engine_dir, template))
 
 
-def _check_checkpoint(path: Path) -> None:
+def _check_checkpoint(path: Path, offline: bool) -> None:
     """Raises CheckpointError for what a look at the files shows, before the minutes of hashing and converting them: a
-    missing, truncated or pickled shard; no tokenizer."""
+    missing, truncated or pickled shard; no tokenizer; offline also any file that is known to have been there."""
+    if offline:
+        expected_sha256(path)
     with Checkpoint(path):
         pass
     require_tokenizer(path)
