@@ -50,9 +50,9 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
         2,
         {"cache": "*fp8e4nv"},
     ),
-    (sampling._argmax_kernel, {**DEFERRED, "BLOCK": 2048}, 4, {}),
+    (sampling._draw_kernel, {**DEFERRED, "GREEDY": True, "FILTERED": False, "BLOCK": 2048}, 4, {}),
     (sampling._best_of_blocks_kernel, {"BLOCK": 64, "PDL": True}, 1, {"out": "*i64"}),
-    (sampling._draw_kernel, {"FILTERED": True, "BLOCK": 2048, "PDL": True}, 4, {"logits": "*fp32"}),
+    (sampling._draw_kernel, {**DEFERRED, "GREEDY": False, "FILTERED": True, "BLOCK": 2048}, 4, {"logits": "*fp32"}),
     (
         skinny_linear._skinny_kernel,
         {**DEFERRED, **SKINNY, "WHOLE_K": True, "SCALED": True, "PROMOTE": 128},

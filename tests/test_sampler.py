@@ -152,7 +152,9 @@ def test_each_parameter_matches_the_reference(name):
         run_case(rig, [name], 8 + trial, seed=2**40 + trial * 1000, logits_seed=trial)
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 3}, {"logit_bias": {1: 50.0}}, {"logprobs": 2}])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.7}, {"logit_bias": {1: 50.0}}, {"logprobs": 2}]
+)
 @pytest.mark.parametrize("form", ["bfloat16", "deferred"])
 def test_logits_as_the_product_gives_them(params, form):
     """In the model's dtype, or with scales still to be applied: the same as their float32 numbers."""

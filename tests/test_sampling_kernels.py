@@ -152,6 +152,21 @@ def test_argmax_applies_deferred_scales(with_bias):
     assert torch.equal(sampling.argmax_triton(product.first_rows(2)), want[:2])
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+def test_draw_applies_deferred_scales(filtered):
+    values = random_logits(6, 5000, seed=1, spread=1e3).bfloat16()
+    product = DeferredScale(
+        values, random_logits(6, 1, seed=2).abs() * 1e-3, random_logits(1, 5000, seed=3).abs(), None
+    )
+    logits = materialize(product, torch.float32)
+    temperature = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.7], device=DEVICE)
+    seeds, positions = seeds_of(range(6)), torch.arange(6, device=DEVICE)
+    thresholds = sampling.scale_logits(logits, temperature).topk(40).values[:, -1] if filtered else None
+    want = sampling.draw_reference(logits, temperature, seeds, positions, thresholds)
+    assert torch.equal(sampling.draw_triton(product, temperature, seeds, positions, thresholds), want)
+    assert torch.equal(sampling.draw_reference(product, temperature, seeds, positions, thresholds), want)
+
+
 def test_triton_draw_takes_the_lowest_of_equals_across_blocks():
     logits = torch.zeros(1, 5000, device=DEVICE)
     logits[0, [2500, 2501, 4999]] = 1.0

@@ -113,21 +113,31 @@ def _best_of_blocks_kernel(best_score_ptr, best_token_ptr, out_ptr, blocks, BLOC
 
 
 @triton.jit
-def _argmax_kernel(
+def _draw_kernel(
     logits_ptr,
     row_scales_ptr,
     column_scales_ptr,
     bias_ptr,
+    temperature_ptr,
+    seeds_ptr,
+    positions_ptr,
+    thresholds_ptr,
     best_score_ptr,
     best_token_ptr,
     vocab_size,
     logits_stride,
+    temperature_stride,
+    seeds_stride,
+    greedy_temperature,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
+    GREEDY: tl.constexpr,
+    FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, block): the largest of BLOCK logits of the row, and its token (the lowest of equals)."""
+    """Program (row, block): the best score in BLOCK tokens of the row, and its token (the lowest of equals). GREEDY:
+    of every row the logits themselves."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -140,55 +150,28 @@ def _argmax_kernel(
         scale = tl.load(row_scales_ptr + row)
         logit = apply_scales(logit, scale, column_scales_ptr, bias_ptr, token, there, BIASED)
         logit = tl.where(there & (logit == logit), logit, float("-inf"))
-    _store_best(logit, row, block, best_score_ptr, best_token_ptr, BLOCK)
-
-
-@triton.jit
-def _draw_kernel(
-    logits_ptr,
-    temperature_ptr,
-    seeds_ptr,
-    positions_ptr,
-    thresholds_ptr,
-    best_score_ptr,
-    best_token_ptr,
-    vocab_size,
-    logits_stride,
-    temperature_stride,
-    seeds_stride,
-    greedy_temperature,
-    FILTERED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (row, block): the best score in BLOCK tokens of the row, and its token (the lowest of equals)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    logit = load_logits(logits_ptr + row * logits_stride, token, vocab_size)
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
     score = logit
-    if temperature >= greedy_temperature:
-        key, second = row_keys(seeds_ptr, positions_ptr, row, seeds_stride)
-        scaled = tl.div_rn(logit, temperature)  # rounded as in torch: thresholds are compared exactly
-        score = scaled - log_noise(token, key, second)
-        if FILTERED:
-            score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
+    if not GREEDY:
+        temperature = tl.load(temperature_ptr + row * temperature_stride)
+        if temperature >= greedy_temperature:
+            key, second = row_keys(seeds_ptr, positions_ptr, row, seeds_stride)
+            scaled = tl.div_rn(logit, temperature)  # rounded as in torch: thresholds are compared exactly
+            score = scaled - log_noise(token, key, second)
+            if FILTERED:
+                score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
     _store_best(score, row, block, best_score_ptr, best_token_ptr, BLOCK)
 
 
 # ---------------------------------------------------------------- draw
 
 
-def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None) -> Tensor:
+def draw(logits: Product, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None) -> Tensor:
     """One token id per row, int64 [m].
 
-    logits float32 [m, vocab], NaN counts as -inf; temperature float32 [m], under GREEDY_TEMPERATURE: the row takes its
-    largest logit (the lowest id of equals); seeds int32 [m, 2]: low and high word; positions int64 [m]: where the new
-    token will stand. thresholds float32 [m]: tokens with logit / temperature below it are out (None: all are in).
+    logits [m, vocab] of any float dtype, or with scales still to be applied; NaN counts as -inf. temperature float32
+    [m], under GREEDY_TEMPERATURE: the row takes its largest logit (the lowest id of equals); seeds int32 [m, 2]: low
+    and high word; positions int64 [m]: where the new token will stand. thresholds float32 [m]: tokens with logit /
+    temperature below it are out (None: all are in).
     """
     if logits.is_cuda:
         return draw_triton(logits, temperature, seeds, positions, thresholds)
@@ -196,10 +179,10 @@ def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, 
 
 
 def draw_reference(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
+    logits: Product, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
 ) -> Tensor:
     """`draw` in plain torch, any device."""
-    logits = torch.nan_to_num(logits, nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    logits = _numbers(logits)
     random = (temperature >= GREEDY_TEMPERATURE)[:, None]
     scaled = scale_logits(logits, temperature)
     tokens = torch.arange(logits.shape[1], device=logits.device)
@@ -209,33 +192,78 @@ def draw_reference(
     return torch.where(random, score, logits).argmax(1)
 
 
+def _numbers(logits: Product) -> Tensor:
+    """float32, with -inf for NaN."""
+    return as_float(logits).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
 def draw_triton(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
+    logits: Product, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
 ) -> Tensor:
     """`draw` in one pass over the logits, plus a reduction over blocks."""
-    m, vocab_size = logits.shape
-    if logits.stride(1) != 1 or seeds.stride(1) != 1:
-        raise ValueError("logits and seeds must be contiguous in their last dimension")
-    best, tokens = _per_block(m, vocab_size, logits.device)
+    if seeds.stride(1) != 1:
+        raise ValueError("seeds must be contiguous in their last dimension")
+    return _launch_draw(
+        logits, temperature, seeds, positions.contiguous(), None if thresholds is None else thresholds.contiguous()
+    )
+
+
+def argmax(logits: Product) -> Tensor:
+    """The most likely token of each row, the lowest id of equals, int64 [m]: what `draw` gives at temperature 0, so
+    that a greedy row's token does not depend on whether its neighbours are greedy too."""
+    return argmax_triton(logits) if logits.is_cuda else argmax_reference(logits)
+
+
+def argmax_reference(logits: Product) -> Tensor:
+    """`argmax` in plain torch, any device."""
+    return _numbers(logits).argmax(1)
+
+
+def argmax_triton(logits: Product) -> Tensor:
+    """`argmax` as `draw_triton` does it."""
+    return _launch_draw(logits, None, None, None, None)
+
+
+def _launch_draw(
+    logits: Product,
+    temperature: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    thresholds: Tensor | None,
+) -> Tensor:
+    """Every block of a row by a program of its own, then the best of the blocks. No temperature: all rows greedy."""
+    deferred = None if isinstance(logits, Tensor) else logits
+    values = logits if isinstance(logits, Tensor) else logits.values
+    if values.stride(1) != 1:
+        raise ValueError("logits must be contiguous in their last dimension")
+    bias = None if deferred is None else deferred.bias
+    m, vocab_size = values.shape
+    best, tokens = _per_block(m, vocab_size, values.device)
     if m == 0:
         return tokens[:, 0]
     _draw_kernel[tokens.shape](
-        logits,
+        values,
+        None if deferred is None else deferred.row_scales,
+        None if deferred is None else deferred.column_scales,
+        bias,
         temperature,
         seeds,
-        positions.contiguous(),
-        best if thresholds is None else thresholds.contiguous(),
+        positions,
+        thresholds,
         best,
         tokens,
         vocab_size,
-        logits.stride(0),
-        temperature.stride(0),
-        seeds.stride(0),
+        values.stride(0),
+        0 if temperature is None else temperature.stride(0),
+        0 if seeds is None else seeds.stride(0),
         GREEDY_TEMPERATURE,
+        DEFERRED=deferred is not None,
+        BIASED=bias is not None,
+        GREEDY=temperature is None,
         FILTERED=thresholds is not None,
         BLOCK=_BLOCK,
         num_warps=4,
-        **launch_options(logits.device),
+        **launch_options(values.device),
     )
     return _best_of_blocks(best, tokens)
 
@@ -261,49 +289,6 @@ def _best_of_blocks(scores: Tensor, tokens: Tensor) -> Tensor:
         **launch_options(scores.device),
     )
     return out
-
-
-# ---------------------------------------------------------------- argmax
-
-
-def argmax(logits: Product) -> Tensor:
-    """The most likely token of each row, the lowest id of equals, int64 [m]. logits [m, vocab] of any float dtype, or
-    with scales still to be applied; NaN counts as -inf, as in `draw`, so that a greedy row's token does not depend on
-    whether its neighbours are greedy too."""
-    return argmax_triton(logits) if logits.is_cuda else argmax_reference(logits)
-
-
-def argmax_reference(logits: Product) -> Tensor:
-    """`argmax` in plain torch, any device."""
-    return as_float(logits).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")).argmax(1)
-
-
-def argmax_triton(logits: Product) -> Tensor:
-    """`argmax` in two kernels: every block of a row by a program of its own, then the best of the blocks."""
-    deferred = None if isinstance(logits, Tensor) else logits
-    values = logits if isinstance(logits, Tensor) else logits.values
-    bias = None if deferred is None else deferred.bias
-    assert values.stride(1) == 1
-    m, vocab_size = values.shape
-    best, tokens = _per_block(m, vocab_size, values.device)
-    if m == 0:
-        return tokens[:, 0]
-    _argmax_kernel[tokens.shape](
-        values,
-        None if deferred is None else deferred.row_scales,
-        None if deferred is None else deferred.column_scales,
-        bias,
-        best,
-        tokens,
-        vocab_size,
-        values.stride(0),
-        DEFERRED=deferred is not None,
-        BIASED=bias is not None,
-        BLOCK=_BLOCK,
-        num_warps=4,
-        **launch_options(values.device),
-    )
-    return _best_of_blocks(best, tokens)
 
 
 def scale_logits(logits: Tensor, temperature: Tensor) -> Tensor:

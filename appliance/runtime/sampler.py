@@ -186,24 +186,20 @@ class Sampler:
         """One token per row.
 
         logits [m, vocab], raw, of any float dtype or with scales still to be applied: converted to float32 (and written
-        to, if they are that), save where an argmax is all that is wanted. slots int64 [m], as given to `prepare`;
+        to, if they are that), save where one pass over them is all that is wanted. slots int64 [m], as in `prepare`;
         positions int64 [m]: where each new token will stand, which is the number of tokens before it; token_table int
         [slots, tokens].
         Raises ValueError if the batch was prepared for another number of rows.
         """
         if logits.shape[0] != batch.num_rows:
             raise ValueError(f"{logits.shape[0]} rows of logits for a batch prepared for {batch.num_rows}")
-        if batch.all_greedy and batch.bias is None and batch.penalty_rows is None and batch.max_logprobs < 0:
-            return SamplerOutput(argmax(logits), None)
-        logits = materialize(logits, torch.float32)
-        edited = self._edit(logits, slots, positions, token_table, batch)
-        if batch.all_greedy:
-            token_ids = argmax(edited)
-        else:
-            token_ids = self._draw(edited, self._table[slots], positions, batch)
+        if batch.bias is None and batch.penalty_rows is None and batch.max_logprobs < 0:
+            return SamplerOutput(self._draw(logits, slots, positions, batch), None)
+        numbers = materialize(logits, torch.float32)
+        token_ids = self._draw(self._edit(numbers, slots, positions, token_table, batch), slots, positions, batch)
         if batch.max_logprobs < 0:
             return SamplerOutput(token_ids, None)
-        return SamplerOutput(token_ids, pack_logprobs(logits, token_ids, min(batch.max_logprobs, self._vocab_size)))
+        return SamplerOutput(token_ids, pack_logprobs(numbers, token_ids, min(batch.max_logprobs, self._vocab_size)))
 
     def _edit(
         self, logits: Tensor, slots: Tensor, positions: Tensor, token_table: Tensor, batch: SamplingBatch
@@ -232,14 +228,19 @@ class Sampler:
             )
         return logits
 
-    def _draw(self, logits: Tensor, params: Tensor, positions: Tensor, batch: SamplingBatch) -> Tensor:
+    def _draw(self, logits: Product, slots: Tensor, positions: Tensor, batch: SamplingBatch) -> Tensor:
+        if batch.all_greedy:
+            return argmax(logits)
+        params = self._table[slots]
         floats = params.view(torch.float32)
         temperature = floats[:, _COLUMN["temperature"]]
         seeds = params[:, _SEED]
         if not batch.any_filter:
             return draw(logits, temperature, seeds, positions, None)
         filters = params[:, _COLUMN["top_k"]], floats[:, _COLUMN["top_p"]], floats[:, _COLUMN["min_p"]]
-        return draw_filtered(logits, temperature, seeds, positions, *filters, batch.num_sorted)
+        return draw_filtered(
+            materialize(logits, torch.float32), temperature, seeds, positions, *filters, batch.num_sorted
+        )
 
 
 def _pack_bias(entries: list[tuple[int, float, int]]) -> np.ndarray:
