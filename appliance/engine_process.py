@@ -69,7 +69,12 @@ def open_engine(
 
     loaded = backend.load(options, progress, timer)
     executor, info = backend.assemble(loaded, options, progress, timer)
-    core = EngineCore(executor, prefix_caching=options.prefix_caching, seed=options.seed)
+    core = EngineCore(
+        executor,
+        prefix_caching=options.prefix_caching,
+        seed=options.seed,
+        max_step_stretch=options.max_step_stretch,
+    )
     return core, info, executor.prepare_more
 
 

@@ -95,6 +95,9 @@ class Settings:
     max_num_batched_tokens: int | None = _engine(
         None, "tokens computed in one step; default: the profile's", limits=(16, 1_048_576)
     )
+    max_step_stretch: float = _engine(
+        2.0, "how many times longer prompts may make a step that decodes; 0: no limit", limits=(0, 1000)
+    )
     memory_fraction: float = _engine(
         0.9, "share of free GPU memory for weights and KV cache", also="NIM_KVCACHE_PERCENT", limits=(0.05, 1.0)
     )
@@ -331,6 +334,11 @@ def _check_together(settings: Settings) -> None:
                 "engine_publish: an engine source on http is only for fetching",
                 hint="name a directory, s3:// or hf:// as engine source, or leave engine_publish out",
             )
+    if 0 < settings.max_step_stretch <= 1:
+        raise SettingsError(
+            f"max_step_stretch is {settings.max_step_stretch:g}; at 1 or less prompts would never run beside decodes",
+            hint="set more than 1, or 0 for no limit",
+        )
     if settings.chat_template is not None and not settings.chat_template.is_file():
         raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
 

@@ -227,6 +227,7 @@ class EngineOptions(Struct, frozen=True):
     max_model_len: int = 0  # 0: the model's own limit, or what fits
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    max_step_stretch: float = 0.0  # how many times longer prefill may make a step that decodes; 0: no limit
     page_size: int = 16  # tokens
     num_pages: int = 0  # 0: from free memory
     memory_fraction: float = 0.9  # of free GPU memory, for weights + KV cache

@@ -18,11 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from appliance.batching.kv_cache import KvCache
+from appliance.batching.pacing import PrefillPacer
 from appliance.batching.request import RequestLimits, Sequence, make_sequence
 from appliance.batching.scheduler import ScheduledStep, Scheduler
 from appliance.batching.step import Executor, ScheduledSequence, StepResult
 from appliance.errors import InvalidRequestError
 from appliance.types import EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprobs
+
+_WAITED = 0.1  # share of the time between two results that the core has to wait for, if the device sets the pace
 
 
 class EngineCore:
@@ -39,22 +42,28 @@ class EngineCore:
         prefix_caching: bool = True,
         pipeline_depth: int = 2,
         seed: int = 0,
+        max_step_stretch: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`pipeline_depth`: steps in flight at most; 1 waits for each step before it plans the next. `seed`: what
-        requests without a seed of their own derive theirs from, with their request id."""
+        requests without a seed of their own derive theirs from, with their request id. `max_step_stretch`: how many
+        times longer prefill may make a step that decodes (`pacing.py`); 0 is no limit, and then the schedule does not
+        depend on `clock`."""
         if pipeline_depth < 1:
             raise ValueError(f"pipeline_depth is {pipeline_depth}; it must be at least 1")
         self.limits = RequestLimits(executor.max_model_len, executor.num_pages, executor.page_size)
         self._executor = executor
         self._pipeline_depth = pipeline_depth
         self._seed = seed
-        self._clock = clock  # only measures how long requests wait: nothing is decided by it
+        self._clock = clock
+        self._pacer = PrefillPacer(max_step_stretch) if max_step_stretch else None
+        self._collected_at = 0.0  # when the newest result had come
         self._kv_cache = KvCache(executor.num_pages, executor.page_size, prefix_caching=prefix_caching)
         self._scheduler = Scheduler(
             self._kv_cache,
             max_num_seqs=executor.max_num_seqs,
             max_num_batched_tokens=executor.max_num_batched_tokens,
+            pacer=self._pacer,
         )
         self._sequences: dict[str, Sequence] = {}  # accepted, without terminal output
         self._in_flight: deque[ScheduledStep] = deque()
@@ -109,7 +118,10 @@ class EngineCore:
         if step is not None:
             if step.plan.new:
                 self._note_first_steps(step)
+            begin = self._clock()
             self._executor.submit(step.plan)
+            step.submitted_at = self._clock()
+            step.submit_seconds = step.submitted_at - begin
             self._in_flight.append(step)
         if self._in_flight and (step is None or len(self._in_flight) >= self._pipeline_depth):
             self._collect(outputs)
@@ -123,8 +135,10 @@ class EngineCore:
 
     def _collect(self, outputs: list[EngineOutput]) -> None:
         """Takes in the oldest step's result. The hot loop: about a microsecond of Python for each decoding sequence."""
+        begin = self._clock()
         result = self._executor.collect()
         step = self._in_flight.popleft()
+        self._measure(step, begin)
         if result.step_id != step.plan.step_id or len(result.token_ids) != len(step.sequences):
             raise RuntimeError(
                 f"the executor returned step {result.step_id} with {len(result.token_ids)} rows for step "
@@ -144,6 +158,16 @@ class EngineCore:
                 outputs.append(self._detailed_output(seq, token_id, reason, step, result, row))
             else:
                 outputs.append(EngineOutput(seq.request_id, [token_id]))
+
+    def _measure(self, step: ScheduledStep, begin: float) -> None:
+        """Tells the pacer how long a step took whose result has just come; `begin`: when the wait for it began."""
+        now = self._clock()
+        seconds = now - max(self._collected_at, step.submitted_at)  # the device runs one step after the other
+        if now - begin < _WAITED * seconds:  # it was done before: it ran while it was submitted, as on the CPU
+            seconds = step.submit_seconds + now - begin
+        self._collected_at = now
+        if self._pacer is not None:
+            self._pacer.observe(step.num_decodes, step.num_prefill_tokens, seconds)
 
     def _collect_chunk(
         self, seq: Sequence, step: ScheduledStep, result: StepResult, row: int, outputs: list[EngineOutput]

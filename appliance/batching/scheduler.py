@@ -6,7 +6,7 @@ conditions (`core.py`).
 A step is made in this order:
 1. every decoding sequence gets its one token; where a page is missing, the running sequence of the worst rank is
    preempted, itself at last;
-2. running prefills go on, in chunks (`fairness.py`);
+2. running prefills go on, in chunks (`fairness.py`), all together with no more tokens than `pacing.py` allows;
 3. waiting requests are admitted by (priority, arrival) while there are slots, tokens and pages, unless this step
    preempted. A request that lacks pages stops those behind it, so that it is not overtaken for ever; one that lacks
    only the budget for long prompts, or waits for K/V that a running prefill is just computing, lets others pass.
@@ -27,6 +27,7 @@ from operator import attrgetter
 
 from appliance.batching.fairness import PrefillBudget
 from appliance.batching.kv_cache import KvCache
+from appliance.batching.pacing import PrefillPacer
 from appliance.batching.request import Sequence
 from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
 
@@ -43,6 +44,10 @@ class ScheduledStep:
 
     plan: StepPlan
     sequences: list[Sequence]
+    num_decodes: int = 0  # of its rows; the others are chunks of prefills
+    num_prefill_tokens: int = 0
+    submitted_at: float = 0.0  # when `submit` had returned; seconds of the core's clock
+    submit_seconds: float = 0.0  # that `submit` took
 
 
 @dataclass(slots=True)
@@ -56,8 +61,18 @@ class _Chunk:
 class Scheduler:
     """Owns all sequences that have not finished: each is in `running` (has a slot and pages) or in `waiting`."""
 
-    def __init__(self, kv_cache: KvCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        kv_cache: KvCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pacer: PrefillPacer | None = None,
+    ) -> None:
+        """Without a `pacer` prefills take all tokens that decodes leave."""
         self.kv_cache = kv_cache
+        self._pacer = pacer
+        self._lacks_pages = False  # the first waiting request could not be admitted for want of pages
         self.running: list[Sequence] = []  # by rank
         self.waiting: list[Sequence] = []  # by queue rank
         self.num_preemptions = 0
@@ -89,7 +104,8 @@ class Scheduler:
         plan = StepPlan(self.num_steps)
         step = ScheduledStep(plan, [])
         prefills, preempted = self._schedule_decodes(step)
-        budget = PrefillBudget(self._max_num_batched_tokens - len(plan.scheduled), self._max_num_batched_tokens)
+        step.num_decodes = len(plan.scheduled)
+        budget = PrefillBudget(self._prefill_tokens(step.num_decodes, len(prefills)), self._max_num_batched_tokens)
         chunks = self._continue_prefills(prefills, budget)
         if self.waiting and not preempted:
             self._admit(chunks, budget, plan)
@@ -99,6 +115,16 @@ class Scheduler:
             return None
         self.num_steps += 1
         return step
+
+    def _prefill_tokens(self, num_decodes: int, num_prefills: int) -> int:
+        """How many the next step may run; `num_prefills` are running."""
+        left = self._max_num_batched_tokens - num_decodes
+        if self._pacer is None or not (num_prefills or self.waiting):
+            return left
+        if not self._lacks_pages:
+            num_prefills += min(len(self.waiting), len(self._free_slots))
+        limit = self._pacer.limit(num_decodes, num_prefills)
+        return left if limit is None else min(left, limit)
 
     def _schedule_decodes(self, step: ScheduledStep) -> tuple[list[Sequence], bool]:
         """Adds a row for each decoding sequence; returns the running prefills, and whether any was preempted.
@@ -167,6 +193,7 @@ class Scheduler:
     def _admit(self, chunks: list[_Chunk], budget: PrefillBudget, plan: StepPlan) -> None:
         """Moves requests from `waiting` to `running` and appends their first chunks."""
         index = 0
+        self._lacks_pages = False
         while self._free_slots and budget.left and index < min(len(self.waiting), MAX_PASSED_OVER):
             seq = self.waiting[index]
             if seq.num_in_flight:
@@ -180,6 +207,7 @@ class Scheduler:
                 index += 1
                 continue
             if not self.kv_cache.admit(seq, hits, self._watermark if self.running else 0):
+                self._lacks_pages = True
                 return
             del self.waiting[index]
             budget.take(wanted, granted)
@@ -194,6 +222,7 @@ class Scheduler:
         for chunk in chunks:
             seq = chunk.sequence
             chunk.length += budget.take_leftover(seq.prefill_end - seq.num_computed - chunk.length)
+            step.num_prefill_tokens += chunk.length
         for single in (True, False):
             for chunk in chunks:
                 if (chunk.length == 1) is single:
