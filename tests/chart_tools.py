@@ -124,8 +124,11 @@ def template(name: str, *flags: str) -> str:
     return done.stdout
 
 
+@cache
 def manifests(name: str, *flags: str) -> list[dict[str, Any]]:
-    return [item for item in yaml.safe_load_all(template(name, *flags)) if item]
+    """The objects of `template`. Shared by all callers: not to be changed."""
+    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    return [item for item in yaml.load_all(template(name, *flags), loader) if item]
 
 
 # ---------------------------------------------------------------- what is made from elsewhere

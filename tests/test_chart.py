@@ -17,11 +17,15 @@ import kubernetes_validate
 import pytest
 import yaml
 from chart_tools import CHART, MATRIX, SNAPSHOTS, helm, manifests, matrix, template
+from kubernetes_validate import utils
 from kubernetes_validate.utils import all_versions, major_minor
 from server_fakes import ready_state
 
 MINORS = sorted({major_minor(version) for version in all_versions()}, key=lambda v: int(v.partition(".")[2]))[-3:]
 CUSTOM = yaml.safe_load((MATRIX.parent / "custom-resources.yaml").read_text(encoding="utf-8"))
+
+# The library reads 1 MB of definitions for every object; once is enough.
+utils.schema_contents = functools.cache(utils.schema_contents)
 
 # Not settings of the appliance, and why they may be in a pod's environment.
 TORCHRUN = {"MASTER_ADDR", "MASTER_PORT"} | {

@@ -274,6 +274,19 @@ def test_versions() -> None:
     assert done.returncode != 0 and "1.30" in done.stderr
 
 
+def test_the_image_is_what_the_chart_takes_it_for() -> None:
+    """Port, cache, user and entry point; python3 on the path is the image's, whose test pod calls it."""
+    dockerfile = (chart_tools.ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (container,) = pod_of(rendered())["containers"]
+    assert f"EXPOSE {container['ports'][0]['containerPort']}\n" in dockerfile
+    (cache,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "cache"]
+    assert re.search(rf"^RUN mkdir -p {re.escape(cache)}\b", dockerfile, re.M)
+    assert f"USER {pod_of(rendered())['securityContext']['runAsUser']}:0\n" in dockerfile
+    assert "command" not in container
+    assert re.search(r'^ENTRYPOINT \[.*/entrypoint.py"\]$', dockerfile, re.M)
+    assert re.search(r"^ENV PATH=/opt/venv/bin:", dockerfile, re.M)
+
+
 def test_the_schema_has_today_s_settings() -> None:
     assert chart_tools.SCHEMA.read_text(encoding="utf-8") == chart_tools.schema_text(), UPDATE
 
