@@ -141,3 +141,36 @@ def test_flashinfer_modules_are_gathered_and_found(tmp_path: Path, monkeypatch: 
     other.attach_flashinfer()
     directory = environment.FLASHINFER_AOT_DIR
     assert (directory / "batch_decode" / "batch_decode.so").read_bytes() == b"module"
+
+
+def test_flashinfer_is_imported_without_the_rest_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from appliance.kernels import flashinfer
+
+    package = tmp_path / "flashinfer"
+    package.mkdir()
+    (package / "__init__.py").write_text("whole = True")
+    for part in ("decode", "prefill", "utils"):
+        (package / f"{part}.py").write_text("from . import shared" if part != "utils" else "")
+    (package / "shared.py").write_text("")
+    names = ("flashinfer", *(f"flashinfer.{part}" for part in ("decode", "prefill", "utils", "shared")))
+    for name in names:  # so that they are gone again afterwards
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]
+    flashinfer.import_lean()
+    assert "flashinfer" not in sys.modules or not hasattr(sys.modules["flashinfer"], "whole"), "there may be none"
+    for name in names:
+        sys.modules.pop(name, None)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    flashinfer.import_lean()
+    assert set(names) <= sys.modules.keys() and not hasattr(sys.modules["flashinfer"], "whole")
+    for name in names:
+        del sys.modules[name]
+    (package / "prefill.py").write_text("import a_module_that_is_not_there")
+    flashinfer.import_lean()
+    assert not [name for name in sys.modules if name.startswith("flashinfer")]
+    import flashinfer as whole
+
+    assert whole.whole

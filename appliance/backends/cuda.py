@@ -84,13 +84,13 @@ def _index_of_uuid(uuid: str) -> int:
 
 
 def preload() -> None:
-    """Import what serving will need and what takes seconds, before it is known what will be served. Creates no CUDA
-    context."""
+    """Import what serving will need and what takes seconds, before it is known what will be served; in a process that
+    is ours alone. Creates no CUDA context."""
     from appliance.kernels import flashinfer
 
     digest = threading.Thread(target=triton_key, name="triton-key", daemon=True)  # reads some 300 MB
     digest.start()
-    flashinfer.available()
+    flashinfer.import_lean()
     digest.join()
 
 

@@ -52,12 +52,16 @@ def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype
     """Start to compile what needs no weights, beside the conversion; the function that is returned waits for it. What
     fails here is met again, and reported, by `warm_up`."""
     device = _device(request) if _for_gpu(request) else ""
-    start = getattr(registry.load("backends", request.backend), "compile_ahead", None)
-    if isinstance(device, str) or start is None:
+    if isinstance(device, str):
+        return lambda: None
+    backend = registry.load("backends", request.backend)
+    start = getattr(backend, "compile_ahead", None)
+    if start is None:
         return lambda: None
 
     def run() -> None:
         try:
+            backend.preload()
             start(config, dtype, _options(request, Path(), device), device)
         except Exception as error:
             log.debug("compiling ahead: %s", error)

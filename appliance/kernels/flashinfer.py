@@ -14,6 +14,9 @@ object, which FA3 reads. Both see the same numbers.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.widen_pages import widen_pages
 
 HEAD_DIMS = (64, 128, 256)
-_WIDE_BYTES = 256 << 20  # for the widened pages of one layer; steps with longer sequences read the bytes
+_WIDE_BYTES = 128 << 20  # for the widened pages of one layer; steps with longer sequences read the bytes
 # Widening moves three bytes per number more than FA2 reads; it is paid back by FA3's faster products from about this
 # many queries per cached token on (H200 data sheet: 4.8 TB/s; FA2 half as fast as FA3).
 _WIDE_QUERIES = 64
@@ -61,6 +64,22 @@ def available(
     except Exception as error:  # a broken install fails in many ways; every one of them means "not here"
         return f"flashinfer-python cannot be imported: {error}"
     return None
+
+
+def import_lean() -> None:
+    """Import the parts of FlashInfer that are used here, without the rest of its package, which takes four times as
+    long. For a process that is ours alone: `import flashinfer` gives an almost empty package afterwards. Does nothing
+    where the library is absent, imported already, or cannot be imported so."""
+    spec = None if "flashinfer" in sys.modules else importlib.util.find_spec("flashinfer")
+    if spec is None:
+        return
+    sys.modules["flashinfer"] = importlib.util.module_from_spec(spec)  # its __init__ is not run
+    try:
+        for part in ("decode", "prefill", "utils"):
+            importlib.import_module(f"flashinfer.{part}")
+    except Exception:  # the whole package is tried when it is needed
+        for name in [name for name in sys.modules if name.partition(".")[0] == "flashinfer"]:
+            del sys.modules[name]
 
 
 def page_lists(
@@ -119,7 +138,7 @@ class FlashInferAttention:
     `graph_batch_sizes`: padded values of `num_seqs` that decode steps are captured with; each has wrappers of its own,
     whose buffers stay at their addresses. A captured step is replayed after a `plan` with the same `num_seqs`.
     Device memory: `workspace_bytes` + 16 MiB a window + page indices (4 bytes × max_num_seqs × pages of max_model_len);
-    with FP8 caches up to 256 MiB more for widened pages.
+    with FP8 caches up to 128 MiB more for widened pages.
     """
 
     name = "flashinfer"
@@ -195,7 +214,8 @@ class FlashInferAttention:
         )
 
     def _make_wrappers(self, window: int | None, graph_batch_sizes: Sequence[int]) -> None:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+        from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
         def share(wrapper: Any, int_workspace: Tensor) -> Any:
             # A schedule is copied in by `plan` and read by the runs that follow in the same stream, so wrappers that
