@@ -128,12 +128,13 @@ def list_profiles(args: argparse.Namespace) -> int:
 
 
 def add_doctor(parser: Parser) -> None:
-    from appliance.commands.selection import add_arguments
+    from appliance.commands.selection import NAMES, add_hardware_flag
 
     parser.add_argument("--json", action="store_true", help="for scripts")
-    add_arguments(parser)
-    parser.add_argument("--host", default=argparse.SUPPRESS, help="address whose port is tried")
-    parser.add_argument("--port", default=argparse.SUPPRESS, help="port that is tried")
+    add_hardware_flag(parser)
+    add_flags(
+        parser, [*NAMES, "engine_source", "engine_source_timeout", "engine_publish", "host", "port", "health_port"]
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:

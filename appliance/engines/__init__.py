@@ -9,7 +9,16 @@ from appliance.engines.key import BUILDER_VERSION, KeyInputs, engine_dtype, engi
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.engines.meter import ByteMeter, ProgressFn, Snapshot
 from appliance.engines.store import EngineStore, LockHolder, StoredEngine
-from appliance.engines.transfer import EngineNotFoundError, EnginePublishedError, EngineTransferError, fetch, publish
+from appliance.engines.transfer import (
+    EngineNotFoundError,
+    EnginePublishedError,
+    EngineTransferError,
+    fetch,
+    is_local,
+    publish,
+    reach,
+    redact,
+)
 from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, verify_engine
 
 __all__ = [
@@ -31,9 +40,12 @@ __all__ = [
     "engine_dtype",
     "engine_key",
     "fetch",
+    "is_local",
     "make_key_inputs",
     "publish",
+    "reach",
     "read_manifest",
+    "redact",
     "scheme_of",
     "verify_engine",
 ]

@@ -94,6 +94,11 @@ def not_writable(path: Path, error: OSError | None = None) -> CacheNotWritableEr
     uid, gid = os.getuid(), os.getgid()
     info = at.stat()
     reason = f": {error.strerror}" if error is not None and error.strerror else ""
+    if error is not None and error.errno == errno.EROFS:  # whoever owns it
+        return CacheNotWritableError(
+            f"the cache directory {path} cannot be written: {error.strerror}",
+            hint=f"mount a writable directory there with `-v DIR:{path}`, or choose another directory with --cache",
+        )
     facts = f"{at} belongs to {info.st_uid}:{info.st_gid} with mode {stat.S_IMODE(info.st_mode):o}"
     return CacheNotWritableError(
         f"the cache directory {path} cannot be written by user {uid}:{gid}{reason} ({facts})",

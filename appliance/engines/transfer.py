@@ -52,6 +52,11 @@ def redact(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", url)
 
 
+def is_local(url: str) -> bool:
+    """Whether no network is needed to reach it."""
+    return "://" not in url or url.startswith(("file://", "memory://"))
+
+
 class _Remote:
     """One engine's folder at a URL, and errors that name it."""
 
@@ -113,6 +118,21 @@ def _ask(patience: Patience, work: Callable[[], T], what: str) -> T:
 
 def _describe(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {error}")
+
+
+def reach(url: str, patience: float) -> str:
+    """Look whether a URL answers, whatever it holds; returns it without passwords. Raises EngineTransferError."""
+    watch = Patience(patience)
+    remote = _ask(watch, lambda: _Remote(url, "", patience), redact(url))
+
+    def look() -> None:
+        if remote.http:
+            remote.read_small(MANIFEST_NAME)  # 404 is an answer
+        elif not remote.fs.exists(remote.base.rstrip("/")) and remote.protocol == "file":
+            raise EngineTransferError(f"there is no directory {redact(url)}", hint="make it, or mount it")
+
+    _ask(watch, look, redact(url))
+    return redact(url)
 
 
 # ---------------------------------------------------------------- fetch

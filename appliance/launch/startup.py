@@ -33,7 +33,9 @@ from appliance.engines import (
     Snapshot,
     VerifyLevel,
     fetch,
+    is_local,
     publish,
+    redact,
     verify_engine,
 )
 from appliance.engines.disk import ensure_writable
@@ -239,7 +241,7 @@ class Startup:
             log.info("engine %s found", key[:12])
             self._publish(hit)
             return hit
-        source = self._settings.engine_source
+        source = self._engine_source
         fetched = source is not None and await self._fetch(source, key)
         if not fetched:
             await self._build(key)
@@ -249,6 +251,15 @@ class Startup:
         if not fetched:
             self._publish(engine_dir)
         return engine_dir
+
+    @property
+    def _engine_source(self) -> str | None:
+        """Where engines come from, unless that needs a network and there is to be none."""
+        source = self._settings.engine_source
+        if source is None or not self._settings.offline or is_local(source):
+            return source
+        log.warning("offline: the engine source %s is not asked", redact(source))
+        return None
 
     async def _verified(self, key: str) -> Path | None:
         """The engine if it is there and whole; a damaged one is moved aside."""
@@ -283,7 +294,7 @@ class Startup:
 
     def _publish(self, engine_dir: Path) -> None:
         """Begin to copy the engine to its source, if that is allowed and it is not there. Delays nothing."""
-        source = self._settings.engine_source
+        source = self._engine_source
         if self._settings.engine_publish and source is not None:
             self.publication = asyncio.create_task(in_thread(lambda: _copy_to_source(engine_dir, source)))
 

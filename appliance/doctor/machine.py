@@ -1,55 +1,22 @@
-"""Looks at a machine before anything is downloaded: what would go wrong at a start, each with its fix, in seconds.
-
-Every check is a function of the settings (and the detected hardware) that gives one `Check`; none changes anything but
-the cache directory, which is made if it is missing, as a start would.
-"""
+"""Checks of the machine itself: packages, driver, GPUs and kernels for them, shared memory, cache, port."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
-import msgspec
-
-from appliance.engines.disk import ensure_writable, free_bytes
+from appliance import profiles
+from appliance.doctor.check import Check, Status
+from appliance.engines.disk import ensure_writable
 from appliance.errors import ApplianceError
 from appliance.settings import Settings
-from appliance.types import Hardware, Struct
-
-Status = Literal["ok", "warning", "failed", "skipped"]
+from appliance.types import Gpu, Hardware
 
 _SHM_NEEDED = 1 << 30  # bytes, for several GPUs: NCCL's buffers
-_DISK_NEEDED = 2 << 30  # bytes: less than this holds no model worth serving
-_DISK_WANTED = 40 << 30  # bytes: checkpoint and engine of an 8B model
-_HUB_TIMEOUT = 5.0  # seconds
-
-
-class Check(Struct, frozen=True):
-    name: str
-    status: Status
-    message: str
-    fix: str = ""
-
-
-def examine(settings: Settings, hardware: Hardware, *, shm: Path = Path("/dev/shm")) -> list[Check]:
-    """All checks, in the order in which a start would meet the problems. Takes a few seconds at most."""
-    checks: list[Callable[[], Check]] = [
-        lambda: check_packages(hardware),
-        lambda: check_driver(settings, hardware),
-        lambda: check_gpus(hardware),
-        lambda: check_shared_memory(hardware, shm),
-        lambda: check_cache(settings),
-        lambda: check_disk(settings),
-        lambda: check_temporary(),
-        lambda: check_hub(settings),
-        lambda: check_port(settings),
-    ]
-    return [check() for check in checks]
+_NVCC = Path("/usr/local/cuda/bin/nvcc")
 
 
 def check_packages(hardware: Hardware) -> Check:
@@ -95,12 +62,61 @@ def check_gpus(hardware: Hardware) -> Check:
         busy = busy or gpu.free_memory < 0.5 * gpu.total_memory
     message = "; ".join([*lines, *hardware.notes])
     if any(not gpu.usable for gpu in hardware.gpus):
-        return Check(
-            "gpus", "warning" if hardware.usable_gpus else "failed", message, "GPUs with a problem stay unused"
-        )
+        fix = "do what its line says; a GPU with a problem stays unused, and the others serve"
+        return Check("gpus", "warning" if hardware.usable_gpus else "failed", message, fix)
     if busy:
         return Check("gpus", "warning", message, "end what uses the memory: nvidia-smi lists the processes")
     return Check("gpus", "ok", message)
+
+
+def check_kernels(settings: Settings, hardware: Hardware) -> Check:
+    """Compute capability against what the backends and schemes of this build have kernels for, and compilers where
+    kernels still have to be compiled."""
+    if not hardware.usable_gpus:
+        return Check("kernels", "skipped", "no GPU to have kernels for")
+    lines, without = [], []
+    for gpu in hardware.usable_gpus:
+        precisions = _precisions_for(gpu)
+        major, minor = gpu.compute_capability
+        lines.append(f"GPU {gpu.index} ({major}.{minor}): {', '.join(precisions) or 'nothing'}")
+        if not precisions:
+            without.append(gpu)
+    message = "; ".join(lines)
+    if len(without) == len(hardware.usable_gpus):
+        return Check("kernels", "failed", message, "use a GPU of a newer generation, or serve with --backend cpu")
+    if without:
+        return Check("kernels", "warning", message, "those GPUs stay unused: leave them to others")
+    compiled = (settings.cache_dir / "kernels").is_dir() and any((settings.cache_dir / "kernels").iterdir())
+    compiler = shutil.which("nvcc") or (str(_NVCC) if _NVCC.is_file() else None)
+    if compiled or compiler or not _installed("flashinfer-python"):
+        return Check("kernels", "ok", message + ("; compiled ones are in the cache" if compiled else ""))
+    fix = (
+        "install the CUDA toolkit's nvcc, or use a cache or an engine that has compiled kernels; Triton's serve without"
+    )
+    return Check("kernels", "warning", f"{message}; FlashInfer has none compiled, and there is no nvcc", fix)
+
+
+def _precisions_for(gpu: Gpu) -> list[str]:
+    """Precisions that a GPU backend of this build runs on it."""
+    built = profiles.capabilities()
+    return sorted(
+        precision
+        for precision, scheme in built.schemes.items()
+        if gpu.compute_capability >= scheme.min_compute_capability
+        and any(
+            backend.device == "gpu"
+            and precision in backend.precisions
+            and gpu.compute_capability >= backend.min_compute_capability
+            for backend in built.backends.values()
+        )
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def check_shared_memory(hardware: Hardware, shm: Path) -> Check:
@@ -125,16 +141,6 @@ def check_cache(settings: Settings) -> Check:
     return Check("cache", "ok", f"{settings.cache_dir} is writable by user {os.getuid()}")
 
 
-def check_disk(settings: Settings) -> Check:
-    free = free_bytes(settings.cache_dir)
-    message = f"{free / 2**30:.1f} GiB free at {settings.cache_dir}"
-    if free < _DISK_NEEDED:
-        return Check("disk", "failed", message, "free some, or choose another directory with --cache")
-    if free < _DISK_WANTED and settings.model != "builtin":
-        return Check("disk", "warning", message, "checkpoint and engine of an 8B model take about 25 GiB")
-    return Check("disk", "ok", message)
-
-
 def check_temporary() -> Check:
     """Unix sockets to the child processes need a short, writable path."""
     try:
@@ -148,30 +154,6 @@ def check_temporary() -> Check:
         return Check("temporary files", "failed", str(error), fix)
 
 
-def check_hub(settings: Settings) -> Check:
-    """Egress and token, by asking for the model that would be downloaded; nothing is asked when none would be."""
-    if settings.offline:
-        return Check("hub", "skipped", "offline: no outside socket is opened")
-    name = settings.model.removeprefix("hf://").partition("@")[0]
-    if settings.model == "builtin" or Path(settings.model).expanduser().is_dir():
-        return Check("hub", "skipped", "the model is on this machine")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    with_token = "with the token" if settings.hf_token else "without a token"
-    try:
-        info = HfApi(token=settings.hf_token).model_info(name, timeout=_HUB_TIMEOUT)
-    except GatedRepoError:
-        return Check("hub", "failed", f"{name} is gated", "accept its terms on its page, and set HF_TOKEN")
-    except RepositoryNotFoundError:
-        fix = "check the name; for a private model set HF_TOKEN to a token that may read it"
-        return Check("hub", "failed", f"{name} is not to be found {with_token}", fix)
-    except Exception as error:  # whatever the network does: it is said, not raised
-        fix = "allow HTTPS to the hub, set HTTPS_PROXY, or download elsewhere and set APPLIANCE_OFFLINE=1"
-        return Check("hub", "failed", f"the hub cannot be asked: {type(error).__name__}: {error}", fix)
-    return Check("hub", "ok", f"{info.id} can be read {with_token}")
-
-
 def check_port(settings: Settings) -> Check:
     from appliance.launch.server import open_sockets
 
@@ -181,22 +163,3 @@ def check_port(settings: Settings) -> Check:
     except ApplianceError as error:
         return Check("port", "failed", error.message, error.hint or "")
     return Check("port", "ok", f"{settings.host} port {settings.port} is free")
-
-
-def as_text(checks: list[Check]) -> str:
-    marks = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED ", "skipped": "-      "}
-    lines = []
-    for check in checks:
-        lines.append(f"{marks[check.status]} {check.name}: {check.message}")
-        if check.fix and check.status in ("warning", "failed"):
-            lines.append(f"        fix: {check.fix}")
-    return "\n".join(lines)
-
-
-def as_json(checks: list[Check]) -> str:
-    body = {"ok": passed(checks), "checks": [msgspec.structs.asdict(check) for check in checks]}
-    return msgspec.json.encode(body).decode()
-
-
-def passed(checks: list[Check]) -> bool:
-    return all(check.status != "failed" for check in checks)
