@@ -134,7 +134,7 @@ def test_silu_mul(dtype: torch.dtype, with_bias: bool) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("size", "crowded"), [(96, False), (5000, True), (20000, False)])  # in one, in parts, twice
+@pytest.mark.parametrize(("size", "crowded"), [(96, False), (5000, True), (20000, False), (30000, False)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_silu_mul_quantize(size: int, crowded: bool, with_bias: bool) -> None:
     needs_fp8()

@@ -75,7 +75,9 @@ def test_silu_mul(dtype: torch.dtype, n: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "crowded"), [(96, False), (5000, False), (5000, True), (14336, True), (20000, True)])
+@pytest.mark.parametrize(
+    ("size", "crowded"), [(96, False), (5000, False), (5000, True), (14336, True), (20000, False), (30000, True)]
+)
 def test_silu_mul_quantize(dtype: torch.dtype, size: int, crowded: bool) -> None:
     """crowded: more rows than multiprocessors, which take a row in parts."""
     needs_fp8()

@@ -149,13 +149,17 @@ def _silu_mul_quantize_kernel(
 
 
 def _row_parts(size: int, rows: int, device: torch.device) -> tuple[int, int, int]:
-    """(BLOCK, PARTS, num_warps). While every row has a multiprocessor to itself, as many threads as can be; with more
-    rows, fewer threads that hold no more than the row (14336 is no power of two), so that two or three rows are on a
-    multiprocessor and one loads while another stores."""
+    """(BLOCK, PARTS, num_warps), as many numbers as 65536 registers hold. While every row has a multiprocessor to
+    itself, as many threads as can be; with more rows, fewer threads that hold no more than the row (14336 is no power
+    of two), so that two or three rows are on a multiprocessor and one loads while another stores."""
     block, num_warps = row_block(size)
-    if 4096 < size <= block and rows > multiprocessors(device):
+    if size <= 4096 or (size <= 16384 and rows <= multiprocessors(device)):
+        return block, 1, num_warps
+    if size <= 14336:
         return 2048, triton.cdiv(size, 2048), 8
-    return block, 1, num_warps
+    if size <= 28672:
+        return 4096, triton.cdiv(size, 4096), 16
+    return 8192, 1, 16
 
 
 def _operands(gate_up: Product) -> tuple[Tensor, tuple[Tensor | None, ...], dict[str, bool]]:
