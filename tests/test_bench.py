@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from appliance.bench import driver
 from appliance.bench.offline import Rows
-from appliance.bench.random_model import write_checkpoint
+from appliance.bench.random_model import choose_tactics, engine_tensors, load_random, write_checkpoint
 from appliance.bench.shapes import SHAPES, shape_config
 from appliance.checkpoint import read_model_config
 from appliance.cli import main
+from appliance.kernels.tactics import TABLE
+from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.loading import build_model
+from appliance.types import EngineOptions
 
 WHERE = {"device", "torch", "date"}
 OFFLINE = WHERE | {
@@ -93,6 +98,30 @@ def test_decode_rows_are_batches_by_prompt_lengths(capsys: pytest.CaptureFixture
     assert set(result["ceilings"]) == {"bandwidth_tbs", "linear_tflops", "attention_tflops"}
 
 
+def test_what_a_start_puts_off_is_done_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [1, 1, 1]
+    monkeypatch.setattr(LocalExecutor, "prepare_more", lambda self: bool(left and left.pop()))
+    load_random("tiny", "bf16", EngineOptions(engine_dir="", backend="cpu", max_num_seqs=2, max_model_len=64))
+    assert not left
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp8"])
+def test_products_of_a_random_model_are_timed_as_in_a_build(
+    scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU there is one way each, so nothing is chosen; what matters is that all of it can be asked."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(SHAPES["tiny"], scheme, torch.bfloat16)
+    model.load(engine_tensors(SHAPES["tiny"], "fp8" if scheme == "fp8" else "bf16", device), device)
+    model.prepare(64)
+    try:
+        found = choose_tactics(model, scheme, device, tmp_path)
+        assert f"{found} tactics chosen" in capsys.readouterr().out
+        assert (found > 0) == torch.cuda.is_available() == any(tmp_path.glob("timings/*.json"))
+    finally:
+        TABLE.clear()
+
+
 def test_prompts_are_decided_by_the_seed() -> None:
     first, again, other = (driver.make_requests(2, 5, 8, 100, seed=seed) for seed in ("a", "a", "b"))
     assert first == again
@@ -169,7 +198,9 @@ def test_help_is_readable(name: str, capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert "%(" not in text and "None" not in text and "==SUPPRESS==" not in text
     if not name:
-        assert all(benchmark in text for benchmark in ("compare", "offline", "ops", "quality", "serve", "start", "trace"))
+        assert all(
+            benchmark in text for benchmark in ("compare", "offline", "ops", "quality", "serve", "start", "trace")
+        )
     else:
         assert text.count("default:") >= 3
 

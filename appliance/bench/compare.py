@@ -148,7 +148,8 @@ def _measure(
     from appliance.bench.subject import load_model
 
     backend = None if args.backend == "auto" else args.backend
-    subject = load_model(str(path), precision, backend, cache, engine_options(args))
+    options = engine_options(args)
+    subject = load_model(str(path), precision, backend, cache, options, tactics=not args.no_tactics)
     if args.input_len + args.output_len > subject.core.limits.max_length:
         raise SettingsError(
             f"--isl {args.input_len} and --osl {args.output_len} are more than the context of "

@@ -14,6 +14,7 @@ import msgspec
 from appliance.bench.report import one_precision
 from appliance.bench.shapes import SHAPES, shape_config
 from appliance.errors import SettingsError
+from appliance.settings import load
 from appliance.types import EngineOptions, KvCacheDtype, Precision
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="computed in one step (default: %(default)s)"
     )
-    parser.add_argument("--cache", help="cache directory, with --model (default: the server's)")
+    parser.add_argument("--no-tactics", action="store_true", help="do not time the ways to compute each product")
+    parser.add_argument("--cache", help="directory of engines, timings and kernels (default: the server's)")
 
 
 def at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
@@ -87,10 +89,11 @@ def open_subject(args: argparse.Namespace, longest: int) -> Subject:
 
     if config is None:
         backend = None if args.backend == "auto" else args.backend
-        return load_model(args.model, precision, backend, args.cache, options)
+        return load_model(args.model, precision, backend, args.cache, options, tactics=not args.no_tactics)
     limit = min(longest, config.max_position_embeddings)
     shape = args.shape or DEFAULT_SHAPE
-    return load_random(shape, precision or "bf16", msgspec.structs.replace(options, max_model_len=limit))
+    timings = None if args.no_tactics else load({"cache": args.cache} if args.cache else {}).cache_dir
+    return load_random(shape, precision or "bf16", msgspec.structs.replace(options, max_model_len=limit), timings)
 
 
 def shape_checkpoint(shape: str, work: Path) -> Path:

@@ -16,7 +16,12 @@ from appliance.bench.report import say
 from appliance.bench.shapes import shape_config, write_config
 from appliance.bench.subject import Subject, device_of, make_subject, no_progress
 from appliance.bench.vocabulary import write_tokenizer
+from appliance.builder.tactics import Tuner
+from appliance.builder.timings import Timings
 from appliance.engines.key import engine_dtype, scheme_of
+from appliance.kernels.compiled import KERNELS
+from appliance.kernels.tactics import TABLE
+from appliance.layers.decoder import Decoder
 from appliance.runtime.loading import DTYPES, LoadedModel, PhaseTimer, build_model
 from appliance.types import EngineOptions, ModelConfig, Precision, WeightSpec
 
@@ -52,8 +57,11 @@ def engine_tensors(config: ModelConfig, precision: Precision, device: torch.devi
                 yield f"{spec.name}.{suffix}", tensor
 
 
-def load_random(shape: str, precision: Precision, options: EngineOptions) -> Subject:
+def load_random(shape: str, precision: Precision, options: EngineOptions, timings: Path | None = None) -> Subject:
     """A batching core over a model with random weights. `options.backend` may be "auto": the best there is.
+
+    With `timings`, a cache directory, the ways to compute each product are timed on a GPU as in a build, and remembered
+    there; without, each product is computed the way it is where nothing was timed.
 
     SettingsError for an unknown shape, EngineBuildError for a precision that has no scheme, HardwareError if the
     backend's device is not there.
@@ -67,6 +75,12 @@ def load_random(shape: str, precision: Precision, options: EngineOptions) -> Sub
     model = build_model(config, scheme, DTYPES[engine_dtype(precision)] if device.type == "cuda" else torch.float32)
     model.load(engine_tensors(config, precision, device), device)
     loaded = LoadedModel(model, config, "random")
+    if device.type == "cuda":
+        KERNELS.open()
+        TABLE.clear()
+        if timings is not None:
+            model.prepare(options.max_model_len or config.max_position_embeddings)
+            choose_tactics(model, scheme, device, timings)
     executor, info = backend.assemble(loaded, options, no_progress, PhaseTimer())
     return make_subject(
         loaded,
@@ -76,6 +90,16 @@ def load_random(shape: str, precision: Precision, options: EngineOptions) -> Sub
         {"shape": shape, "precision": precision, "backend": name},
         seconds=time.perf_counter() - begin,
     )
+
+
+def choose_tactics(model: Decoder, scheme: str, device: torch.device, cache: Path) -> int:
+    """Time the products of a prepared model, as a build does; how many choices `TABLE` then has."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    begin = time.perf_counter()
+    tuner = Tuner(registry.load("quantization", scheme).Scheme(), model.dtype, device, Timings(cache, name))
+    found = tuner.tune(model)
+    say(f"{len(found)} tactics chosen, {tuner.measured} timed now, in {time.perf_counter() - begin:.1f} s")
+    return len(found)
 
 
 def write_checkpoint(config: ModelConfig, path: Path) -> None:

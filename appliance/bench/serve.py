@@ -228,6 +228,7 @@ def _target(args: argparse.Namespace, main: Flow) -> Iterator[tuple[Target, OwnS
         flags += ["--backend", args.backend] if args.backend != "auto" else []
         flags += ["--max-waiting-requests", str(max(_WAITING, main.concurrency, len(main.arrivals)))]
         flags += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
+        flags += ["--no-tactics"] if args.no_tactics else []
         flags += shlex.split(args.serve_flags)
         with OwnServer(model, cache, precision, flags, log=work / "server.log") as server:
             about["ready_seconds"] = round(server.until("/v1/health/ready", args.start_timeout), 2)
@@ -263,6 +264,7 @@ def _offline(args: argparse.Namespace, model: str, cache: str | None, main: Flow
     command += ["--max-num-seqs", str(running), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
     command += ["--backend", args.backend, "--attention", args.attention, "--kv-cache", args.kv_cache]
     command += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
+    command += ["--no-tactics"] if args.no_tactics else []
     command += ["--precision", args.precision] if args.precision else []
     command += ["--cache", cache] if cache else []
     say("without HTTP:")

@@ -11,13 +11,13 @@ import torch
 
 from appliance import registry
 from appliance.batching.core import EngineCore
-from appliance.batching.step import Executor
 from appliance.bench.ceilings import measure_ceilings
 from appliance.bench.floors import Floors
 from appliance.bench.report import say
 from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.launch.prepare import prepare_engine
+from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import LoadedModel, PhaseTimer
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
@@ -49,13 +49,19 @@ def device_of(backend: str) -> torch.device:
 
 
 def load_model(
-    model: str, precision: str | None, backend: str | None, cache: str | None, options: EngineOptions
+    model: str,
+    precision: str | None,
+    backend: str | None,
+    cache: str | None,
+    options: EngineOptions,
+    *,
+    tactics: bool = True,
 ) -> Subject:
     """A batching core over a model directory, hub id, "builtin" or engine directory, built first if need be. Sizes and
-    kernels are those of `options`, the context limit is the model's own. Raises what `prepare_engine` and the backend
-    raise."""
+    kernels are those of `options`, the context limit is the model's own. Without `tactics`, an engine that is built now
+    has none. Raises what `prepare_engine` and the backend raise."""
     names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching", "kv_cache_dtype")
-    wanted = {name: getattr(options, name) for name in names}
+    wanted = {name: getattr(options, name) for name in names} | ({} if tactics else {"tactics": False})
     chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)
     begin = time.perf_counter()
     plugin, timer = registry.load("backends", chosen.backend), PhaseTimer()
@@ -68,14 +74,17 @@ def load_model(
 
 def make_subject(
     loaded: LoadedModel,
-    executor: Executor,
+    executor: LocalExecutor,
     info: EngineInfo,
     options: EngineOptions,
     description: dict[str, Any],
     *,
     seconds: float,
 ) -> Subject:
-    """Around an assembled executor; `seconds`: how long loading took. Says what is going to be measured."""
+    """Around an assembled executor; `seconds`: how long loading took. What a start puts off is done, so that no step is
+    measured beside it. Says what is going to be measured."""
+    while executor.prepare_more():
+        pass
     embedding = loaded.model.embedding.weight
     kv_tokens = info.num_pages * info.page_size
     say(
