@@ -195,3 +195,22 @@ def test_timed_products_are_the_same_products(checkpoint: Path) -> None:
             assert not TABLE.unknown
         finally:
             TABLE.clear()
+
+
+def test_graphs_of_many_sizes_take_the_memory_of_the_largest() -> None:
+    import torch
+
+    from appliance.runtime.cuda_graphs import DecodeGraphs
+
+    sizes, vocab = (64, 48, 32, 16, 8), 1 << 16  # the largest result: 16 MiB
+    weight = torch.randn(64, vocab, device="cuda")
+    x = torch.randn(64, 64, device="cuda")
+    graphs = DecodeGraphs(lambda size: x[:size] @ weight, lambda size: size)  # type: ignore[arg-type,return-value,index]
+    graphs.capture(64)
+    before = torch.cuda.memory_allocated()
+    for size in sizes[1:]:
+        graphs.capture(size)
+    assert torch.cuda.memory_allocated() - before < 1 << 20, "nothing is held beside what the pool has"
+    for size in (8, 64, 32):
+        x.normal_()
+        torch.testing.assert_close(graphs.replay(size), x[:size] @ weight, rtol=1e-4, atol=1e-3)

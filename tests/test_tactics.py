@@ -184,7 +184,7 @@ def test_timings_are_remembered_per_gpu_and_version(tmp_path: Path, monkeypatch:
     second = make_tuner(scheme, lambda name, rows: pytest.fail("it is known"), tmp_path)
     assert second.tune(Model(scheme)) == chosen and second.measured == 0
     scheme.names.append("skinny c")
-    third = make_tuner(scheme, lambda name, rows: 0.5, tmp_path)
+    third = make_tuner(scheme, lambda name, rows: 0.5 if name == "skinny c" else 99.0, tmp_path)
     assert {choice.tactic for choice in third.tune(Model(scheme))} == {"skinny c"}
     assert third.measured == len(chosen), "only what is new"
 

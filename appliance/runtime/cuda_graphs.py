@@ -2,7 +2,7 @@
 
 All graphs share one memory pool. A start captures a few sizes, the others are captured while the engine serves; until
 then a batch is padded to the next larger size that there is. A graph reads its inputs from the input batch's arena and
-leaves its logits in a buffer of its own, which the next replay of any graph overwrites: consume it in stream order.
+leaves its logits where the next replay of any graph may write: consume them in stream order.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ def capture(
     return graph, result
 
 
+class _Memory:
+    """A place on the GPU, for `torch.as_tensor`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = tensor.__cuda_array_interface__
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same numbers in the same place, without a claim to it: the memory of one graph's result may serve graphs that
+    are captured later. A hundred sizes with buffers of their own for logits would take more than a gigabyte."""
+    alias = torch.as_tensor(_Memory(tensor), device=tensor.device)
+    assert alias.data_ptr() == tensor.data_ptr() and alias.shape == tensor.shape
+    return alias
+
+
 class DecodeGraphs:
     """`make_inputs(n)` gives the inputs of a dummy decode step of n sequences, planned; `forward` turns inputs into
     logits [n, vocab] using device work only. Neither may change what sequences that are being served rely on: sizes are
@@ -114,7 +129,8 @@ class DecodeGraphs:
         with torch.cuda.stream(stream):
             self._forward(inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        self._graphs[size] = capture(lambda: self._forward(inputs), self._pool, stream)
+        graph, logits = capture(lambda: self._forward(inputs), self._pool, stream)
+        self._graphs[size] = (graph, _borrowed(logits))
         bisect.insort(self._sizes, size)
 
     def replay(self, size: int) -> Tensor:

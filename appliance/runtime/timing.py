@@ -15,7 +15,13 @@ def time_in_graph(calls: Sequence[Callable[[], object]], launches: int) -> float
     """Microseconds of one call: the best of several replays of a CUDA graph that goes through `calls` until it has made
     at least `launches`. The best, since whatever else uses the GPU only adds to it. Each call must have run before."""
     rounds = max(1, -(-launches // len(calls)))
-    graph, _ = capture(lambda: [call() for _ in range(rounds) for call in calls])
+
+    def run() -> None:
+        for _ in range(rounds):
+            for call in calls:
+                call()  # its result is dropped, so that the next one takes its memory
+
+    graph, _ = capture(run)
     best = float("inf")
     for _ in range(_REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
