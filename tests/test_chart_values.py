@@ -166,6 +166,13 @@ def test_shared_memory_grows_with_the_gpus(sets: list[str], size: str | None) ->
     assert ("/dev/shm" in paths) is (size is not None)
 
 
+def test_liveness_waits_for_the_server_s_own_word() -> None:
+    """A restart by timeouts comes no sooner than the watchdog's 503 for a stuck event loop, and before it gives up."""
+    probe = pod_of(rendered())["containers"][0]["livenessProbe"]
+    stuck_seconds = specs()["stuck_seconds"].default
+    assert stuck_seconds <= probe["periodSeconds"] * probe["failureThreshold"] < 2 * stuck_seconds
+
+
 def test_a_gpu_is_required_where_one_is_asked_for() -> None:
     for sets, required, tolerated in (
         ([], "true", True),
