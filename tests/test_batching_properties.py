@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import count
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -69,7 +70,12 @@ def scenarios(
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 24)),
     )
-    options = {"prefix_caching": draw(st.booleans()), "pipeline_depth": draw(st.sampled_from([1, 2, 2, 3]))}
+    options = {
+        "prefix_caching": draw(st.booleans()),
+        "pipeline_depth": draw(st.sampled_from([1, 2, 2, 3])),
+        "max_step_stretch": draw(st.sampled_from([0.0, 0.0, 1.1, 3.0])),
+        "clock": count(step=draw(st.sampled_from([0.0, 0.01]))).__next__,
+    }
     limit = min(executor.max_model_len, executor.num_pages * page_size)
     # Shared beginnings come from two token streams; few distinct tokens make equal continuations likely, too.
     streams = [[(i * 7 + s) % 5 for i in range(limit)] for s in range(2)]

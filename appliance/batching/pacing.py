@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 _WEIGHT = 0.2  # of a new sample in a mean of decode steps
 _MEMORY = 0.95  # of the sums behind the line: about the last 20 mixed steps count
-_FIRST_CHUNK = 512  # tokens, before any mixed step was seen; no GPU needs much longer for them than to read the weights
+_FIRST_CHUNK = (64, 512)  # tokens: bounds of the first chunk, before any mixed step was seen
+_TELLING = 64  # tokens of a step without decodes, from which on its time is mostly theirs and not the weights'
 _SMALLEST_CHUNK = 16  # tokens
 _BURST = 16  # sequences that wait for their prefill; as many as decode have the same right to the time
 _MAX_URGENCY = 8.0  # of one sequence in a large burst against one that decodes
@@ -78,6 +79,8 @@ class PrefillPacer:
         self._allowed = max_stretch - 1.0
         self._decode: dict[int, _DecodeTime] = {}  # by bit length of the number of decodes
         self._line = _Line()
+        # Of one token in steps without decodes, weights and all: the least seen. Only for the first chunk.
+        self._prefill_seconds: float | None = None
 
     def limit(self, num_decodes: int, num_prefills: int) -> int | None:
         """Prefill tokens that the next step may run at most; None: any number. `num_prefills`: sequences that could run
@@ -87,15 +90,24 @@ class PrefillPacer:
             return None
         pressure = max(1.0, num_prefills / num_decodes * min(num_prefills / _BURST, _MAX_URGENCY))
         line = self._line
-        if not line.known:
-            return int(_FIRST_CHUNK * pressure)
         allowed = self._allowed * decode * pressure
+        if not line.known:
+            least, most = _FIRST_CHUNK
+            guess = most * pressure
+            if self._prefill_seconds is not None:
+                guess = min(guess, allowed / self._prefill_seconds)
+            return int(max(least, guess))
         tokens = max(allowed - line.overhead, line.overhead) / line.per_token
         return max(_SMALLEST_CHUNK, int(tokens))
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
         """How long a step took."""
-        if num_decodes == 0 or seconds <= 0.0:
+        if seconds <= 0.0:
+            return
+        if num_decodes == 0:
+            if num_prefill_tokens >= _TELLING:
+                each = seconds / num_prefill_tokens
+                self._prefill_seconds = min(each, self._prefill_seconds or each)
             return
         bucket = num_decodes.bit_length()
         known = self._decode.get(bucket)

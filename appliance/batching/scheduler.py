@@ -72,7 +72,6 @@ class Scheduler:
         """Without a `pacer` prefills take all tokens that decodes leave."""
         self.kv_cache = kv_cache
         self._pacer = pacer
-        self._lacks_pages = False  # the first waiting request could not be admitted for want of pages
         self.running: list[Sequence] = []  # by rank
         self.waiting: list[Sequence] = []  # by queue rank
         self.num_preemptions = 0
@@ -121,10 +120,16 @@ class Scheduler:
         left = self._max_num_batched_tokens - num_decodes
         if self._pacer is None or not (num_prefills or self.waiting):
             return left
-        if not self._lacks_pages:
-            num_prefills += min(len(self.waiting), len(self._free_slots))
-        limit = self._pacer.limit(num_decodes, num_prefills)
+        limit = self._pacer.limit(num_decodes, num_prefills + self._num_admissible())
         return left if limit is None else min(left, limit)
+
+    def _num_admissible(self) -> int:
+        """About how many waiting requests there is a slot and room in the KV cache for, if all are like the first."""
+        if not self.waiting or not self._free_slots:
+            return 0
+        pages = -(-len(self.waiting[0].token_ids) // self.kv_cache.page_size)
+        room = max(0, self.kv_cache.pool.num_available - self._watermark) // pages
+        return min(len(self.waiting), len(self._free_slots), room)
 
     def _schedule_decodes(self, step: ScheduledStep) -> tuple[list[Sequence], bool]:
         """Adds a row for each decoding sequence; returns the running prefills, and whether any was preempted.
@@ -193,7 +198,6 @@ class Scheduler:
     def _admit(self, chunks: list[_Chunk], budget: PrefillBudget, plan: StepPlan) -> None:
         """Moves requests from `waiting` to `running` and appends their first chunks."""
         index = 0
-        self._lacks_pages = False
         while self._free_slots and budget.left and index < min(len(self.waiting), MAX_PASSED_OVER):
             seq = self.waiting[index]
             if seq.num_in_flight:
@@ -207,7 +211,6 @@ class Scheduler:
                 index += 1
                 continue
             if not self.kv_cache.admit(seq, hits, self._watermark if self.running else 0):
-                self._lacks_pages = True
                 return
             del self.waiting[index]
             budget.take(wanted, granted)
