@@ -33,6 +33,7 @@ class _Shape:
     head_dim: int
     page_size: int
     narrow: bool  # 16-bit: tensor-core tiles; else float32 tiles, smaller and with IEEE products
+    bytes_cached: bool  # the cache is FP8
 
     @property
     def group(self) -> int:
@@ -52,6 +53,11 @@ class _Shape:
         size = 64 if self.narrow else 32
         return size if self.dim_block <= 128 else size // 2
 
+    @property
+    def decode_block_n(self) -> int:
+        # Of an FP8 cache twice as many tokens, so that as many bytes are on their way as with 16 bits.
+        return 2 * self.block_n if self.bytes_cached and self.narrow else self.block_n
+
 
 def _shape(q: Tensor, kv_cache: Tensor) -> _Shape:
     _, _, page_size, num_kv_heads, head_dim = kv_cache.shape
@@ -59,7 +65,7 @@ def _shape(q: Tensor, kv_cache: Tensor) -> _Shape:
         raise ValueError("q and kv_cache must be contiguous in their last dimension")
     if q.shape[1] % num_kv_heads or q.shape[2] != head_dim:
         raise ValueError(f"q {tuple(q.shape)} does not fit a cache of {num_kv_heads} heads of size {head_dim}")
-    return _Shape(q.shape[1], num_kv_heads, head_dim, page_size, q.element_size() == 2)
+    return _Shape(q.shape[1], num_kv_heads, head_dim, page_size, q.element_size() == 2, kv_cache.element_size() == 1)
 
 
 class TritonAttention:
@@ -112,7 +118,7 @@ class TritonAttention:
     def num_splits(self, rows: int, shape: _Shape, table_width: int) -> int:
         """Splits a decode launch provides for: about four programs a multiprocessor, none shorter than two blocks."""
         wanted = triton.cdiv(4 * self._num_sms, rows * shape.num_kv_heads)
-        longest = triton.cdiv(table_width * shape.page_size, 2 * shape.block_n)
+        longest = triton.cdiv(table_width * shape.page_size, 2 * shape.decode_block_n)
         return int(min(triton.next_power_of_2(min(wanted, longest)), _MAX_SPLITS))
 
     def _decode(
@@ -137,7 +143,8 @@ class TritonAttention:
             partial = torch.empty(rows, shape.num_heads, splits, shape.head_dim, dtype=torch.float32, device=q.device)
             stats = torch.empty(rows, shape.num_heads, splits, 2, dtype=torch.float32, device=q.device)
         windowed = window is not None
-        common = {"head_dim": shape.head_dim, "DIM": shape.dim_block, "BLOCK_N": shape.block_n, "SPLITS": splits}
+        block_n = shape.decode_block_n
+        common = {"head_dim": shape.head_dim, "DIM": shape.dim_block, "BLOCK_N": block_n, "SPLITS": splits}
         decode_kernel[(rows, shape.num_kv_heads, splits)](
             q, kv_cache, out, partial, stats, metadata.seq_lens, table, window or 0, scale * kv_scales.k * _LOG2_E,
             kv_scales.v, table.stride(0), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
