@@ -220,7 +220,7 @@ def test_time_that_runs_out_leaves_the_rest_to_the_default(caplog: pytest.LogCap
         return costs(name, rows)
 
     scheme = Scheme()
-    tuner = make_tuner(scheme, slow, seconds=10.0, clock=lambda: now)
+    tuner = make_tuner(scheme, slow, seconds=20.0, clock=lambda: now)
     rows = {choice.rows for choice in tuner.tune(Model(scheme))}
     assert rows == {1, 64}, "single requests and full batches first"
     assert "out of time, 2 of 14 row counts timed" in caplog.text
