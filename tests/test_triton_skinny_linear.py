@@ -127,11 +127,6 @@ def test_a_tuned_config_serves_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -
     assert skinny.choose(4096, 4096, 8, SMS, 2) == skinny.default_config(4096, 4096, 8, SMS, 2)
 
 
-def test_tensors_off_the_gpu_are_left_to_torch() -> None:
-    x = torch.zeros(1, 64, dtype=FP8)
-    assert not skinny.prefers_skinny(x, torch.zeros(16, 64, dtype=FP8))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [FP8, torch.bfloat16])

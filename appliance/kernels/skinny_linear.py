@@ -23,10 +23,6 @@ from appliance.kernels.dependent_launch import launch_options
 
 MAX_ROWS = 64  # what the kernel can do
 
-# Rows up to which schemes prefer this kernel to the library's product, by bytes per weight. cuBLAS in 16 bits reads
-# 2.7-4.3 TB/s on an H200 (`appliance bench ops`), the FP8 product with row-wise scales 1.2-3.4.
-PREFER_UP_TO = {1: 64, 2: 0}
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -156,13 +152,6 @@ def likely(n: int, k: int, m: int, sms: int, element_size: int = 1) -> list[Conf
             split = _split_for(-(-n // won.block_n), per_sm, sms)
             found.append(replace(won, split=split))
     return [config for config in dict.fromkeys(found) if config.fits(n, k, m, element_size)]
-
-
-def prefers_skinny(x: Tensor, weight: Tensor) -> bool:
-    """The schemes' rule: on a GPU, for a number of rows at which this kernel beats the library's product. In a CUDA
-    graph the number of rows is that of the capture."""
-    size = weight.element_size()
-    return x.is_cuda and x.dtype == weight.dtype and 0 < x.shape[0] <= PREFER_UP_TO.get(size, 0)
 
 
 @triton.jit(do_not_specialize=["m"])
