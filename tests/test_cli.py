@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_engines import fill as fill_engine
 
 from appliance import __version__, cli
+from appliance.profiles import load_profiles
+from appliance.profiles.names import resolve as resolve_name
 
 ROOT = Path(__file__).parent.parent
 H100 = ROOT / "tests" / "hardware" / "h100-x1.yaml"
@@ -85,11 +89,28 @@ def test_errors_are_one_line_with_a_hint_and_a_code(
     assert err.startswith("error: ") and message in err and len(err.splitlines()) <= 2
 
 
-def test_unknown_command_and_flag_are_usage_errors() -> None:
-    for words in (["sreve"], ["serve", "--prot", "1"]):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(words)
-        assert ended.value.code == 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sreve"], "there is no command 'sreve', did you mean 'serve'?"),
+        (["xyz"], "there is no command 'xyz'"),
+        (["serve", "--prot", "1"], "unknown argument '--prot', did you mean --port?"),
+        (["serve", "--prot=1"], "did you mean --port?"),
+        (["engines", "list", "--jsn"], "did you mean --json?"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["serve", "extra"], "unknown argument 'extra'"),
+        (["serve", "--port"], "argument --port: expected one argument"),
+        (["engines", "lits"], "invalid choice: 'lits'"),
+        (["serve", "--json"], "only for --dry-run"),
+        (["bundle"], "ACTION"),
+    ],
+)
+def test_mistyped_words_are_one_line_with_the_nearest(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *words)
+    assert code == 2 and out == "" and message in err
+    assert err.startswith("error: ") and len(err.splitlines()) == 2 and "usage:" not in err
 
 
 def test_select_json_on_a_recorded_machine(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +150,57 @@ def test_dry_run_shows_values_and_origins(tmp_path: Path, capsys: pytest.Capture
     assert rows["max_num_seqs"].split(maxsplit=2)[1:] == ["3", f"config file ({config})"]
     assert rows["precision"].split()[2] == "profile"
     assert "to be built" in rows["engine"] + out and not (tmp_path / "engines").exists()
+
+
+def test_dry_run_of_an_engine_directory_and_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = fill_engine(tmp_path / "engine")
+    words = ["serve", "--dry-run", "--json", "--cache", str(tmp_path / "c"), "--model"]
+    code, out, _ = run(capsys, *words, str(tmp_path / "engine"))
+    found = json.loads(out)
+    assert code == 0 and found["engine"] == manifest.key and found["engine_state"].startswith("given: bf16")
+    source = ["--no-offline", "--engine-source", "https://user:secret@engines.invalid/x"]
+    code, out, _ = run(capsys, *words, "builtin", *source)
+    found = json.loads(out)
+    assert code == 0 and "fetched from https://***@engines.invalid/x if it is there" in found["engine_state"]
+    assert "secret" not in out and len(found["engine"]) == 64
+    assert json.loads(run(capsys, *words, "builtin", *source, "--offline")[1])["engine_state"] == "to be built"
+    # The id and the name that it prints are accepted back.
+    for printed in (found["profile"], found["profile_id"], found["profile_id"][:12]):
+        again = json.loads(run(capsys, *words, "builtin", "--profile", printed)[1])
+        assert again["engine"] == found["engine"]
+
+
+def test_every_profile_that_is_printed_is_accepted_back(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and ids of list-model-profiles, whatever their state; a few through the whole command."""
+    common = ["--hardware", str(H100), "--model", str(config_json)]
+    rows = re.findall(r"^  - ([0-9a-f]{64}) \(([^)]+)\)", run(capsys, "list-model-profiles", *common)[1], re.M)
+    known = load_profiles()
+    assert len(rows) >= 20
+    for wanted, name in rows:
+        found = {resolve_name(text, known) for text in (wanted, wanted[:12], name, name.upper(), f" {name} ")}
+        assert len(found) == 1 and None not in found
+    for wanted, name in rows[:: len(rows) // 2]:
+        for text in (wanted[:12], name):
+            code, out, err = run(capsys, "select", "--json", *common, "--profile", text)
+            assert code in (0, 3) and json.loads(out)["wanted"]["name"] == name, err
+    code, _, err = run(capsys, "select", "--profile", "fp8-tp1x", *common)
+    assert code == 3 and "did you mean 'fp8-tp1'?" in err
+    code, _, err = run(capsys, "select", "--profile", rows[0][0][:20] + "0000", *common)
+    assert code == 3 and f"did you mean {rows[0][0][:24]!r}?" in err
+
+
+def test_results_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "cache"
+    manifest = fill_engine(store / "engines" / ("ab" * 32))
+    cache = ["--cache", str(store)]
+    assert json.loads(run(capsys, "version", "--json")[1])["version"] == __version__
+    (row,) = json.loads(run(capsys, "engines", "list", "--json", *cache)[1])
+    assert row["precision"] == manifest.precision
+    assert json.loads(run(capsys, "engines", "verify", "ab", "--json", *cache)[1])["files"] == len(manifest.files)
+    code, _, err = run(capsys, "engines", "verify", "abababababac", *cache)
+    assert code == 2 and "did you mean abababababab?" in err
+    assert json.loads(run(capsys, "engines", "remove", "ab", "--json", *cache)[1]) == {"removed": "ab" * 32}
+    assert json.loads(run(capsys, "doctor", "--json", *cache)[1])["checks"]
 
 
 def test_engines_list_of_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from appliance import hardware, profiles
 from appliance.checkpoint import read_model_config, resolve
-from appliance.engines import EngineStore
+from appliance.engines import EngineStore, is_local, read_manifest, redact
+from appliance.engines.manifest import MANIFEST_NAME
 from appliance.errors import ApplianceError
-from appliance.launch.plan import build_request, choose, config_only, make_plan
+from appliance.launch.plan import build_request, choose, config_only, make_plan, options_of_directory
 from appliance.profiles import Selection
 from appliance.settings import Settings, add_flags, cuda_visible_devices, load, specs
 from appliance.types import Hardware
@@ -116,30 +117,44 @@ def run_dry(args: argparse.Namespace) -> int:
     for warning in settings.warnings:
         print(f"warning: {warning}")
     print()
-    for name in ("profile", "engine", "engine_state", "problem"):
+    for name in ("profile", "profile_id", "engine", "engine_state", "problem"):
         if name in facts:
-            print(f"{name.replace('_', ' '):<12}  {facts[name]}")
+            print(f"{name.replace('_', ' '):<12}  {facts[name] or '-'}")
     for reason in facts.get("reasons", []):
         print(f"- {reason}")
     return code
 
 
+def _to_come(settings: Settings) -> str:
+    """What a start would do for an engine that is not in the cache."""
+    if settings.engine_source is None or (settings.offline and not is_local(settings.engine_source)):
+        return "to be built"
+    published = ", and published there" if settings.engine_publish else ""
+    return f"to be fetched from {redact(settings.engine_source)} if it is there, else to be built{published}"
+
+
 def _planned(settings: Settings, recorded: Path | None) -> tuple[Settings, dict[str, Any]]:
     """Settings with the profile's values, and what would be served. The engine's key needs the weights, so it is only
     known of a model that is here."""
+    given = Path(settings.model).expanduser()
+    if (given / MANIFEST_NAME).is_file():  # nothing is selected or built
+        manifest = read_manifest(given)
+        options_of_directory(given, manifest, settings, machine(settings, recorded))
+        what = f"{manifest.precision} for the {manifest.backend} backend, built from {manifest.build.source}"
+        return settings, {"profile": "-", "engine": manifest.key, "engine_state": f"given: {what}", "reasons": []}
     selection = selection_of(settings, recorded)
     checkpoint = None
     try:
         checkpoint = resolve(settings.model, settings.cache_dir, offline=True)
     except ApplianceError:
         plan = make_plan(settings, selection, Path())
-        engine, state = "-", "not known before the checkpoint is downloaded"
+        engine, state = None, "its key is not known before the checkpoint is downloaded"
     else:
         from appliance.builder import key_of
 
         plan = make_plan(settings, selection, checkpoint)
         key = key_of(build_request(plan))
         found = EngineStore(settings.cache_dir).find(key)
-        engine, state = key, f"found in {found}" if found else "to be built"
-    facts = {"profile": plan.outcome.name, "engine": engine, "engine_state": state}
+        engine, state = key, f"found in {found}" if found else _to_come(settings)
+    facts = {"profile": plan.outcome.name, "profile_id": plan.outcome.id, "engine": engine, "engine_state": state}
     return plan.settings, facts | {"reasons": list(profiles.reasons(selection))}

@@ -79,7 +79,8 @@ def resolve(text: str, profiles: Sequence[Profile]) -> Named:
     if matching:
         raise ProfileError(f"the profile id {text!r} is ambiguous: write more of its digits")
     known = [p.name for p in profiles] + [c.name for c in candidates(profiles, None, None)]
-    near = nearest(wanted, [*known, *(c.id for c in candidates(profiles, None, None))])
+    length = max(len(wanted), MIN_ID_PREFIX)  # ids may be cut off, and are compared as long as what was typed
+    near = nearest(wanted, [*known, *(c.id[:length] for c in candidates(profiles, None, None))])
     raise ProfileError(
         f"there is no profile {text!r}" + (f", did you mean {near!r}?" if near else ""),
         hint=f"profiles are {', '.join(sorted(p.name for p in profiles))}, each with -tp1, -tp2, …, or an id "
