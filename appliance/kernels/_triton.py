@@ -12,6 +12,9 @@ try:
     import triton
     import triton.language as tl
 
+    from appliance.kernels import prebuilt
+
+    prebuilt.install()
     HAS_TRITON = True
 except ImportError:
 

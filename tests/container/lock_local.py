@@ -1,8 +1,8 @@
-"""`python lock_local.py FILE`: a lock of what this Python's pip would install of the project, from where it looks here.
+"""`python lock_local.py FILE`: a lock of what this Python's pip would install of the project, from where it looks.
 
-For images of other indexes than the public one (torch for the CPU, a mirror): one hash per package, of the file that pip
-chooses for this Python and platform. The hashes are as trustworthy as the index that is asked; later builds get these
-files or fail. Knows pip's report; the lock for GPUs is `make lock`'s.
+For images of other indexes than the public one (torch for the CPU, a mirror): one hash per package, of the file that
+pip chooses for this Python and platform. The hashes are as trustworthy as the index that is asked; later builds get
+these files or fail. Knows pip's report; the lock for GPUs is `make lock`'s.
 """
 
 from __future__ import annotations
