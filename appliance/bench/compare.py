@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from appliance.bench import driver
 from appliance.bench.options import DEFAULT_SHAPE, add_engine_arguments, at_least, engine_options, shape_checkpoint
 from appliance.bench.report import Table, environment, numbers, precisions, say
@@ -149,6 +151,9 @@ def _measure(
 
     backend = None if args.backend == "auto" else args.backend
     options = engine_options(args)
+    # No more KV cache than is used, so that the peer has the memory that it may need.
+    pages = max(prompts) * (-(-(args.input_len + args.output_len) // options.page_size) + 1)
+    options = msgspec.structs.replace(options, num_pages=pages)
     subject = load_model(str(path), precision, backend, cache, options, tactics=not args.no_tactics)
     if args.input_len + args.output_len > subject.core.limits.max_length:
         raise SettingsError(

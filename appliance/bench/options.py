@@ -6,6 +6,8 @@ Knows arguments and `EngineOptions`; imports no torch before an engine is opened
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -13,7 +15,8 @@ import msgspec
 
 from appliance.bench.report import one_precision
 from appliance.bench.shapes import SHAPES, shape_config
-from appliance.errors import SettingsError
+from appliance.checkpoint.files import INDEX_NAME
+from appliance.errors import ApplianceError, SettingsError
 from appliance.settings import load
 from appliance.types import EngineOptions, KvCacheDtype, Precision
 
@@ -97,10 +100,14 @@ def open_subject(args: argparse.Namespace, longest: int) -> Subject:
 
 
 def shape_checkpoint(shape: str, work: Path) -> Path:
-    """A checkpoint of a shape with random weights below `work`; one that was written there before is taken again."""
-    from appliance.bench.random_model import write_checkpoint
+    """A checkpoint of a shape with random weights below `work`; one that was written there before is taken again.
 
+    Written by a process of its own, so that none of the GPU's memory is held here while a server is measured.
+    SettingsError for an unknown shape, ApplianceError if it fails."""
+    shape_config(shape)
     path = work / shape
-    if not (path / "model.safetensors.index.json").exists():
-        write_checkpoint(shape_config(shape), path)
+    if not (path / INDEX_NAME).exists():
+        command = [sys.executable, "-m", "appliance.bench.random_model", shape, str(path)]
+        if subprocess.run(command).returncode:
+            raise ApplianceError(f"the checkpoint in {path} could not be written", hint="its own messages are above")
     return path

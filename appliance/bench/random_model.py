@@ -1,8 +1,12 @@
-"""Models with random weights: in device memory for what runs without HTTP, on disk for what starts a server."""
+"""Models with random weights: in device memory for what runs without HTTP, on disk for what starts a server.
+
+python -m appliance.bench.random_model SHAPE DIRECTORY     writes the latter
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ from appliance.bench.subject import Subject, device_of, make_subject, no_progres
 from appliance.bench.vocabulary import write_tokenizer
 from appliance.builder.tactics import Tuner
 from appliance.builder.timings import Timings
+from appliance.checkpoint.files import INDEX_NAME
 from appliance.engines.key import engine_dtype, scheme_of
 from appliance.kernels.compiled import KERNELS
 from appliance.kernels.tactics import TABLE
@@ -123,7 +128,7 @@ def write_checkpoint(config: ModelConfig, path: Path) -> None:
             index[source] = name
         save_file(tensors, path / name, metadata={"format": "pt"})
         say(f"wrote {name}")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> list[dict[str, tuple[int, ...]]]:
@@ -138,3 +143,7 @@ def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> lis
         groups[-1][name] = shape
         size += nbytes
     return groups
+
+
+if __name__ == "__main__":
+    write_checkpoint(shape_config(sys.argv[1]), Path(sys.argv[2]))

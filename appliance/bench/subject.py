@@ -62,6 +62,7 @@ def load_model(
     has none. Raises what `prepare_engine` and the backend raise."""
     names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching", "kv_cache_dtype")
     wanted = {name: getattr(options, name) for name in names} | ({} if tactics else {"tactics": False})
+    wanted |= {"num_pages": options.num_pages} if options.num_pages else {}
     chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)
     begin = time.perf_counter()
     plugin, timer = registry.load("backends", chosen.backend), PhaseTimer()
