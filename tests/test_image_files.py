@@ -1,4 +1,4 @@
-"""What the image is built from, where no image can be built: Dockerfile, lock, ignore file. `make test-image` builds it."""
+"""What the image is made from, checked where none can be built: Dockerfile, lock, ignore file; see tests/container."""
 
 from __future__ import annotations
 
