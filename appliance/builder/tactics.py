@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 SECONDS = 20.0  # for all timing of a build, compiling candidates included; what is not reached keeps its default
 # Row counts in the order of what they are worth: if time runs out, single requests and full batches are known.
 _ORDER = (1, 64, 16, 256, 4096, 32, 128, 8, 8192, 2048, 2, 4, 512, 1024)
+_ALL_TIMED = (1, 64)  # row counts at which every tactic is timed: the ends of where there are many
 _ROTATED_BYTES = 256 << 20  # weights that a timing goes through: several times the L2 cache of any GPU
 _KEPT = 6  # of each family of tactics, the quickest at the nearest row count that was timed
 _TIMED_TWICE = 3  # tactics of a product that are timed again after all were
@@ -175,10 +176,10 @@ class Tuner:
                 log.info("tactics: %s of %d rows does not fit into memory here, not timed", product.shape, rows)
 
     def _worth_timing(self, product: _Product, rows: int) -> dict[str, Tactic]:
-        """All tactics for the first number of rows; then the default and, of each family (the first word of a name),
-        those that were quickest at the nearest number of rows, and new ones."""
+        """All tactics at some numbers of rows; else the default and, of each family (the first word of a name), those
+        that were quickest at the nearest number of rows."""
         tactics = dict(product.tactics(rows))
-        if not product.timed:
+        if rows in _ALL_TIMED or not product.timed:
             return tactics
         before = product.timed[
             min(product.timed, key=lambda other: (abs(other.bit_length() - rows.bit_length()), other))
