@@ -92,11 +92,12 @@ class EngineLoop:
     def run(self) -> None:
         while self._take_messages():
             if self._core.has_work:
-                outputs = self._core.step()
-                if outputs:
-                    self._end.send(Outputs(outputs=outputs, stats=self._core.stats()))
+                self._step()
                 if time.monotonic() - self._prepared_at > _PREPARE_SECONDS:
                     self._prepare_one()
+
+    def _step(self) -> None:
+        self._send(self._core.step())
 
     def _take_messages(self) -> bool:
         """Handle what has arrived, waiting only when there is nothing to run. False: stop."""

@@ -350,3 +350,26 @@ async def test_streams_of_one_step_go_out_together_and_messages_are_taken_in_fir
     await asyncio.gather(*tasks, return_exceptions=True)
     await eventually(lambda: journal.in_flight == 0)
     journal.check_integrity()
+
+
+# ---------------------------------------------------------------- answers that are given as a whole
+
+
+@pytest.mark.parametrize("stop", [None, "never"])
+async def test_whole_answers_do_not_wake_anybody_for_each_token(stop: str | None) -> None:
+    """Unless a stop string has to be looked for, which ends the request early."""
+    state, engine = await ready_state("a" * 200)
+    engine.auto = False
+    async with client(state) as http:
+        task = asyncio.create_task(http.post(TEXT, json=text(max_tokens=100, stop=stop)))
+        await eventually(lambda: bool(engine.running))
+        entry = next(iter(state.journal._entries.values()))
+        most = 0
+        while engine.running:
+            engine.step()
+            await turns()
+            most = max(most, len(entry.group.pending))
+        answer = (await task).json()
+    assert answer["usage"]["completion_tokens"] == 100
+    assert answer["choices"][0]["text"] == TOKENIZER.decode(engine.script(engine.added[0][0])[:100])
+    assert most == (31 if stop is None else 0)

@@ -24,6 +24,7 @@ from appliance.types import EngineOutput, EngineRequest, SamplingParams
 
 _SEED_MASK = 2**63 - 1
 _QUICK_LOOK = 8  # characters per token of context: twice what a token of usual text has
+_BATCH = 32  # outputs of an answer that nobody sees before its end
 _CUT_SLACK = 16  # tokens that cutting a text may add at most
 
 
@@ -121,7 +122,10 @@ class Generation:
         return delta
 
     async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
-        """All that is ready, one delta a choice, until every choice has ended. Raises as `by_choice`."""
+        """One delta a choice, until every choice has ended, for whoever wants the whole: many tokens at a time, unless
+        a stop string may end a choice. Raises as `by_choice`."""
+        if not any(choice.request.params.stop for choice in self.choices):
+            self._group.batch = _BATCH
         async for outputs in self._group:
             yield [(choice, self.advance(choice, of_choice)) for choice, of_choice in self.by_choice(outputs)]
 

@@ -224,11 +224,10 @@ class RequestJournal:
 
     def _give(self, group: RequestGroup, output: EngineOutput) -> None:
         """Add an output to a group, whose consumer is woken in the loop's next turn."""
-        if not group.pending:  # else its consumer was told, and takes this too
+        if group.push(output):
             if not self._ready:
                 asyncio.get_running_loop().call_soon(self._deliver)
             self._ready.append(group)
-        group.push(output)
 
     def _deliver(self) -> None:
         ready, self._ready = self._ready, []

@@ -23,6 +23,7 @@ class RequestGroup(AsyncIterator[list[EngineOutput]]):
         """`end_early` ends a request in the journal and in the engine, without an event for this group."""
         self.open = set(request_ids)  # without a terminal event
         self.pending: list[EngineOutput] = []
+        self.batch = 1  # outputs that are worth waking the consumer for; an end always is
         self._end_early = end_early
         self._waiter: asyncio.Future[None] | None = None
         self._on_ready: Callable[[], None] | None = None
@@ -73,11 +74,13 @@ class RequestGroup(AsyncIterator[list[EngineOutput]]):
 
     # ------------------------------------------------------------ the journal's side
 
-    def push(self, output: EngineOutput) -> None:
-        """Add an output. The consumer learns of it with `wake`."""
+    def push(self, output: EngineOutput) -> bool:
+        """Add an output; whether the consumer has to be told, with `wake`. It has been, if something is waiting."""
         self.pending.append(output)
         if output.finish_reason is not None:
             self.open.discard(output.request_id)
+            return True
+        return len(self.pending) == self.batch
 
     def wake(self) -> None:
         if self._on_ready is not None:
