@@ -18,7 +18,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from appliance import registry
 from appliance.distributed import TensorParallel
-from appliance.kernels import activation, deferred_scale, dependent_launch, norm, rope_cache
+from appliance.kernels import activation, deferred_scale, dependent_launch, norm, rope_cache, sampling
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.deferred_scale import DeferredScale, materialize
 from appliance.kernels.fp8_linear import (
@@ -369,6 +369,34 @@ def test_dependent_launches_change_nothing() -> None:
             dependent_launch.set_enabled(True)
     assert all(torch.equal(result, results[0]) for result in results[1:])
     assert results[0].isfinite().all() and results[0].float().std() > 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("padded", [False, True])
+def test_graphs_keep_deferred_logits(rows: int, padded: bool) -> None:
+    """As the runner has them: captured deferred or in bfloat16, cut to the vocabulary, read after a replay."""
+    needs_fp8()
+    from appliance.runtime.cuda_graphs import DecodeGraphs
+
+    vocab = 504 if padded else 512
+    scheme = fp8.Scheme()
+    head = Linear(256, vocab, bias=False, scheme=scheme, dtype=torch.bfloat16, defer=True)
+    head.load_state_dict(scheme.quantize(randn(vocab, 256, dtype=torch.bfloat16, seed=1)))
+    head.cuda().prepare()
+    x = randn(40, 256, dtype=torch.bfloat16)
+    graphs = DecodeGraphs(lambda size: head(x[:size]), lambda size: size)  # type: ignore[arg-type,return-value,index]
+    with torch.inference_mode():
+        for size in (40, rows):
+            graphs.capture(size)
+        x.normal_()
+        logits = graphs.replay(rows)
+        want = head(x[:rows])
+        assert isinstance(logits, DeferredScale) == isinstance(want, DeferredScale) == (rows > 16)
+        assert logits.shape == (rows, vocab)
+        assert torch.equal(sampling.argmax(logits), sampling.argmax(want))
+        first = deferred_scale.first_rows(logits, 1)
+        assert torch.equal(materialize(first, torch.float32), materialize(want, torch.float32)[:1])
 
 
 def test_no_dependent_launch_without_a_gpu() -> None:

@@ -78,6 +78,11 @@ def materialize(product: Product, dtype: torch.dtype) -> Tensor:
     return product.to(dtype) if isinstance(product, Tensor) else product.materialize(dtype)
 
 
+def first_rows(product: Product, count: int) -> Product:
+    """The first `count` rows of a product, whatever form it has."""
+    return product[:count] if isinstance(product, Tensor) else product.first_rows(count)
+
+
 def as_float(product: Product) -> Tensor:
     """A product in float32 in plain torch, for references."""
     return product.float() if isinstance(product, Tensor) else product.scaled()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.runtime.input_batch import StepInputs
 
 T = TypeVar("T")
@@ -70,10 +71,20 @@ class _Memory:
         self.__cuda_array_interface__ = tensor.__cuda_array_interface__
 
 
-def _borrowed(tensor: Tensor) -> Tensor:
+def _borrowed(product: Product) -> Product:
     """The same numbers in the same place, without a claim to it: the memory of one graph's result may serve graphs that
-    are captured later. A hundred sizes with buffers of their own for logits would take more than a gigabyte."""
-    alias = torch.as_tensor(_Memory(tensor), device=tensor.device)
+    are captured later. A hundred sizes with buffers of their own for logits would take more than a gigabyte. (Scales of
+    columns and the bias of a deferred product are the model's own.)"""
+    if isinstance(product, DeferredScale):
+        values, row_scales = _alias(product.values), _alias(product.row_scales)
+        return DeferredScale(values, row_scales, product.column_scales, product.bias)
+    return _alias(product)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """By way of integers: the interface does not know bfloat16."""
+    integers = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    alias = torch.as_tensor(_Memory(integers), device=tensor.device).view(tensor.dtype)
     assert alias.data_ptr() == tensor.data_ptr() and alias.shape == tensor.shape
     return alias
 
@@ -83,10 +94,10 @@ class DecodeGraphs:
     logits [n, vocab] using device work only. Neither may change what sequences that are being served rely on: sizes are
     also captured between their steps."""
 
-    def __init__(self, forward: Callable[[StepInputs], Tensor], make_inputs: Callable[[int], StepInputs]) -> None:
+    def __init__(self, forward: Callable[[StepInputs], Product], make_inputs: Callable[[int], StepInputs]) -> None:
         self._forward = forward
         self._make_inputs = make_inputs
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Product]] = {}
         self._sizes: list[int] = []
         self._later: list[int] = []  # ascending; captured from the end
         self._pool: Any = None
@@ -133,8 +144,8 @@ class DecodeGraphs:
         self._graphs[size] = (graph, _borrowed(logits))
         bisect.insort(self._sizes, size)
 
-    def replay(self, size: int) -> Tensor:
-        """Run the captured step on what the arena holds now; logits float32 [size, vocab]."""
+    def replay(self, size: int) -> Product:
+        """Run the captured step on what the arena holds now; logits [size, vocab], as `forward` gave them."""
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
