@@ -39,7 +39,7 @@ test-image: $(VENV)/.installed-dev
 
 # The image for NVIDIA GPUs from the committed lock; TARGET=local from requirements-local.lock. ARGS: more for the builder.
 image:
-	$(BUILDER) build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg TARGET=$(TARGET) --build-arg VERSION=$(VERSION) \
+	$(BUILDER) build $(if $(filter %buildah %podman,$(BUILDER)),--format docker) $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg TARGET=$(TARGET) --build-arg VERSION=$(VERSION) \
 	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
 	  --tag $(IMAGE):$(VERSION) $(ARGS) .
 
