@@ -248,7 +248,7 @@ class EngineInfo(Struct, frozen=True):
     max_num_batched_tokens: int
     num_pages: int
     page_size: int
-    kv_cache_dtype: str
+    kv_cache_dtype: str  # "fp32", "fp16", "bf16" or "fp8"
     attention: str
     device_name: str
     weight_bytes: int
