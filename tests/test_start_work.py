@@ -214,3 +214,30 @@ def test_the_engine_process_imports_what_it_needs_and_no_more() -> None:
         assert "transformers" not in done.stdout
     else:
         assert done.stdout.split() == ["torch", "appliance.runtime.loading"]
+
+
+def test_a_trial_from_end_to_end(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU backend in the place of a GPU's: it has no choice of tactics and no kernels, and takes all steps."""
+    from appliance.builder.build import build
+    from appliance.engines import read_manifest, verify_engine
+    from appliance.kernels.compiled import KERNELS
+
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    monkeypatch.setattr(warmup, "_for_gpu", lambda request: True)
+    monkeypatch.setattr(warmup, "_device", lambda request: torch.device("cpu"))
+    monkeypatch.setattr(warmup.torch.cuda, "get_device_name", lambda device: "Test GPU")
+
+    def gather(directory: Path) -> dict[str, str]:
+        (directory / "native").mkdir(parents=True)
+        (directory / "native" / "decode.cubin").write_bytes(b"code")
+        return {"native": "sm_90"}
+
+    monkeypatch.setattr(KERNELS, "gather", gather)
+    said: list[str] = []
+    request = request_of(checkpoint=str(checkpoint), cache=str(tmp_path), backend="cpu", compute_capability=None)
+    engine = build(request, lambda message: said.append(message.detail))
+    manifest = read_manifest(engine)
+    assert (manifest.build.gpu, manifest.kernels, manifest.tactics) == ("Test GPU", {"native": "sm_90"}, ())
+    assert {"kernels/native/decode.cubin", "rank-0.safetensors"} <= {file.name for file in manifest.files}
+    verify_engine(engine, "full")
+    assert any("trying the engine" in detail for detail in said)
