@@ -333,6 +333,10 @@ def test_how_many_requests() -> None:
     assert (endless.requests, endless.duration) == (0, 5.0)
     (opened,) = serve.flows_of(parsed("--rate", "10", "--duration", "2", "--arrivals", "constant"))
     assert len(opened.arrivals) == 20 and max(opened.arrivals) < 2
+    (random_times,) = serve.flows_of(parsed("--rate", "50", "--duration", "20"))
+    assert 800 < len(random_times.arrivals) < 1200 and 19 < max(random_times.arrivals) < 20
+    (cut,) = serve.flows_of(parsed("--rate", "50", "--duration", "20", "--requests", "7"))
+    assert cut.arrivals == random_times.arrivals[:7]
     _, long = serve.flows_of(parsed("--long-prompt-every", "2"))
     assert (long.kind, long.interval, long.input) == ("every", 2.0, Lengths(8192, 8192))
 

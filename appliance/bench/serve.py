@@ -150,10 +150,10 @@ def _closed(args: argparse.Namespace, input_len: Lengths, output_len: Lengths) -
 def _open(args: argparse.Namespace, input_len: Lengths, output_len: Lengths) -> Flow:
     if args.arrivals not in ("poisson", "constant"):
         raise SettingsError(f"--arrivals is {args.arrivals!r}; allowed: poisson, constant")
-    requests = args.requests or round(args.rate * args.duration)
-    if requests < 1:
+    if not args.requests and not args.duration:
         raise SettingsError("--rate needs to know when to end: give --requests or --duration")
-    times = arrival_times(args.rate, requests, args.arrivals, args.burstiness, str(args.seed))
+    count = args.requests or 100 + round(2 * args.rate * args.duration)  # more than will arrive in that time
+    times = arrival_times(args.rate, count, args.arrivals, args.burstiness, str(args.seed))
     if args.duration:
         times = [at for at in times if at < args.duration]
     return Flow(MAIN, "open", input_len, output_len, arrivals=tuple(times))
