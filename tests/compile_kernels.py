@@ -43,6 +43,7 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
         TO_FP8,
     ),
     (activation._silu_mul_quantize_kernel, {**DEFERRED, **FP8, "BLOCK": 2048, "PARTS": 7, "BIASED": False}, 8, TO_FP8),
+    (activation._silu_mul_quantize_kernel, {**DEFERRED, **FP8, "BLOCK": 4096, "PARTS": 7, "BIASED": False}, 16, TO_FP8),
     (fp8_linear._quantize_rows_kernel, {**FP8, "BLOCK": 4096, "PDL": True}, 8, TO_FP8),
     (
         rope_cache._rope_kernel,
