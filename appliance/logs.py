@@ -72,7 +72,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _NoProbes(logging.Filter):
-    """Drops uvicorn's access lines of successful probes and scrapes (args: client, method, path, version, status)."""
+    """Drops uvicorn's access lines of probes and scrapes (args: client, method, path, version, status)."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args

@@ -22,6 +22,8 @@ import psutil
 import pytest
 
 from appliance.errors import SettingsError
+from appliance.ipc import Progress
+from appliance.launch.engine import show_progress
 from appliance.launch.report import breakdown, progress_line
 from appliance.launch.scratch import socket_directory
 from appliance.launch.server import default_model_name, open_sockets
@@ -296,6 +298,13 @@ def test_progress_lines_and_breakdown() -> None:
     assert progress_line(life) == "building: layers.3 (43%, 1.00 of 3.00 GiB, 20 s left)"
     now = 2.0
     life.enter("loading")
+    now = 2.5
+    life.progress(percent=50.0)
+    assert life.eta_seconds is None, "half a second says nothing"
+    now = 4.0
+    show_progress(life, Progress("load", percent=50.0), load_bytes=4 << 30)
+    assert progress_line(life) == "loading (50%, 2.00 of 4.00 GiB, 2 s left)"
+    assert life.as_dict()["bytes_done"] == 2 << 30 and life.as_dict()["eta_seconds"] == 2.0
     now = 3.0
     life.enter("ready")
     line = breakdown(life, 0.5, {"imports": 2.0, "weights": 0.4, "tiny": 0.001})

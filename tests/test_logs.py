@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import logging
+import socket
 from collections.abc import Iterator
 
+import httpx
 import pytest
+import uvicorn
+from server_fakes import eventually, ready_state, text
 
 from appliance import logs
+from appliance.server.app import create_app
+from appliance.settings import inherited_secrets, load, secrets_of
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +52,49 @@ def test_human_lines(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("x").warning("hunter22 came")
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith(" server: plain") and second.endswith(" WARNING server: *** came")
+
+
+async def test_request_ids_reach_uvicorns_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A real server: its access line and the traceback of a failed request carry the id that the client has."""
+    state, _engine = await ready_state()
+    state.tokenizer = None
+
+    def broken() -> None:
+        raise RuntimeError("broken hunter22")
+
+    state.require_tokenizer = broken  # type: ignore[method-assign, assignment]
+    logs.configure("INFO", True, secrets=["hunter22"])
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(state), log_config=None, lifespan="off"))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    await eventually(lambda: server.started)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
+        answer = await http.post("/v1/completions", json=text(), headers={"X-Request-Id": "my-id"})
+        await http.get("/v1/models", headers={"X-Request-Id": "other-id"})
+    server.should_exit = True
+    await task
+    listener.close()
+    assert answer.status_code == 500 and answer.headers["X-Request-Id"] == "my-id"
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    of = {(line["logger"], line.get("request_id")): line for line in lines}
+    assert "POST /v1/completions" in of["uvicorn.access", "my-id"]["message"]
+    assert "RuntimeError: broken ***" in of["uvicorn.error", "my-id"]["exception"]
+    assert "GET /v1/models" in of["uvicorn.access", "other-id"]["message"]
+
+
+def test_a_progress_bar_may_take_the_place_of_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.configure("INFO", False)
+    elsewhere = io.StringIO()
+    monkeypatch.setattr("sys.stderr", elsewhere)
+    logging.getLogger("x").info("a line")
+    assert elsewhere.getvalue().endswith("server: a line\n")
+
+
+def test_children_keep_inherited_secrets_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert inherited_secrets() == ["hf_secret"]
+    flags = {"api_keys": "key-1,key-2", "engine_source": "s3://user:passw@host/x", "hf_token": "hf_other"}
+    assert set(secrets_of(load(flags, {}))) == {"key-1", "key-2", "passw", "hf_other"}
 
 
 def test_probes_stay_out_of_the_access_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import (
     CHAT,
@@ -14,6 +15,7 @@ from server_fakes import (
     TEXT,
     chat,
     client,
+    engine_info,
     eventually,
     ready_state,
     server_tokenizer,
@@ -135,7 +137,8 @@ async def test_metrics_are_true() -> None:
 
 
 async def test_metrics_of_start_and_engine() -> None:
-    state, engine = await ready_state()
+    state, engine = await ready_state(before_seconds=0.25)
+    state.engine = msgspec.structs.replace(engine_info(), startup_seconds={"load_weights": 1.5})
     state.metrics.profile = {"profile": "fp8-tp1", "precision": "fp8"}
     state.metrics.engine_cache_hit = True
     engine.auto = False
@@ -148,6 +151,8 @@ async def test_metrics_of_start_and_engine() -> None:
         assert found["gpu_cache_usage_perc", ""] == found["vllm:kv_cache_usage_perc", ""] == 0.01
         task.cancel()
     assert found["startup_phase_seconds", "starting"] >= 0 and found["engine_cache_hit", ""] == 1
+    assert found["startup_phase_seconds", "engine.load_weights"] == 1.5, "of the engine process, by its own clock"
+    assert found["startup_phase_seconds", "python"] == 0.25
     assert found["profile_info", "fp8,fp8-tp1"] == 1
     assert found["vllm:cache_config_info", "16,bf16,100"] == 1
 

@@ -67,7 +67,9 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this response, so that the server logs the traceback.
-    return plain_response(500, f"internal error: {type(error).__name__}; the server's log has more", "internal_error")
+    message = f"internal error: {type(error).__name__}; the server's log has more"
+    request_id = request.scope.get("state", {}).get("request_id", "")  # the gate, which sends it, is inside of this
+    return plain_response(500, message, "internal_error", {"X-Request-Id": request_id} if request_id else None)
 
 
 def parse(model: type[Model], body: bytes) -> Model:

@@ -55,14 +55,11 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        token = logs.request_id.set(request_id)
-        try:
-            if self._tracer is None or scope["path"] in OPEN_PATHS:
-                await self._handle(scope, receive, send, headers, request_id)
-            else:
-                await self._traced(self._tracer, scope, receive, send, headers, request_id)
-        finally:
-            logs.request_id.reset(token)
+        logs.request_id.set(request_id)  # of this request's own task; uvicorn logs in it even after this returns
+        if self._tracer is None or scope["path"] in OPEN_PATHS:
+            await self._handle(scope, receive, send, headers, request_id)
+        else:
+            await self._traced(self._tracer, scope, receive, send, headers, request_id)
 
     async def _traced(
         self, tracer: RequestTracer, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str
