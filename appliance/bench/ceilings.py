@@ -12,6 +12,7 @@ from appliance.bench.floors import Ceilings
 from appliance.types import Precision
 
 _REPEATS = 8
+_PRODUCT_BYTES = 1 << 30  # of a product of 8192 in float32, with what it is made from
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,16 +31,16 @@ def measure_ceilings(device: torch.device, precision: Precision) -> Ceilings:
 
 def measure_bandwidth(device: torch.device) -> float:
     """Bytes/s of a large copy on the device, bytes read and written counted."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    size = min(1 << 30, _free(device) // 4) if device.type == "cuda" else (1 << 27)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _shortest(lambda: target.copy_(source), device)
 
 
 def measure_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations/s of the library's square product: 8192 on a GPU, 1024 on the CPU. FP8 with one scale per tensor, the
-    fastest that the library has."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Operations/s of the library's square product: 8192 on a GPU (4096 with little memory left), 1024 on the CPU. FP8
+    with one scale per tensor, the fastest that the library has."""
+    size = 1024 if device.type == "cpu" else 8192 if _free(device) > _PRODUCT_BYTES else 4096
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     one = torch.ones((), device=device)
 
@@ -49,6 +50,12 @@ def measure_product(device: torch.device, dtype: torch.dtype) -> float:
         return a @ b.t()
 
     return 2 * size**3 / _shortest(product, device)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be had; an engine may hold nearly all of it."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _shortest(call: Callable[[], Tensor], device: torch.device) -> float:
