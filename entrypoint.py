@@ -10,10 +10,13 @@ Started with a Python that lacks the dependencies, it goes on with the one that 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
 def main() -> int:
+    if os.getpid() == 1:  # of a container: a signal that nobody handles does not reach process 1
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     environment = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
     python = os.path.join(environment, "bin", "python")
     can_switch = os.access(python, os.X_OK) and os.path.realpath(sys.prefix) != os.path.realpath(environment)

@@ -295,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
     yield_idle_threads()
+    if os.getpid() == 1:  # see entrypoint.py; from here on with what `finally` has to say
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args = argparse.Namespace(command=words[0])  # what is known of it while it is parsed
     try:
         typed = words_to_complete()

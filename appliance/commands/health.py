@@ -9,7 +9,6 @@ import argparse
 import http.client
 import json
 import socket
-import ssl
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,8 @@ def ask(settings: Settings) -> tuple[int, bytes]:
     if settings.ssl_mode == "DISABLED":
         connection = http.client.HTTPConnection(host, port_of(settings), timeout=_SECONDS)
     else:
+        import ssl
+
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if settings.ssl_mode == "MTLS" and settings.ssl_certs_path is not None:

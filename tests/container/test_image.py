@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,17 @@ def test_sigterm_during_a_start(run: Run, warm: Path, tmp_path: Path, phase: str
         assert "Traceback" not in container.log
     staging = cache / "engines/.staging"
     assert not staging.is_dir() or not any(staging.iterdir()), "nothing half-built is left"
+
+
+def test_sigterm_of_a_command(run: Run, tmp_path: Path) -> None:
+    """A Job's pod that is deleted ends at once, and not as if it had succeeded: process 1 has no default action."""
+    cache = directory(tmp_path / "cache", 1000, 1000, 0o755)
+    with run("build", mounts={CACHE: cache}) as container:
+        deadline = time.monotonic() + 60
+        while not any(cache.glob("engines/.staging/*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        container.kill(signal.SIGTERM)
+        assert container.wait(10) == 128 + signal.SIGTERM, container.log
 
 
 def test_sigterm_while_streaming(run: Run, warm: Path) -> None:
