@@ -30,7 +30,7 @@ Exit codes: 0 done, 2 wrong settings, 3 hardware or no profile fits, 4 checkpoin
 7 engine build, 8 engine crashed too often.
 """
 
-_CONTAINER_COMMANDS = ("serve", "build", "download-to-cache", "create-model-store")
+_CONTAINER_COMMANDS = ("serve", "build", "download-to-cache", "create-model-store", "bundle")
 
 
 class Parser(argparse.ArgumentParser):
