@@ -73,7 +73,7 @@ class _Memory:
 
 def _borrowed(product: Product) -> Product:
     """The same numbers in the same place, without a claim to it: the memory of one graph's result may serve graphs that
-    are captured later. A hundred sizes with buffers of their own for logits would take more than a gigabyte. (Scales of
+    are captured later. Thirty sizes with buffers of their own for logits would take more than a gigabyte. (Scales of
     columns and the bias of a deferred product are the model's own.)"""
     if isinstance(product, DeferredScale):
         values, row_scales = _alias(product.values), _alias(product.row_scales)
