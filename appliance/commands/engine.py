@@ -30,6 +30,7 @@ _NAMES = [
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-p", dest="profile", metavar="PROFILE", default=argparse.SUPPRESS, help="same as --profile")
     parser.add_argument("--publish", metavar="URL", help="copy the engine to this fsspec URL too")
     add_json_flag(parser)
     add_flags(parser, _NAMES)
