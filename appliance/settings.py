@@ -396,7 +396,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     # Kernels compiled at a start are found by the next one, also where only the cache outlives the container.
     kernels = _writable(settings.cache_dir / "kernels")
     environment.setdefault("TRITON_CACHE_DIR", str(kernels / "triton"))
-    environment.setdefault("CUDA_CACHE_PATH", str(settings.cache_dir / "kernels" / "cuda"))  # the driver's, of PTX
+    environment.setdefault("CUDA_CACHE_PATH", str(kernels / "cuda"))  # the driver's, of PTX
     environment.setdefault("FLASHINFER_WORKSPACE_BASE", str(kernels))
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
