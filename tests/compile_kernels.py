@@ -28,7 +28,7 @@ TYPES = {  # of arguments, by name; int32 where not listed
 DEFERRED: dict[str, Any] = {"DEFERRED": True, "BIASED": True, "PDL": True}
 FP8: dict[str, Any] = {"FP8_MAX": 448.0, "SMALLEST_AMAX": 1e-12, "WHOLE_ROW": True}
 ROPE: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "q_blocks": 8}
-SKINNY: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4, "WEIGHT_FIRST": True}
+SKINNY: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4, "LINE": 128, "LINES_AHEAD": 4}
 TO_FP8 = {"out": "*fp8e4nv"}
 # (kernel, constants, of which those that it has count, warps, types that differ)
 CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
@@ -56,7 +56,7 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     (sampling._draw_kernel, {**DEFERRED, "GREEDY": False, "FILTERED": True, "BLOCK": 2048}, 4, {"logits": "*fp32"}),
     (
         skinny_linear._skinny_kernel,
-        {**DEFERRED, **SKINNY, "WHOLE_K": True, "SCALED": True, "PROMOTE": 128},
+        {**DEFERRED, **SKINNY, "WEIGHT_FIRST": True, "WHOLE_K": True, "SCALED": True, "PROMOTE": 128},
         4,
         {"x": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*bf16"},
     ),

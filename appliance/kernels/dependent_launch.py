@@ -9,9 +9,9 @@ statements are
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-and nothing before them touches memory. The wait ends when everything in front has ended and is visible; and as each
-kernel of such a chain waits for the one before it, that holds for all earlier ones too. What is won is the time to
-launch, 1 to 2 µs of a decode step's gap between two kernels.
+and nothing before them touches memory (bringing cache lines into L2 does not count). The wait ends when everything in
+front has ended and is visible; and as each kernel of such a chain waits for the one before it, that holds for all
+earlier ones too. What is won is the time to launch, 1 to 2 µs of a decode step's gap between two kernels.
 """
 
 from __future__ import annotations
