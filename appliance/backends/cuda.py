@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
+from appliance.engines.manifest import read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, ReferenceAttention
 from appliance.kernels.compiled import KERNELS, triton_key
@@ -23,6 +25,7 @@ from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.kv_scales import set_kv_scales
 from appliance.runtime.loading import (
+    DTYPES,
     KV_DTYPES,
     LoadedModel,
     PhaseTimer,
@@ -34,6 +37,7 @@ from appliance.runtime.loading import (
     kv_page_bytes,
     load_engine,
     runner_limits,
+    use_tactics,
 )
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
@@ -95,14 +99,36 @@ def preload() -> None:
 
 
 def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
-    """Create the CUDA context and copy the engine's weights up."""
+    """Create the CUDA context, let products and kernels be those of the engine, and copy its weights up; beside that,
+    load the attention kernels, which are megabytes of code."""
     with timer.phase("cuda_context"):
         device = _device(options)
         torch.zeros(1, device=device)
+    manifest = read_manifest(Path(options.engine_dir))
+    KERNELS.open(Path(options.engine_dir), manifest.kernels)
+    use_tactics(manifest)
+    kernels = threading.Thread(
+        target=_compile_early,
+        args=(manifest.model, DTYPES[manifest.dtype], options, device),
+        name="kernels",
+        daemon=True,
+    )
+    kernels.start()
     with timer.phase("load_weights"):
         loaded = load_engine(options, device, None, progress)
         torch.cuda.synchronize()
+    with timer.phase("kernels"):
+        if kernels.is_alive():
+            progress("warmup", _LOADING_KERNELS, 0.0)
+        kernels.join()
     return loaded
+
+
+def _load_kernels(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device) -> None:
+    try:
+        compile_ahead(config, dtype, options, device)
+    except Exception as error:  # met again, and told, when attention is made
+        log.debug("attention kernels: %s", error)
 
 
 def assemble(
@@ -207,14 +233,15 @@ def _profile_pages(
 
 
 def compile_ahead(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device) -> None:
-    """Compile what takes longest and needs no weights, FlashInfer's modules, so that a build can do it while it
-    converts. `dtype`: of the model. Raises whatever the library raises where it cannot."""
+    """Load, and where they are nowhere compile, the kernels that take longest and need no weights: FlashInfer's. Builds
+    and starts do it beside other work. `dtype`: of the model. Raises whatever the library raises where it cannot."""
     from appliance.kernels import flashinfer
 
     torch.cuda.set_device(device)
     kv_dtype = _kv_dtype(options, dtype)
     if options.attention not in ("auto", "flashinfer") or flashinfer.available(config.head_dim, dtype, kv_dtype):
         return
+    KERNELS.attach_flashinfer()
     limits = runner_limits(msgspec.structs.replace(options, max_num_seqs=2), config.max_position_embeddings, config)
     _flashinfer_attention(config, dtype, kv_dtype, 1, limits, device, cuda_graphs=False).load_modules()
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from appliance import registry
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.errors import HardwareError, SettingsError
-from appliance.kernels.compiled import KERNELS
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.tactics import TABLE
 from appliance.layers.decoder import Decoder
@@ -129,7 +128,7 @@ class LoadedModel:
 
 
 def use_tactics(manifest: EngineManifest) -> None:
-    """Let products be computed the way that was quickest when the engine was built."""
+    """Let products be computed the way that was quickest when the engine was built. On a GPU, before the first one."""
     TABLE.clear()
     for tactic in manifest.tactics:
         TABLE.choose(tactic.scheme, tactic.out_features, tactic.in_features, tactic.rows, tactic.tactic)
@@ -144,9 +143,6 @@ def load_engine(
     float32). EngineDamagedError if a file does not match its digest or the model."""
     path = Path(options.engine_dir)
     manifest = read_manifest(path)
-    if device.type == "cuda":
-        KERNELS.open(path, manifest.kernels)
-        use_tactics(manifest)
     model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype])
     load_weights(
         model,
