@@ -107,12 +107,8 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> Loa
     manifest = read_manifest(Path(options.engine_dir))
     KERNELS.open(Path(options.engine_dir), manifest.kernels)
     use_tactics(manifest)
-    kernels = threading.Thread(
-        target=_compile_early,
-        args=(manifest.model, DTYPES[manifest.dtype], options, device),
-        name="kernels",
-        daemon=True,
-    )
+    wanted = (manifest.model, DTYPES[manifest.dtype], options, device)
+    kernels = threading.Thread(target=_load_kernels, args=wanted, name="kernels", daemon=True)
     kernels.start()
     with timer.phase("load_weights"):
         loaded = load_engine(options, device, None, progress)
