@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_fakes import CHAT, TEXT, byte_level_tokenizer, chat, client, events, eventually, ready_state, text
+from server_fakes import CHAT, TEXT, byte_level_tokenizer, chat, client, events, eventually, ready_state, served, text
 from starlette.types import Message
 
 from appliance.errors import RequestFailedError
@@ -240,6 +241,36 @@ async def test_a_cancelled_rest_cleans_up() -> None:
 
 async def _run(awaitable: Any) -> None:
     await awaitable
+
+
+async def test_a_client_that_does_not_read_under_uvicorn() -> None:
+    """Real sockets and their buffers: what a client does not read waits in the group as tokens, not as a growing pile
+    of events, and all of it arrives once it reads."""
+    name = "m" * 600  # for large events: the system's buffers hold several MB
+    state, engine = await ready_state("x" * 15_000, max_model_len=16_384, model_names=(name,))
+    engine.auto = False
+    body = json.dumps(text(model=name, stream=True, max_tokens=15_000)).encode()
+    loop = asyncio.get_running_loop()
+    async with served(state) as url:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            connection.setblocking(False)
+            await loop.sock_connect(connection, ("127.0.0.1", int(url.rsplit(":", 1)[1])))
+            head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (TEXT.encode(), len(body))
+            await loop.sock_sendall(connection, head + body)
+            await eventually(lambda: bool(engine.running))
+            group = next(iter(state.journal._entries.values())).group
+            while engine.running:
+                engine.step()
+                await asyncio.sleep(0)
+            assert len(group.pending) > 1000, "the stream is held up"
+            received = bytearray()
+            while b"data: [DONE]" not in received[-100:]:
+                received += await asyncio.wait_for(loop.sock_recv(connection, 1 << 20), 10)
+    chunks = [json.loads(line[6:]) for line in received.splitlines() if line.startswith(b"data: {")]
+    assert "".join(map(_text, chunks)) == TOKENIZER.decode(engine.script(engine.added[0][0])[:15_000])
+    assert 1000 < len(chunks) < 14_000, "what had waited came in larger pieces"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
 # ---------------------------------------------------------------- the quick way and the slow way
