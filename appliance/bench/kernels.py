@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,26 +59,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _dependent(enabled: bool) -> Iterator[None]:
-    from appliance.kernels import dependent_launch
-
-    dependent_launch.set_enabled(enabled)
-    try:
-        yield
-    finally:
-        dependent_launch.set_enabled(True)
-
-
 def _both_ways(call: Callable[[], object], launches: int) -> tuple[float, float]:
     """µs of a call with programmatic dependent launch, and without."""
     import torch
 
+    from appliance.kernels import dependent_launch
     from appliance.runtime.timing import time_in_graph
 
     found = []
-    for enabled in (True, False):
-        with _dependent(enabled):
+    for launches_so in (nullcontext, dependent_launch.disabled):
+        with launches_so():
             call()
             torch.cuda.synchronize()
             found.append(round(time_in_graph([call], launches), 3))

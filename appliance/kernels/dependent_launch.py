@@ -9,15 +9,18 @@ statements are
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-and nothing before them touches memory (bringing cache lines into L2 does not count). The wait ends when everything in
-front has ended and is visible; and as each kernel of such a chain waits for the one before it, that holds for all
-earlier ones too. What is won is the time to launch, 1 to 2 µs of a decode step's gap between two kernels.
+and nothing before the wait touches memory (bringing cache lines into L2 does not count). The wait ends when everything
+in front has ended and is visible; and as each kernel of such a chain waits for the one before it, that holds for all
+earlier ones too. The second statement lets the next kernel be set up; one that fills the GPU has it near its end. What
+is won is the time to launch, 1 to 2 µs of a decode step's gap between two kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,11 +30,16 @@ from appliance.kernels._triton import HAS_TRITON
 _disabled = False
 
 
-def set_enabled(enabled: bool) -> None:
-    """Turn dependent launches off or on again for this process (they are on where they can be used), so that a
-    benchmark can tell what they bring. Graphs keep what they were captured with."""
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """No dependent launches meanwhile, in the whole process, so that a benchmark can tell what they bring. Graphs keep
+    what they were captured with."""
     global _disabled
-    _disabled = not enabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:

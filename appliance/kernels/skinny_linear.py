@@ -208,7 +208,6 @@ def _skinny_kernel(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
         )
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     weight_at = weight_ptr + weight_rows[:, None] * k + inner[None, :]
     x_at = x_ptr + rows[:, None].to(tl.int64) * x_stride + inner[None, :]
     row_there = rows[:, None] < m
@@ -235,6 +234,8 @@ def _skinny_kernel(
         weight_at += BLOCK_K
     if WEIGHT_FIRST:
         total = tl.trans(total)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the next kernel's programs would be in the way
 
     column_there = columns[None, :] < n
     there = row_there & column_there
