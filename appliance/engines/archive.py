@@ -161,10 +161,10 @@ def decode(data: bytes) -> BundleManifest:
 
 
 def _check_name(name: str) -> None:
-    """Nothing may be written outside of the cache's own directories, nor hidden in them."""
+    """Nothing may be written outside of the cache's own directories, nor into what they keep for themselves."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    if not plain or len(path.parts) < 2 or path.parts[0] not in ROOTS or any(p.startswith(".") for p in path.parts):
+    if not plain or len(path.parts) < 2 or path.parts[0] not in ROOTS or path.parts[1].startswith("."):
         raise BundleError(f"bundle.json names a file that does not belong into a cache: {name!r}")
 
 
