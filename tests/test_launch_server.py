@@ -32,7 +32,7 @@ from appliance.settings import load
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import asyncio, sys
+import asyncio, sys, time
 from appliance.errors import CheckpointError
 from appliance.launch.server import serve
 from appliance.settings import load
@@ -45,6 +45,9 @@ class Start:
         if sys.argv[1] == "hang":
             self.state.lifecycle.enter("building", "layers.0")
             await asyncio.sleep(600)
+        if sys.argv[1] == "stuck":
+            await asyncio.sleep(1.0)
+            time.sleep(600)
         if sys.argv[1] == "fail":
             raise CheckpointError("the shard is truncated", hint="download it again")
         return EngineOptions(engine_dir="/nowhere", backend="fake")
@@ -62,10 +65,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def get(port: int, path: str) -> tuple[int, dict[str, object]]:
+def get(port: int, path: str, timeout: float = 5.0) -> tuple[int, dict[str, object]]:
     """Status and JSON body; (0, {}) if nothing answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -73,10 +76,10 @@ def get(port: int, path: str) -> tuple[int, dict[str, object]]:
         return 0, {}
 
 
-def wait_for(port: int, path: str, status: int, seconds: float) -> dict[str, object]:
+def wait_for(port: int, path: str, status: int, seconds: float, timeout: float = 5.0) -> dict[str, object]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found, body = get(port, path)
+        found, body = get(port, path, timeout)
         if found == status:
             return body
         time.sleep(0.02)
@@ -206,6 +209,20 @@ def test_a_failed_start_gives_its_exit_code_and_one_line(tmp_path: Path) -> None
     errors = [line for line in map(json.loads, log.splitlines()) if line["level"] == "ERROR"]
     assert [line["message"] for line in errors] == ["the shard is truncated (download it again)"]
     assert log.count("the shard is truncated") == 1, "said once"
+
+
+def test_a_stuck_event_loop_fails_liveness_and_then_ends_the_server(tmp_path: Path) -> None:
+    reason = tmp_path / "termination-log"
+    reason.touch()
+    with server(tmp_path, "stuck", stuck_seconds=1.5, termination_log=reason) as running:
+        wait_for(running.port, "/v1/health/live", 200, 20)
+        children = children_of(running.process.pid)
+        body = wait_for(running.port, "/v1/health/live", 503, 20, timeout=0.3)  # one connection may hang in the loop
+        assert body["phase"] == "failed" and "the event loop has not turned for" in str(body["reason"])
+        assert get(running.port, "/v1/chat/completions")[0] == 503
+        code, log = running.end()
+    assert code == 1 and "in prepare" in log, "the log has the place where it is stuck"
+    assert "has not turned for 3 s" in reason.read_text() and gone(children)
 
 
 def test_an_engine_that_keeps_crashing_ends_the_server(tmp_path: Path) -> None:
