@@ -153,10 +153,12 @@ def likely(n: int, k: int, m: int, sms: int, element_size: int = 1) -> list[Conf
     """The few configs that a build has the time for: that of `choose` first, then tiles that were best for any product
     in `TUNED`, with shares that bring one, two or three programs to each multiprocessor."""
     found = [choose(n, k, m, sms, element_size)]
-    for won in dict.fromkeys(TUNED.values()):
+    tiles: dict[tuple[int, int, bool], Config] = {}  # pipelines of five and six stages differ too little to time both
+    for won in TUNED.values():
+        tiles.setdefault((won.block_n, won.k_bytes, won.weight_first), won)
+    for tile in tiles.values():
         for per_sm in (1, 2, 3):
-            split = _split_for(-(-n // won.block_n), per_sm, sms)
-            found.append(replace(won, split=split))
+            found.append(replace(tile, split=_split_for(-(-n // tile.block_n), per_sm, sms)))
     return [config for config in dict.fromkeys(found) if config.fits(n, k, m, element_size)]
 
 
