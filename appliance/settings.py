@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from appliance.errors import SettingsError
+from appliance.settings_rules import environment_warnings, is_service_link, read_config
 from appliance.settings_table import Spec, row, specs_of
 from appliance.settings_table import add_flags as add_table_flags
 from appliance.types import KvCacheDtype, Objective, Precision
@@ -195,25 +195,6 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = Non
 
 # ---------------------------------------------------------------- loading
 
-# Names that users of such appliances set and that do nothing here yet. True: the results would differ from what was
-# asked for, so it is fatal; False: said loudly, and the start goes on.
-NOT_SUPPORTED: dict[str, tuple[bool, str]] = {
-    "NIM_PEFT_SOURCE": (True, "LoRA adapters are not supported yet"),
-    "NIM_PEFT_REFRESH_INTERVAL": (True, "LoRA adapters are not supported yet"),
-    "NIM_MAX_GPU_LORAS": (False, "LoRA adapters are not supported yet"),
-    "NIM_MAX_CPU_LORAS": (False, "LoRA adapters are not supported yet"),
-    "NIM_MAX_LORA_RANK": (False, "LoRA adapters are not supported yet"),
-    "NIM_ENABLE_AUTO_TOOL_CHOICE": (True, "tool calls are not supported yet"),
-    "NIM_TOOL_CALL_PARSER": (True, "tool calls are not supported yet"),
-    "NIM_TOOL_PARSER_PLUGIN": (True, "tool calls are not supported yet"),
-    "NIM_GUIDED_DECODING_BACKEND": (True, "guided decoding is not supported yet"),
-    "NIM_FORCE_TRUST_REMOTE_CODE": (True, "code of a checkpoint is never run here"),
-    "NIM_OTEL_TRACES_EXPORTER": (False, "traces go out over OTLP only: NIM_ENABLE_OTEL, OTEL_EXPORTER_OTLP_ENDPOINT"),
-    "NIM_OTEL_METRICS_EXPORTER": (False, "metrics are at /metrics only"),
-}
-# What Kubernetes sets in every pod for a Service whose name starts with "appliance" or "nim".
-_SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?$")
-
 
 def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     """All settings from flags (as argparse gives them), the environment and the config file.
@@ -222,14 +203,15 @@ def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] |
     would change results. Unknown variables are warnings: they may belong to something else in the container.
     """
     flags = flags or {}
-    environ = {k: v for k, v in (os.environ if environ is None else environ).items() if not _is_service_link(k, v)}
+    environ = {k: v for k, v in (os.environ if environ is None else environ).items() if not is_service_link(k, v)}
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     config = flags.get("config") or environ.get("APPLIANCE_CONFIG")
-    for key, raw in (_read_config(Path(str(config))) if config else {}).items():
+    for key, raw in (read_config(Path(str(config)), specs()) if config else {}).items():
         values[key] = specs()[key].parse(raw, f"{config}, {key}")
         origins[key] = Origin("config file", str(config))
-    warnings = _environment_warnings(environ)
+    known = {name.lstrip("!") for spec in specs().values() for name in spec.variables} | {"APPLIANCE_CONFIG"}
+    warnings = environment_warnings(environ, known)
     for spec in specs().values():
         given = [name for name in spec.variables if environ.get(name.lstrip("!"), "").strip()]
         if given:
@@ -248,72 +230,10 @@ def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] |
     return settings
 
 
-def _is_service_link(name: str, value: str) -> bool:
-    if not name.startswith(("APPLIANCE_", "NIM_")):
-        return False
-    return bool(_SERVICE_LINK.search(name)) or (name.endswith("_PORT") and "://" in value)
-
-
 def _from_variable(spec: Spec, name: str, environ: Mapping[str, str]) -> Any:
     bare = name.lstrip("!")
     value = spec.parse(environ[bare], bare)
     return not value if name.startswith("!") else value
-
-
-def _environment_warnings(environ: Mapping[str, str]) -> list[str]:
-    """One line per variable that is not ours or not supported yet. SettingsError for what would change results."""
-    known = {name.lstrip("!") for spec in specs().values() for name in spec.variables} | {"APPLIANCE_CONFIG"}
-    warnings = []
-    for name in sorted(environ):
-        if not name.startswith(("APPLIANCE_", "NIM_")) or name in known or not environ[name].strip():
-            continue
-        if name not in NOT_SUPPORTED:
-            warnings.append(f"{name} is not a setting and does nothing{_nearest(name, known)}")
-        elif environ[name].strip().lower() not in ("0", "false", "no", "off"):
-            fatal, reason = NOT_SUPPORTED[name]
-            if fatal:
-                raise SettingsError(f"{name} is set, but {reason}", hint=f"unset {name}")
-            warnings.append(f"{name} is set, but {reason}")
-    return warnings
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" or nothing. The prefix is left out of the comparison: all names share it."""
-    prefix = re.match(r"APPLIANCE_|NIM_|", name)
-    assert prefix is not None
-    bare = {re.sub(r"^(APPLIANCE_|NIM_)", "", other): other for other in sorted(known)}
-    bare |= {other.removeprefix(prefix[0]): other for other in known if prefix[0] and other.startswith(prefix[0])}
-    match = difflib.get_close_matches(name.removeprefix(prefix[0]), list(bare), n=1, cutoff=0.6)
-    return f"; did you mean {bare[match[0]]}?" if match else ""
-
-
-def _read_config(path: Path) -> dict[str, object]:
-    """The mapping in a config file, keys in underscore form, nulls left out. SettingsError if it is not one."""
-    import yaml
-
-    from appliance.strict import parse_yaml
-
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"--config {path} cannot be read: {reason}", hint="give a YAML file of settings") from None
-    if not isinstance(content, dict | None):
-        raise SettingsError(f"--config {path}: expected settings by name, found a {type(content).__name__}")
-    found = {}
-    for key, value in (content or {}).items():
-        name = str(key).replace("-", "_")
-        if name not in specs():
-            raise SettingsError(
-                f"--config {path}: unknown setting {str(key)!r}{_nearest(name, specs())}",
-                hint="`serve --dry-run` lists all settings",
-            )
-        if name in found:
-            raise SettingsError(
-                f"--config {path}: {name} is given twice, as {name} and {name.replace('_', '-')}", hint="say it once"
-            )
-        found[name] = value
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_together(settings: Settings) -> None:
@@ -323,7 +243,7 @@ def _check_together(settings: Settings) -> None:
         name = f"ssl_{part}_path"
         path = getattr(settings, name)
         if path is None:
-            raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set {specs()[name].variable}")
+            raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set APPLIANCE_{name.upper()}")
         if not path.is_file():
             raise SettingsError(f"{name}: there is no file {path}")
     if settings.engine_publish:
