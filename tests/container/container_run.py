@@ -134,9 +134,13 @@ class Container:
             raise AssertionError(f"still running after {seconds} s:\n{self.log}") from None
 
     def execute(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command in the running container, as the health check is run: same user, environment and limits."""
+        """A command in the running container, as the health check is run: same user and environment."""
         return subprocess.run(
-            _crun("exec", self.name, *words), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+            _crun("exec", "--user", self.user or self.config["User"], self.name, *words),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
         )
 
     # ------------------------------------------------------------ OCI
