@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import logging
 import os
 import select
 import signal
@@ -16,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -24,7 +27,7 @@ import pytest
 from appliance.errors import SettingsError
 from appliance.ipc import Progress
 from appliance.launch.engine import show_progress
-from appliance.launch.report import breakdown, progress_line
+from appliance.launch.report import SILENCE_SECONDS, breakdown, progress_line, report_progress
 from appliance.launch.scratch import socket_directory
 from appliance.launch.server import default_model_name, open_sockets
 from appliance.server.lifecycle import Lifecycle
@@ -298,6 +301,23 @@ def test_port_in_use_is_one_clear_error() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"cannot listen on 127.0.0.1 port {port}: .* \(stop what uses it"):
             open_sockets(load({"port": port, "host": "127.0.0.1"}, {}))
+
+
+async def test_a_long_phase_is_never_silent(caplog: pytest.LogCaptureFixture) -> None:
+    """The interval is ten seconds, shortened here: a line at least that often while nothing moves, none when ready."""
+    assert SILENCE_SECONDS <= 10.0
+    life = Lifecycle()
+    with caplog.at_level(logging.INFO):
+        reporter = asyncio.create_task(report_progress(life, silence_seconds=0.2, poll_seconds=0.02))
+        life.enter("building", "layers.0")
+        await asyncio.sleep(1.1)
+        said = [record.created for record in caplog.records]
+        life.enter("ready")
+        caplog.clear()
+        await asyncio.sleep(0.5)
+        reporter.cancel()
+    assert len(said) >= 4 and all(later - earlier < 0.6 for earlier, later in pairwise(said))
+    assert not caplog.records
 
 
 def test_model_names(tmp_path: Path) -> None:

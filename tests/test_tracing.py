@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
-from server_fakes import CHAT, chat, client, ready_state
+from server_fakes import CHAT, chat, client, eventually, ready_state, served
 
 from appliance.errors import SettingsError
 from appliance.server.tracing import RequestTracer, make_tracer
@@ -61,6 +63,27 @@ async def test_a_request_has_its_stages_below_the_clients_span(spans: InMemorySp
     assert stages[0].end_time == stages[1].start_time and stages[1].end_time == stages[2].start_time
     assert stages[2].end_time <= request.end_time
     assert len(spans.get_finished_spans()) == 5, "probes are not traced"
+
+
+async def test_a_stream_is_traced_to_its_end(spans: InMemorySpanExporter) -> None:
+    state, engine = await ready_state("one two three", tracer=tracer_to(spans))
+    engine.auto = False
+    async with served(state) as base, httpx.AsyncClient(base_url=base) as http:
+        asking = asyncio.create_task(http.post(CHAT, json=chat(stream=True, n=2)))
+        await eventually(lambda: len(engine.running) == 2)
+        engine.step()
+        await asyncio.sleep(0.1)
+        assert spans.get_finished_spans() == (), "nothing is finished"
+        while engine.running:
+            engine.step()
+        assert "[DONE]" in (await asking).text
+        await eventually(lambda: len(spans.get_finished_spans()) == 9)
+    server = named(spans, f"POST {CHAT}")
+    requests = [span for span in spans.get_finished_spans() if span.name == "llm_request"]
+    assert len(requests) == 2, "one per choice"
+    for request in requests:
+        assert request.parent.span_id == server.context.span_id
+        assert server.start_time <= request.start_time and request.end_time <= server.end_time + int(5e6)
 
 
 async def test_a_failed_and_a_refused_request_are_marked(spans: InMemorySpanExporter) -> None:
@@ -125,6 +148,18 @@ def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     ((path, tenant, body),) = bodies
     assert path == "/v1/traces" and tenant == "blue"
     assert b"appliance" in body and CHAT.encode() in body
+
+
+def test_a_collector_that_is_down_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    tracer = make_tracer("tiny", ("otlp",))
+    assert tracer is not None
+    began = time.monotonic()
+    with tracer.http({"method": "POST", "path": CHAT, "headers": []}, "r1"):
+        pass
+    assert time.monotonic() - began < 1.0
+    tracer.shutdown()
+    assert time.monotonic() - began < 5.0
 
 
 def test_off_by_default_and_wrong_exporters_are_named() -> None:

@@ -13,6 +13,7 @@ optional dependency, imported here only; it reads the standard OTEL_* variables 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -100,9 +101,11 @@ class RequestTracer:
         span.end(at(times.end))
 
     def shutdown(self) -> None:
-        """Send what is left. Blocks for `_FLUSH_SECONDS` at most."""
-        self._provider.force_flush(int(_FLUSH_SECONDS * 1000))
-        self._provider.shutdown()
+        """Send what is left. Blocks for `_FLUSH_SECONDS` at most: the SDK itself tries a dead collector for longer
+        than the timeout that it is given."""
+        last = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        last.start()
+        last.join(_FLUSH_SECONDS)
 
 
 def _stages(times: RequestTimes) -> Iterable[tuple[str, float, float]]:
@@ -152,7 +155,7 @@ def make_tracer(model_name: str, exporters: Iterable[str]) -> RequestTracer | No
         raise SettingsError(
             "tracing is on, but the OpenTelemetry SDK is not installed", hint="pip install 'appliance[otel]'"
         ) from None
-    provider = TracerProvider()
+    provider = TracerProvider(shutdown_on_exit=False)  # `RequestTracer.shutdown` does, and in bounded time
     for name in names:
         if name not in _EXPORTERS:
             raise SettingsError(
