@@ -8,19 +8,27 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from appliance.errors import ApplianceError, RequestError
 from appliance.server import routes_chat, routes_completions, routes_meta
 from appliance.server.errors import on_appliance_error, on_disconnect, on_http_error, on_unexpected_error
 from appliance.server.middleware import Gate
+from appliance.server.sse import DIRECT_SEND
 from appliance.server.state import ServerState
 from appliance.server.wire.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+
+class _App(FastAPI):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[DIRECT_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(state: ServerState) -> FastAPI:
     """The application over this state. Cheap: it reads no file and needs neither tokenizer nor engine to be there."""
     # FastAPI's own /docs and /redoc load their scripts from a public CDN: routes_meta has a page that needs none.
-    app = FastAPI(
+    app = _App(
         title="Inference appliance", version=state.version, redirect_slashes=False, docs_url=None, redoc_url=None
     )
     app.state.server = state

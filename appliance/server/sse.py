@@ -16,6 +16,9 @@ from appliance.server.errors import error_body, error_response
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+# In the scope: the `send` of the ASGI server itself. What wraps it on the way to a route (middleware, exception
+# handlers) looks only at the start of a response, and would cost a third of the time of each event.
+DIRECT_SEND = "appliance.direct_send"
 
 
 def event(payload: bytes) -> bytes:
@@ -60,12 +63,14 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._source = source
         self._send: Send
+        self._direct_send: Send
         self._started = False
         self._first = b""  # the first events, until the response has started
         self._turn: asyncio.Future[Awaitable[None] | None] | None = None  # while the task waits for its turn
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
+        self._direct_send = scope.get(DIRECT_SEND, send)
         watcher = asyncio.create_task(self._watch(receive))
         try:
             try:
@@ -92,6 +97,7 @@ class EventStream(Response):
     async def _start(self, data: bytes) -> None:
         await self._send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._started = True
+        self._send = self._direct_send
         await self._send(_body(data))
 
     async def _go_on(self) -> None:
