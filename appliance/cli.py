@@ -263,7 +263,7 @@ COMMANDS: dict[str, Command] = {
     "select": Command("which profile would serve a model here, or on a recorded machine, and why", add_select, select),
     "list-model-profiles": Command("all profiles: runnable, too large, incompatible", add_list, list_profiles),
     "build": Command("build the engine of a model, and publish it if asked", add_build, build),
-    "download-to-cache": Command("download a model, with -p or --all its engines too", add_download, download),
+    "download-to-cache": Command("download a model, and build engines of it", add_download, download),
     "create-model-store": Command("an engine as a directory that serves by itself", add_create_store, create_store),
     "bundle": Command("a model and its engines as one file, for machines without a network", add_bundle, bundle),
     "engines": Command("list, verify, remove, publish and fetch engines", add_engines, engines),

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from appliance.launch.watchdog import Watchdog
 
@@ -78,6 +81,37 @@ def test_a_stuck_loop_fails_liveness_in_words_and_ends_the_process_later() -> No
     assert live == 503 and body["phase"] == "failed" and "the event loop has not turned for" in str(body["reason"])
     assert chat == 503 and isinstance(error["error"], dict) and error["error"]["code"] == "unavailable"
     assert len(reasons) == 1 and "has not turned for 1 s" in reasons[0]
+
+
+def test_it_answers_tls_too(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert), "-keyout", str(key)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain(cert, key)
+    trusting = ssl.create_default_context(cafile=str(cert))
+    answers: list[int] = []
+
+    async def stuck() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        watchdog = Watchdog(asyncio.get_running_loop(), [listener], 0.3, lambda reason: None, lambda: served)
+        watchdog.start()
+
+        def client() -> None:
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1/health/live"
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(url, context=trusting, timeout=5)
+            answers.append(caught.value.code)
+
+        asking = threading.Thread(target=client)
+        asking.start()
+        asking.join()
+        watchdog.stop()
+        listener.close()
+
+    asyncio.run(stuck())
+    assert answers == [503]
 
 
 def test_a_loop_that_turns_late_is_not_stuck() -> None:

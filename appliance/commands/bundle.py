@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "-p", dest="profile", metavar="PROFILE", default=argparse.SUPPRESS, help="with the engine of this profile"
     )
-    which.add_argument("--no-engine", action="store_true", help="the checkpoint only [engines in the cache go with it]")
+    which.add_argument("--no-engine", action="store_true", help="the checkpoint without its engines")
     which.add_argument("--engine-only", action="store_true", help="no checkpoint: serves on the same kind of GPU only")
     add_flags(export, [*NAMES, "engine_source", "engine_source_timeout", "log_level", "log_json"])
     text = "check a bundle and put it into the cache"

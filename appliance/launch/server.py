@@ -113,6 +113,7 @@ class _Process:
         self._environment: Mapping[str, str] = child_environment(settings)
         self._stop = asyncio.Event()
         self._http: Any = None  # uvicorn.Server
+        self._watchdog: Watchdog | None = None
 
     async def run(self) -> int:
         self._handle_signals()
@@ -121,7 +122,6 @@ class _Process:
 
         before_seconds = report.process_age_seconds()
         state = self._make_state(before_seconds)
-        watchdog = self._start_watchdog()
         supervisor = self._make_supervisor(state, first_engine)
         helpers = [asyncio.create_task(report.report_progress(state.lifecycle))]
         helpers.append(asyncio.create_task(self._say_when_ready(state, before_seconds)))
@@ -136,8 +136,8 @@ class _Process:
                 await self._drain(state, work)
             return self._outcome(state, http, work)
         finally:
-            if watchdog is not None:
-                watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
+            if self._watchdog is not None:
+                self._watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
             await self._leave(supervisor, first_engine, http, work, [stop, *helpers])
             if state.tracer is not None:
                 state.tracer.shutdown()
@@ -147,18 +147,16 @@ class _Process:
     def _spawn_engine(self) -> Child:
         return Child("engine", self._engine_module, [], directory=self._directory, environment=self._environment)
 
-    def _start_watchdog(self) -> Watchdog | None:
+    def _make_watchdog(self) -> Watchdog | None:
         if not self._settings.stuck_seconds:
             return None
-        watchdog = Watchdog(
+        return Watchdog(
             asyncio.get_running_loop(),
             self._sockets,
             self._settings.stuck_seconds,
             self._give_up,
-            lambda: self._http.config.ssl if self._http is not None else None,
+            lambda: getattr(self._http.config, "ssl", None),  # from when it serves
         )
-        watchdog.start()
-        return watchdog
 
     def _give_up(self, reason: str) -> None:
         """From the watchdog's thread: the loop will not end this process."""
@@ -247,6 +245,9 @@ class _Process:
             **tls,
         )
         self._http = Http(config)
+        self._watchdog = self._make_watchdog()
+        if self._watchdog is not None:
+            self._watchdog.start()  # only now: imports in the loop may take long where files come over a network
         await self._http.serve(sockets=self._sockets)
 
     async def _say_when_ready(self, state: ServerState, before_seconds: float) -> None:
