@@ -98,6 +98,7 @@ def make_lock_and_wheels() -> Path:
 
 def build() -> dict[str, Any]:
     """Build IMAGE from the working tree; the image's configuration, as `docker inspect` has it."""
+    WORK.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(WORK).free < 20 << 30:
         buildah("rmi", "--prune", "--force")  # layers of earlier runs; they also save time, so not always
     make_base()
