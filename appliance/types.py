@@ -234,6 +234,7 @@ class EngineOptions(Struct, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    persistent_decode: bool = True  # decode steps of few sequences in one kernel, where that is faster
     attention: str = "auto"  # "auto", "flashinfer", "triton", "reference"
     seed: int = 0
     verify_digests: bool = True

@@ -149,6 +149,11 @@ def assemble(
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
+    if options.cuda_graphs and options.persistent_decode:
+        with timer.phase("persistent_decode"):
+            reason = runner.enable_persistent()
+        if reason is not None:
+            log.info("no persistent decode kernel: %s", reason)
     if options.cuda_graphs:
         with timer.phase("cuda_graphs"):
             runner.capture_graphs(

@@ -60,7 +60,8 @@ def load_model(
     """A batching core over a model directory, hub id, "builtin" or engine directory, built first if need be. Sizes and
     kernels are those of `options`, the context limit is the model's own. Without `tactics`, an engine that is built now
     has none. Raises what `prepare_engine` and the backend raise."""
-    names = ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "attention", "prefix_caching", "kv_cache_dtype")
+    names = ["max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "persistent_decode", "attention"]
+    names += ["prefix_caching", "kv_cache_dtype"]
     wanted = {name: getattr(options, name) for name in names} | ({} if tactics else {"tactics": False})
     wanted |= {"num_pages": options.num_pages} if options.num_pages else {}
     chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)

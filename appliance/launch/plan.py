@@ -139,6 +139,7 @@ def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:
         max_step_stretch=settings.max_step_stretch,
         prefix_caching=settings.prefix_caching,
         cuda_graphs=settings.cuda_graphs,
+        persistent_decode=settings.persistent_decode,
         attention=settings.attention,
         seed=settings.seed,
         verify_digests=False,  # the start has checked every file, with stamps, so that only the first load reads all
@@ -161,6 +162,7 @@ def options_of_directory(
         max_step_stretch=settings.max_step_stretch,
         prefix_caching=settings.prefix_caching,
         cuda_graphs=settings.cuda_graphs,
+        persistent_decode=settings.persistent_decode,
         attention=settings.attention,
         seed=settings.seed,
         verify_digests=False,

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.index = index
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
-        self._window = config.window_of(index)
+        self.window = config.window_of(index)
         self.rotary = rotary
         self.kv_scales = paged.UNIT_SCALES
         heads = self.num_heads + 2 * self.num_kv_heads
@@ -95,6 +95,6 @@ class Attention(nn.Module):
         q = rope_and_write(
             q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales, deferred
         )
-        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self._window, scales)
+        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self.window, scales)
         out: Product = self.o(attended.flatten(1))
         return out

@@ -57,6 +57,11 @@ class Linear(nn.Module):
         for suffix in self._stored:
             self.register_parameter(suffix, None)
 
+    @property
+    def prepared(self) -> dict[str, Tensor]:
+        """What the scheme multiplies with, after `prepare`."""
+        return self._prepared
+
     def forward(self, x: Activation) -> Product:
         return self._product(x, self.bias)
 

@@ -43,7 +43,7 @@ class InputBatch:
     """Slots, their tokens and pages. Mutated only by `apply`; `step_inputs` reads.
 
     token_table: int32 [max_num_seqs + 1, max_model_len + 1] on the device. The last row is the padding slot, a place to
-    read from and write to for rows that stand for nothing.
+    read from and write to for rows that stand for nothing. page_table: int32 [max_num_seqs + 1, max_pages].
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class InputBatch:
         rows = max_num_seqs + 1
         self.token_table = torch.zeros(rows, max_model_len + 1, dtype=torch.int32, device=device)
         self.num_prompt_tokens = np.zeros(rows, np.int64)
-        self._page_table = torch.zeros(rows, self.max_pages, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(rows, self.max_pages, dtype=torch.int32, device=device)
         self._page_table_host = np.zeros((rows, self.max_pages), np.int32)
         self._num_pages = np.zeros(rows, np.int64)
         self._pin = device.type == "cuda"
@@ -78,7 +78,7 @@ class InputBatch:
                 self._append_pages(item.slot, item.new_page_ids, flat, pages)
         if flat:
             packed = self._to_device(np.array([flat, pages], np.int64))
-            self._page_table.view(-1).index_copy_(0, packed[0], packed[1].to(torch.int32))
+            self.page_table.view(-1).index_copy_(0, packed[0], packed[1].to(torch.int32))
 
     def _fill_slot(self, new: NewSequence) -> None:
         self._num_pages[new.slot] = 0
@@ -146,7 +146,7 @@ class InputBatch:
             max_seq_len=self.token_table.shape[1] - 1 if padded_seqs else max_seq_len,
             query_start=views["query_start"],
             seq_lens=views["seq_lens"],
-            page_table=self._page_table[:0],  # `gather_page_table` fills it in, inside the graph where there is one
+            page_table=self.page_table[:0],  # `gather_page_table` fills it in, inside the graph where there is one
             slot_mapping=views["slot_mapping"],
             query_start_host=query_start.astype(np.int32),
             seq_lens_host=ends.astype(np.int32),
@@ -170,7 +170,7 @@ class InputBatch:
         """Set `inputs.metadata.page_table` to the rows of its sequences, int32 [padded_seqs, max_pages].
 
         Device work of the forward pass, so that a CUDA graph reads the rows anew at every replay."""
-        inputs.metadata.page_table = self._page_table.index_select(0, inputs.slots)
+        inputs.metadata.page_table = self.page_table.index_select(0, inputs.slots)
 
     def _upload(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Copy arrays into the arena in one transfer. Equal sizes give equal addresses, as a CUDA graph needs."""

@@ -6,6 +6,7 @@ place that waits for the device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,12 +16,18 @@ from torch import Tensor
 
 from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
 from appliance.kernels.attention import Attention
+from appliance.kernels.deferred_scale import Product, first_rows
 from appliance.layers.attention import ForwardContext
+from appliance.layers.decoder import Decoder
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
 from appliance.runtime.input_batch import InputBatch, StepInputs
+from appliance.runtime.persistent_decode import SIZES, PersistentDecode, refusal
 from appliance.runtime.results import PendingStep, PromptChunk, to_host
 from appliance.runtime.sampler import Sampler, prompt_logprobs
+from appliance.runtime.timing import time_in_graph
 from appliance.types import SamplingParams
+
+log = logging.getLogger(__name__)
 
 _PROMPT_LOGPROB_ROWS = 512  # logits of this many prompt rows at a time: 128k vocabulary x 512 x 4 bytes = 262 MB
 
@@ -31,6 +38,8 @@ class DecoderModel(Protocol):
     def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def raw_logits(self, hidden: Tensor) -> Product: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class ModelRunner:
         )
         self._sampler = Sampler(limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1, device)
         self._graphs: DecodeGraphs | None = None
+        self._persistent: PersistentDecode | None = None
         self._prompt_top = [0] * (limits.max_num_seqs + 1)  # top-n of prompt log probabilities, per slot
         self._cuda = device.type == "cuda"
 
@@ -84,19 +94,20 @@ class ModelRunner:
         scores_prompt = any(s.prompt_logprobs for s in plan.scheduled)  # needs hidden states, which graphs do not keep
         bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode and not scores_prompt else None
         inputs = self._batch.step_inputs(plan.scheduled, bucket)
-        self._attention.plan(inputs.metadata)
+        if not self._goes_persistent(bucket):
+            self._attention.plan(inputs.metadata)
         # Real lengths: those in the metadata of a padded step are upper bounds.
         sampling = self._sampler.prepare(inputs.slots_host, int(inputs.metadata.seq_lens_host.max()) + 1)
         chunks = None
         if bucket is not None and self._graphs is not None:
-            logits = self._graphs.replay(bucket)[: inputs.num_seqs]
+            logits = first_rows(self._graphs.replay(bucket), inputs.num_seqs)
         else:
             hidden = self._hidden(inputs)
             if scores_prompt:
                 chunks = [self._prompt_chunk(i, s, inputs, hidden) for i, s in enumerate(plan.scheduled)]
             if not any(s.samples for s in plan.scheduled):
                 return PendingStep(plan, None, sampling, chunks, self._cuda)
-            logits = self._model.logits(hidden if decode else hidden.index_select(0, inputs.last_rows))
+            logits = self._model.raw_logits(hidden if decode else hidden.index_select(0, inputs.last_rows))
         n = inputs.num_seqs
         slots, positions = inputs.slots[:n], inputs.next_positions[:n]
         sampled = self._sampler.sample(logits, slots, positions, self._batch.token_table, sampling)
@@ -104,11 +115,48 @@ class ModelRunner:
         return PendingStep(plan, sampled, sampling, chunks, self._cuda)
 
     @torch.inference_mode()
+    def enable_persistent(self) -> str | None:
+        """Let one persistent kernel compute decode steps of few sequences, up to the size from which on the layers are
+        faster on this GPU; says why not where it cannot. Before `capture_graphs`; the model's rotary table and KV
+        scales stay as they are from now on."""
+        if not isinstance(self._model, Decoder):
+            return "the model is not one of the shared decoder"
+        reason = refusal(self._model, self._kv_caches)
+        if reason is not None:
+            return reason
+        sizes = [size for size in SIZES if size <= self._limits.max_num_seqs]
+        persistent = PersistentDecode(self._model, self._kv_caches, self._batch, sizes)
+        for size in persistent.sizes:
+            inputs = self._dummy_decode(size)
+            mine, layers = (
+                self._step_microseconds(step, inputs) for step in (persistent.logits, self._logits_by_layers)
+            )
+            log.info("decode steps of %d: persistent kernel %.0f µs, layer by layer %.0f µs", size, mine, layers)
+            if mine >= layers:
+                persistent.keep_below(size)
+                break
+        if not persistent.sizes:
+            return "layer by layer is faster here"
+        self._persistent = persistent
+        return None
+
+    def _step_microseconds(self, step: Callable[[StepInputs], Product], inputs: StepInputs) -> float:
+        step(inputs)  # compiles and allocates what it needs
+        return time_in_graph([lambda: step(inputs)], launches=3)
+
+    def _goes_persistent(self, padded_seqs: int | None) -> bool:
+        return self._persistent is not None and padded_seqs in self._persistent.sizes
+
+    @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
         """Capture decode steps of the buckets that a start needs. `progress(done, total)` after each."""
         self._graphs = None
         graphs = DecodeGraphs(self._logits, self._dummy_decode)
-        graphs.capture_first(decode_buckets(self._limits.max_num_seqs), progress)
+        sizes = decode_buckets(self._limits.max_num_seqs)
+        if self._persistent is not None:
+            few = self._persistent.sizes
+            sizes = [size for size in sizes if size in few or size > max(few)]
+        graphs.capture_first(sizes, progress)
         self._graphs = graphs
 
     @torch.inference_mode()
@@ -135,8 +183,13 @@ class ModelRunner:
         plan.scheduled.sort(key=lambda s: s.length > 1)
         self.execute(plan).result()
 
-    def _logits(self, inputs: StepInputs) -> Tensor:
-        return self._model.logits(self._hidden(inputs))
+    def _logits(self, inputs: StepInputs) -> Product:
+        if self._persistent is not None and inputs.padded_seqs in self._persistent.sizes:
+            return self._persistent.logits(inputs)
+        return self._logits_by_layers(inputs)
+
+    def _logits_by_layers(self, inputs: StepInputs) -> Product:
+        return self._model.raw_logits(self._hidden(inputs))
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         self._batch.gather_page_table(inputs)

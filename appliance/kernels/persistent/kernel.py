@@ -1,0 +1,211 @@
+"""Compiling and launching the persistent decode kernel (decode.cu): sizes in, a launch on torch's current stream out.
+
+Every size is a compile-time constant, so a kernel serves one model, one number of rows and one GPU type. NVRTC compiles
+it in a second or so, without headers; the cubin goes the way of all compiled kernels (kernels/compiled.py). Knows no
+model: what the tables hold is `runtime/persistent_decode.py`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance.kernels.compiled import KERNELS
+
+SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
+THREADS = 640
+MAX_ROWS = 16
+_SOURCES = ("ring.cuh", "attention.cuh", "decode.cu")
+_CHUNK = 2048  # bytes of a weight row per copy, as in ring.cuh
+_SLOT = 16 * (_CHUNK + 64)
+_WARPS = 16
+_LAYER_BYTES = 160
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What a kernel is compiled for. `rows`: sequences of a step, each with one token."""
+
+    rows: int
+    fp8: bool  # weights and activations of products; else bfloat16
+    kv_fp8: bool
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    page_size: int
+    eps: float
+    blocks: int  # multiprocessors of the GPU
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def attention_items(self) -> int:
+        """Heads' groups of up to four that share a K/V head, over all K/V heads; of one sequence."""
+        return self.kv_heads * -(-(self.heads // self.kv_heads) // 4)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the ring: what shared memory has left."""
+        attention = 4 * (_WARPS * 4 * self.head_dim + 2 * _WARPS * 4 + 6 * self.head_dim + 1)
+        sums = 4 * 2 * _WARPS * self.rows * 20
+        row = 4096 + 16 if self.fp8 else 2048 + 64  # of the staging area
+        staged = max(36864 // (self.rows * row), 1) * self.rows * row
+        tiles = max(self._tiles(n) for n in (self.vocab, 2 * self.ffn, self.qkv_rows))
+        epilogues = 16 * (8 * tiles + 2 * self.rows * self._tiles(self.hidden))
+        others = self.layers * _LAYER_BYTES + self.rows * (40 + 8 * _WARPS) + 1024 + epilogues
+        return (SHARED_BYTES - max(attention, sums, staged) - others) // _SLOT
+
+    def _tiles(self, rows: int) -> int:
+        """Tiles of a weight of so many rows that a block has, at most."""
+        tiles = (rows + 15) // 16
+        return -(-tiles // self.blocks)
+
+    def refused(self) -> str | None:
+        """Why no kernel can be made for this shape, or None."""
+        size = 1 if self.fp8 else 2
+        tiles = 1 if self.rows <= 8 else 2
+        if not 1 <= self.rows <= MAX_ROWS:
+            return f"steps of {self.rows} rows; the kernel takes 1 to {MAX_ROWS}"
+        if self.head_dim not in (32, 64, 128):
+            return f"heads of size {self.head_dim}; the kernel takes 32, 64 and 128"
+        for name, k in (
+            ("hidden size", self.hidden),
+            ("feed-forward size", self.ffn),
+            ("heads", self.heads * self.head_dim),
+        ):
+            if k * size % 64:
+                return f"{name} of {k} elements; the kernel takes multiples of {64 // size}"
+        if self.rows & (self.rows - 1):
+            return f"steps of {self.rows} rows; the kernel takes powers of two"
+        whole = (4 if self.fp8 else 8) // tiles * _CHUNK // size  # elements of a row that registers hold at a time
+        if self.hidden > whole:
+            return f"hidden size {self.hidden}; the kernel takes up to {whole} with {self.rows} rows"
+        plain = whole // 2 if self.rows >= 4 else whole * 3 // 4
+        widest = max(self.ffn, self.heads * self.head_dim)
+        if widest > plain and -(-self.hidden // 16) > 8 * self.blocks:
+            return f"hidden size {self.hidden} is too large for the {self.blocks} multiprocessors"
+        if self.slots < 4:
+            return f"{self.layers} layers and {self.rows} rows leave too little shared memory"
+        return None
+
+    def macros(self) -> dict[str, str]:
+        return {
+            "ROWS": str(self.rows),
+            "FP8": str(int(self.fp8)),
+            "KV_FP8": str(int(self.kv_fp8)),
+            "KV_BYTES": "1" if self.kv_fp8 else "2",
+            "LAYERS": str(self.layers),
+            "HIDDEN": str(self.hidden),
+            "FFN": str(self.ffn),
+            "HEADS": str(self.heads),
+            "KV_HEADS": str(self.kv_heads),
+            "HEAD_DIM": str(self.head_dim),
+            "VOCAB": str(self.vocab),
+            "PAGE_SIZE": str(self.page_size),
+            "EPS": f"{self.eps!r}f",
+            "SOFTMAX_SCALE": f"{self.head_dim**-0.5!r}f",
+            "GRID": str(self.blocks),
+            "SLOTS": str(self.slots),
+            "SHARED_BYTES": str(SHARED_BYTES),
+        }
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this process cannot run such kernels at all, or None."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no CUDA GPU"
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        return "the kernel is made for compute capability 9.0 and 10.x"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
+        return "cuda-core is not installed"
+    return None
+
+
+class DecodeKernel:
+    """One compiled kernel. `launch` needs a GPU with as many free multiprocessors as `shape.blocks`: all of its blocks
+    wait for each other, so the launch is cooperative."""
+
+    def __init__(self, shape: DecodeShape) -> None:
+        from cuda.bindings import driver
+        from cuda.core import LaunchConfig, ObjectCode
+
+        self.shape = shape
+        module = ObjectCode.from_cubin(KERNELS.native(_name(shape), lambda: _compile(shape)))
+        self._kernel = module.get_kernel("decode_step")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = driver.CUdevice(torch.cuda.current_device())
+        (error,) = driver.cuKernelSetAttribute(
+            attribute, SHARED_BYTES, driver.CUkernel(int(self._kernel.handle)), device
+        )
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the decode kernel cannot have {SHARED_BYTES} bytes of shared memory: {error}")
+        self._config = LaunchConfig(grid=shape.blocks, block=THREADS, shmem_size=SHARED_BYTES, is_cooperative=True)
+
+    def launch(self, *tensors: torch.Tensor) -> None:
+        """The kernel's arguments in order, all of them pointers, on torch's current stream; can be captured."""
+        from cuda.core import launch
+
+        launch(_current_stream(), self._config, self._kernel, *(tensor.data_ptr() for tensor in tensors))
+
+
+class _TorchStream:
+    """Torch's current stream, in the protocol that cuda.core takes streams by."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
+def _current_stream() -> Any:
+    from cuda.core import Device
+
+    device = Device(torch.cuda.current_device())
+    device.set_current()
+    return device.create_stream(_TorchStream())
+
+
+def _source() -> str:
+    directory = Path(__file__).parent
+    return "\n".join((directory / name).read_text() for name in _SOURCES)
+
+
+def _options(shape: DecodeShape) -> Any:
+    from cuda.core import ProgramOptions
+
+    major, minor = torch.cuda.get_device_capability()
+    # The suffix allows instructions of exactly this architecture, here the dealing of registers among warps.
+    return ProgramOptions(
+        std="c++17",
+        arch=f"sm_{major}{minor}a",
+        define_macro=list(shape.macros().items()),
+        use_fast_math=False,
+    )
+
+
+def _name(shape: DecodeShape) -> str:
+    """Of the cubin: a digest of all that it depends on but the architecture."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    key = f"{_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
+    return f"decode-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+
+
+def _compile(shape: DecodeShape) -> bytes:
+    from cuda.core import Program
+
+    code = Program(_source(), "c++", _options(shape)).compile("cubin").code
+    return bytes(code)
