@@ -107,7 +107,7 @@ def test_a_start_compiles_nothing(engine: Path, tmp_path: Path) -> None:
         "CC": "/nonexistent/cc",
         "TRITON_CACHE_DIR": str(tmp_path / "kernels" / "triton"),
         "FLASHINFER_WORKSPACE_BASE": str(tmp_path / "kernels"),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     before = read_manifest(engine)
     command = [sys.executable, "-c", _START, str(engine)]

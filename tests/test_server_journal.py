@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from server_fakes import FakeEngine, engine_info, eventually, ready_state
 
 from appliance.errors import InvalidRequestError, OverloadedError, RequestFailedError, UnavailableError
-from appliance.server.request_group import RequestGroup
 from appliance.server.lifecycle import Lifecycle
+from appliance.server.request_group import RequestGroup
 from appliance.server.state import ServerState
 from appliance.types import EngineOutput, EngineRequest, EngineStats, SamplingParams
 
