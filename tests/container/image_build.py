@@ -105,7 +105,9 @@ def build() -> dict[str, Any]:
     wheels = make_lock_and_wheels()
     arguments = {"BASE": BASE, "TARGET": "local", "PIP_FIND_LINKS": "/wheels", "PIP_NO_INDEX": "1", "VERSION": "9.9"}
     flags = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
-    options = ["--layers", "--format", "docker", "--network", "host", "--pull-never", "-v", f"{wheels}:/wheels:ro"]
+    options = ["--format", "docker", "--network", "host", "--pull-never", "-v", f"{wheels}:/wheels:ro"]
+    if driver() == "overlay":
+        options.append("--layers")  # kept for the next run; with vfs every step would be a copy of everything
     buildah("bud", *options, *flags, "--tag", IMAGE, str(ROOT))
     found: dict[str, Any] = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]
     return found
