@@ -61,7 +61,7 @@ PLUGIN = {
 log = logging.getLogger(__name__)
 
 _LOADING_KERNELS = "loading kernels; those compiled for the first time take a minute or two"
-_GRAPH_RESERVE = 512 << 20  # bytes left for CUDA graphs and late allocations of libraries
+_GRAPH_RESERVE = 1 << 30  # bytes left for CUDA graphs and late allocations of libraries
 
 
 def _device(options: EngineOptions) -> torch.device:

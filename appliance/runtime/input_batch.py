@@ -28,6 +28,7 @@ class StepInputs:
     slots_host: np.ndarray  # int64 [num_seqs]: their slots, in host memory
     num_tokens: int  # real tokens
     padded_seqs: int
+    padded_tokens: int  # rows of token_slots, positions and slot_mapping
     token_slots: Tensor  # int64 [tokens, padding included]: row of the token table
     positions: Tensor  # int64 [tokens, padding included]
     slots: Tensor  # int64 [padded_seqs]: slot of each sequence, the padding slot for padding
@@ -103,8 +104,11 @@ class InputBatch:
             return host.pin_memory().to(self.device, non_blocking=True)
         return host.to(self.device)
 
-    def step_inputs(self, scheduled: list[ScheduledSequence], padded_seqs: int | None = None) -> StepInputs:
-        """Inputs of a step, uploaded in one copy. `padded_seqs` pads a pure decode step to a CUDA-graph bucket."""
+    def step_inputs(
+        self, scheduled: list[ScheduledSequence], padded_seqs: int | None = None, padded_tokens: int | None = None
+    ) -> StepInputs:
+        """Inputs of a step, uploaded in one copy. `padded_seqs` pads a pure decode step to a CUDA-graph bucket;
+        `padded_tokens` pads what there is one of per token, and nothing else."""
         n = len(scheduled)
         slots = np.fromiter((s.slot for s in scheduled), np.int64, n)
         starts = np.fromiter((s.start for s in scheduled), np.int64, n)
@@ -123,7 +127,7 @@ class InputBatch:
 
         rows = padded_seqs or n
         assert padded_seqs is None or num_tokens == n, "only pure decode steps are padded"
-        tokens = rows if padded_seqs else num_tokens
+        tokens = rows if padded_seqs else padded_tokens or num_tokens
         views = self._upload(
             {
                 "token_slots": _padded(token_slots, tokens, self.padding_slot),
@@ -140,7 +144,7 @@ class InputBatch:
         max_seq_len = int(ends.max())
         metadata = AttentionMetadata(
             num_seqs=rows,
-            num_tokens=tokens,
+            num_tokens=rows if padded_seqs else num_tokens,
             max_query_len=int(lengths.max()),
             # A padded step is replayed from a graph, which must serve every length.
             max_seq_len=self.token_table.shape[1] - 1 if padded_seqs else max_seq_len,
@@ -157,6 +161,7 @@ class InputBatch:
             slots_host=slots,
             num_tokens=num_tokens,
             padded_seqs=rows,
+            padded_tokens=tokens,
             token_slots=views["token_slots"],
             positions=views["positions"],
             slots=views["slots"],

@@ -22,6 +22,7 @@ from appliance.layers.decoder import Decoder
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
 from appliance.runtime.input_batch import InputBatch, StepInputs
 from appliance.runtime.persistent_decode import SIZES, PersistentDecode, refusal
+from appliance.runtime.piecewise_graphs import PiecewiseGraphs, token_buckets
 from appliance.runtime.results import PendingStep, PromptChunk, to_host
 from appliance.runtime.sampler import Sampler, prompt_logprobs
 from appliance.runtime.timing import time_in_graph
@@ -77,6 +78,7 @@ class ModelRunner:
         )
         self._sampler = Sampler(limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1, device)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PiecewiseGraphs | None = None
         self._persistent: PersistentDecode | None = None
         self._prompt_top = [0] * (limits.max_num_seqs + 1)  # top-n of prompt log probabilities, per slot
         self._cuda = device.type == "cuda"
@@ -93,7 +95,9 @@ class ModelRunner:
         decode = all(s.length == 1 for s in plan.scheduled)
         scores_prompt = any(s.prompt_logprobs for s in plan.scheduled)  # needs hidden states, which graphs do not keep
         bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode and not scores_prompt else None
-        inputs = self._batch.step_inputs(plan.scheduled, bucket)
+        tokens = sum(s.length for s in plan.scheduled)
+        pieces = self._pieces.bucket(tokens) if bucket is None and self._pieces is not None else None
+        inputs = self._batch.step_inputs(plan.scheduled, bucket, pieces)
         if not self._goes_persistent(bucket):
             self._attention.plan(inputs.metadata)
         # Real lengths: those in the metadata of a padded step are upper bounds.
@@ -102,12 +106,12 @@ class ModelRunner:
         if bucket is not None and self._graphs is not None:
             logits = first_rows(self._graphs.replay(bucket), inputs.num_seqs)
         else:
-            hidden = self._hidden(inputs)
+            hidden = self._hidden(inputs) if pieces is None else self._hidden_in_pieces(inputs)
             if scores_prompt:
                 chunks = [self._prompt_chunk(i, s, inputs, hidden) for i, s in enumerate(plan.scheduled)]
             if not any(s.samples for s in plan.scheduled):
                 return PendingStep(plan, None, sampling, chunks, self._cuda)
-            logits = self._model.raw_logits(hidden if decode else hidden.index_select(0, inputs.last_rows))
+            logits = self._model.raw_logits(hidden.index_select(0, inputs.last_rows))
         n = inputs.num_seqs
         slots, positions = inputs.slots[:n], inputs.next_positions[:n]
         sampled = self._sampler.sample(logits, slots, positions, self._batch.token_table, sampling)
@@ -158,11 +162,20 @@ class ModelRunner:
             sizes = [size for size in sizes if size in few or size > max(few)]
         graphs.capture_first(sizes, progress)
         self._graphs = graphs
+        tokens = token_buckets(self._limits.max_num_batched_tokens)
+        if tokens and isinstance(self._model, Decoder):
+            config, tp = self._model.config, self._model.tp
+            q_shape = (config.num_attention_heads // tp.size, config.head_dim)
+            self._pieces = PiecewiseGraphs(
+                self._forward, self._dummy_tokens, tokens, q_shape, self._model.dtype, self._kv_caches[0].device
+            )
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
-        """Capture one more bucket, between two steps. False: there are no more."""
-        return self._graphs is not None and self._graphs.capture_next()
+        """Capture one more bucket, of decode steps or of prompt tokens, between two steps. False: there are no more."""
+        if self._graphs is not None and self._graphs.capture_next():
+            return True
+        return self._pieces is not None and self._pieces.capture_next()
 
     def profile(self) -> None:
         """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards.
@@ -193,12 +206,20 @@ class ModelRunner:
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         self._batch.gather_page_table(inputs)
+        return self._forward(inputs, self._attention)
+
+    def _hidden_in_pieces(self, inputs: StepInputs) -> Tensor:
+        assert self._pieces is not None
+        self._batch.gather_page_table(inputs)
+        return self._pieces.run(inputs.padded_tokens, inputs, self._attention)
+
+    def _forward(self, inputs: StepInputs, attention: Attention) -> Tensor:
         token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
         ctx = ForwardContext(
             positions=inputs.positions,
             kv_caches=self._kv_caches,
             metadata=inputs.metadata,
-            attention=self._attention,
+            attention=attention,
         )
         return self._model(token_ids, ctx)
 
@@ -210,6 +231,11 @@ class ModelRunner:
         inputs.metadata.slot_mapping.fill_(-1)
         self._attention.plan(inputs.metadata)
         return inputs
+
+    def _dummy_tokens(self, size: int) -> StepInputs:
+        """Inputs of `size` padding tokens, which write no keys or values."""
+        slot = self._batch.padding_slot
+        return self._batch.step_inputs([ScheduledSequence(slot, 0, 0, [], samples=False)], None, size)
 
     def _prompt_chunk(
         self, index: int, item: ScheduledSequence, inputs: StepInputs, hidden: Tensor

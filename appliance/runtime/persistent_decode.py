@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from appliance.kernels.fp8_linear import FP8
-from appliance.kernels.persistent.kernel import DecodeKernel, DecodeShape, unavailable
+from appliance.kernels.persistent.kernel import DecodeKernel, DecodeShape, compile_all, unavailable
 from appliance.layers.attention import Attention
 from appliance.layers.decoder import Decoder, DecoderLayer
 from appliance.layers.linear import Linear
 from appliance.runtime.input_batch import InputBatch, StepInputs
 
-SIZES = (1, 2, 4, 8)  # rows that kernels are made for; a batch takes the next larger one
+SIZES = (1, 2, 4)  # rows that kernels are made for; a batch takes the next larger one
 
 
 def shape_of(model: Decoder, kv_cache: Tensor, rows: int) -> DecodeShape:
@@ -68,7 +68,9 @@ class PersistentDecode:
         """`model` is prepared and `refusal` said None. Compiles what has not been compiled before."""
         device = kv_caches[0].device
         shapes = {rows: shape_of(model, kv_caches[0], rows) for rows in sizes}
-        self._kernels = {rows: DecodeKernel(shape) for rows, shape in shapes.items() if shape.refused() is None}
+        shapes = {rows: shape for rows, shape in shapes.items() if shape.refused() is None}
+        compile_all(shapes.values())
+        self._kernels = {rows: DecodeKernel(shape) for rows, shape in shapes.items()}
         self._held: list[Tensor] = list(kv_caches)
         layers = (self._layer(layer, cache) for layer, cache in zip(model.layers, kv_caches, strict=True))
         self._layers = _table(b"".join(layers), device)

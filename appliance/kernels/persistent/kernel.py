@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,7 @@ class DecodeKernel:
         from cuda.core import LaunchConfig, ObjectCode
 
         self.shape = shape
-        module = ObjectCode.from_cubin(KERNELS.native(_name(shape), lambda: _compile(shape)))
+        module = ObjectCode.from_cubin(_cubin(shape))
         self._kernel = module.get_kernel("decode_step")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = driver.CUdevice(torch.cuda.current_device())
@@ -160,6 +162,16 @@ class DecodeKernel:
         from cuda.core import launch
 
         launch(_current_stream(), self._config, self._kernel, *(tensor.data_ptr() for tensor in tensors))
+
+
+def compile_all(shapes: Iterable[DecodeShape]) -> None:
+    """Have the code of these kernels, so that making them is quick: what must be compiled is, side by side."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_cubin, shapes))
+
+
+def _cubin(shape: DecodeShape) -> bytes:
+    return KERNELS.native(_name(shape), lambda: _compile(shape))
 
 
 class _TorchStream:
