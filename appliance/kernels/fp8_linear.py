@@ -124,7 +124,9 @@ def fp8_linear_deferred(
         raw = values.new_empty((0, weight.shape[0]), dtype=torch.bfloat16)
     else:
         one = _one(values.device)
-        raw = torch._scaled_mm(values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        raw = torch._scaled_mm(
+            values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     return DeferredScale(raw, scales, weight_scales, bias)
 
 
@@ -149,7 +151,13 @@ def fp8_linear(
     in_product = bias if dtype == torch.bfloat16 else None  # a bias goes into the product in its output's dtype
     # weight.t() is the column-major right side that the product asks for.
     out = torch._scaled_mm(
-        values, weight.t(), scale_a=scales, scale_b=weight_scales, bias=in_product, out_dtype=torch.bfloat16
+        values,
+        weight.t(),
+        scale_a=scales,
+        scale_b=weight_scales,
+        bias=in_product,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     ).to(dtype)
     return out if bias is None or bias is in_product else out + bias
 

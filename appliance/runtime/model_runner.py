@@ -153,7 +153,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
-        """Capture decode steps of the buckets that a start needs. `progress(done, total)` after each."""
+        """Capture decode steps of the buckets that a start needs, and the pieces of steps with prompts.
+        `progress(done, total)` after each, per kind."""
         self._graphs = None
         graphs = DecodeGraphs(self._logits, self._dummy_decode)
         sizes = decode_buckets(self._limits.max_num_seqs)
@@ -169,13 +170,14 @@ class ModelRunner:
             self._pieces = PiecewiseGraphs(
                 self._forward, self._dummy_tokens, tokens, q_shape, self._model.dtype, self._kv_caches[0].device
             )
+            # Before serving, all of them: one takes longer than a client should wait for its next token.
+            for done, _ in enumerate(iter(self._pieces.capture_next, False), start=1):
+                progress(done, len(tokens))
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
-        """Capture one more bucket, of decode steps or of prompt tokens, between two steps. False: there are no more."""
-        if self._graphs is not None and self._graphs.capture_next():
-            return True
-        return self._pieces is not None and self._pieces.capture_next()
+        """Capture one more bucket of decode steps, between two steps. False: there are no more."""
+        return self._graphs is not None and self._graphs.capture_next()
 
     def profile(self) -> None:
         """One step of the largest size with every sampling stage on, so that peak memory can be read afterwards.

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def _existing(path: Path) -> Path:
 @cache
 def driver() -> str:
     """overlay, or vfs where that cannot be mounted: in a container, say. vfs copies whole layers and is slow."""
-    probe = WORK / "probe"
+    WORK.mkdir(parents=True, exist_ok=True)
+    probe = Path(tempfile.mkdtemp(prefix="probe-", dir=WORK))  # test processes beside this one look, too
     for name in ("lower", "upper", "work", "merged"):
-        (probe / name).mkdir(parents=True, exist_ok=True)
+        (probe / name).mkdir()
     options = f"lowerdir={probe}/lower,upperdir={probe}/upper,workdir={probe}/work"
     mount = f"mount -t overlay overlay -o {options} {probe}/merged"
     works = subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode == 0
