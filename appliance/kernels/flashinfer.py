@@ -9,13 +9,15 @@ rows without pages, so padding rows cost nothing), longer rows on the prefill wr
 
 FP8 caches: FA2 reads the bytes as they are. FA3 takes them only with FP8 queries, which would cost accuracy; so where
 there are many queries per cached token, the step's pages are widened to 16 bits, layer by layer, into pages of this
-object, which FA3 reads. Both see the same numbers.
+object, which FA3 reads. Both see the same numbers. Decode rows go through XQA where it can serve them (xqa.py), in
+graphs and beside prompts: its queries and probabilities are FP8 too on compute capability 9.0. It needs no plan.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -29,6 +31,9 @@ from torch import Tensor
 from appliance.kernels.attention import FP8_CACHE_CAPABILITY, UNIT_SCALES, AttentionMetadata, KvScales
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.widen_pages import widen_pages
+from appliance.kernels.xqa import XqaDecode, xqa_for
+
+log = logging.getLogger(__name__)
 
 HEAD_DIMS = (64, 128, 256)
 _WIDE_BYTES = 128 << 20  # for the widened pages of one layer; steps with longer sequences read the bytes
@@ -106,7 +111,7 @@ def page_lists(
 class _Planned:
     """Wrappers that serve one window in the current step: q rows [0, num_decodes) and [num_decodes, num_rows)."""
 
-    decode: Any | None
+    decode: Any | XqaDecode | None
     prefill: Any | None
     num_decodes: int
     num_rows: int
@@ -138,7 +143,7 @@ class FlashInferAttention:
     `graph_batch_sizes`: padded values of `num_seqs` that decode steps are captured with; each has wrappers of its own,
     whose buffers stay at their addresses. A captured step is replayed after a `plan` with the same `num_seqs`.
     Device memory: `workspace_bytes` + 16 MiB a window + page indices (4 bytes × max_num_seqs × pages of max_model_len);
-    with FP8 caches up to 128 MiB more for widened pages.
+    with FP8 caches up to 128 MiB more for widened pages and 32 MiB for XQA.
     """
 
     name = "flashinfer"
@@ -187,6 +192,16 @@ class FlashInferAttention:
         for window in self._windows:
             self._make_wrappers(window, graph_batch_sizes)
         self._planned: dict[int | None, _Planned] = {}
+        self._xqa = xqa_for(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            kv_dtype=self._kv_dtype,
+            max_rows=max(rows, max_num_seqs),
+            device=self._device,
+        )
 
     def _wide_pages(self, most: int) -> Tensor | None:
         """Pages of this object for widened copies, `most` or as many as _WIDE_BYTES hold; None where FA3 is not used or
@@ -248,8 +263,14 @@ class FlashInferAttention:
     def load_modules(self) -> None:
         """Loads the library's kernels, compiling those that its cache lacks (12 to 80 s each, with nvcc).
 
-        Raises whatever the library raises where it can do neither.
+        Raises whatever the library raises where it can do neither. Without XQA's alone, FA2 decodes.
         """
+        if self._xqa is not None:
+            try:
+                self._xqa.load(self._windows)
+            except Exception as error:  # no compiler, and an engine or cache from before
+                log.warning("decode attention: FA2, as XQA can be neither loaded nor compiled: %s", error)
+                self._xqa = None
         zeros = torch.zeros(2, dtype=torch.int64, device=self._device)
         for length in (2, _WIDE_QUERIES):  # the second is prefilled by the wide wrapper, where there is one
             self.plan(
@@ -279,7 +300,11 @@ class FlashInferAttention:
             rows = int(metadata.query_start_host[-1])
         lens, table = metadata.seq_lens_host, metadata.page_table_host
         real = min(num_decodes, len(lens))
-        decode_pages = self._upload(table[:real], lens[:real], num_decodes) if num_decodes else None
+        decode_pages = None
+        if num_decodes and self._xqa is not None:
+            self._xqa.plan(metadata.seq_lens[:num_decodes])
+        elif num_decodes:
+            decode_pages = self._upload(table[:real], lens[:real], num_decodes)
         prefill_pages = widened = None
         if num_decodes < len(lens):
             prefill_pages = self._upload(table[num_decodes:], lens[num_decodes:], len(lens) - num_decodes)
@@ -287,7 +312,8 @@ class FlashInferAttention:
                 indptr, widened, last = prefill_pages
                 prefill_pages = (indptr, self._wide_order[: len(widened)], last)
         for window in self._windows:
-            decode = prefill = None
+            decode: Any = self._xqa if num_decodes else None
+            prefill = None
             if decode_pages is not None:
                 graph = self._graph_decode.get((window, num_decodes)) if metadata.max_query_len == 1 else None
                 decode = graph or self._decode[window]
@@ -353,7 +379,9 @@ class FlashInferAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         n, rows = planned.num_decodes, planned.num_rows
         scales = {"k_scale": kv_scales.k, "v_scale": kv_scales.v}  # that of V costs a kernel unless it is 1
-        if planned.decode is not None:
+        if isinstance(planned.decode, XqaDecode):
+            planned.decode.attend(q[:n], kv_cache, metadata.page_table[:n], scale, window, kv_scales, out[:n])
+        elif planned.decode is not None:
             planned.decode.run(q[:n], kv_cache, out=out[:n], **scales)
         if planned.prefill is not None:
             pages = kv_cache
