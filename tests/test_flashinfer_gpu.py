@@ -203,7 +203,7 @@ def check_fp8(attention, got, want, decodes):
         decodes = 0
     if decodes:
         off = (got[:decodes] - want[:decodes]).float().norm(dim=(1, 2)) / want[:decodes].float().norm(dim=(1, 2))
-        assert float(off.max()) < 0.08, off.tolist()
+        assert float(off.max()) < 0.06, off.tolist()
     torch.testing.assert_close(got[decodes:], want[decodes:], rtol=2e-2, atol=5e-2)  # V is three times the usual size
 
 
