@@ -81,14 +81,14 @@ def candidates(
 
     def on_bytes() -> Call:
         attention = flashinfer()
-        attention._wide = None
+        attention._wide = attention._xqa = None
         return ours(attention)
 
     found: dict[str, Callable[[], Call]] = {
         "flashinfer": lambda: ours(flashinfer()),
         "triton": lambda: ours(TritonAttention()),
     }
-    if kv_dtype == FP8 and not decode:
+    if kv_dtype == FP8:
         found["flashinfer, FA2 on bytes"] = on_bytes
     if decode:
         found["flashinfer without tensor cores"] = lambda: cuda_cores(args, meta, q, kv_dtype)
