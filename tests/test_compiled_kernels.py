@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,3 +175,13 @@ def test_flashinfer_is_imported_without_the_rest_of_its_package(
     import flashinfer as whole
 
     assert whole.whole
+
+
+def test_keys_of_c_modules_do_not_depend_on_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine built where `file` is on the path must be found where it is not."""
+    from triton.runtime import build
+
+    CompiledKernels().open()
+    with_path = build.platform_key()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert build.platform_key() == with_path and platform.machine() in with_path

@@ -6,9 +6,12 @@ This one answers from `CompiledKernels` first and notes what was used. Imported 
 
 from __future__ import annotations
 
+import platform
+import struct
 from typing import Any
 
 from triton import knobs
+from triton.runtime import build
 from triton.runtime.cache import CacheManager, FileCacheManager
 
 from appliance.kernels.compiled import CompiledKernels
@@ -21,6 +24,13 @@ def install(kernels: CompiledKernels) -> None:
     global _kernels
     _kernels = kernels
     knobs.cache.manager_class = LayeredCacheManager
+    build.platform_key = _platform_key
+
+
+def _platform_key() -> str:
+    """Triton's own asks `platform.architecture`, which asks the program `file`: where that is missing, as in a slim
+    container, its C modules would have other keys than where an engine was built."""
+    return f"{platform.machine()},{platform.system()},{struct.calcsize('P') * 8}bit"
 
 
 class LayeredCacheManager(CacheManager):  # type: ignore[misc]

@@ -95,7 +95,7 @@ class XqaDecode:
 
         Padding rows attend to one token: of a row without tokens the kernel writes nothing at all. The lengths belong
         here and not before each call, as the kernel reads them before the launch ahead of it has ended."""
-        torch.clamp(seq_lens, min=1, out=self._lens[: len(seq_lens)])
+        self._lens[: len(seq_lens)].copy_(seq_lens.clamp(min=1))
 
     def attend(
         self,
