@@ -188,7 +188,7 @@ class CompiledKernels:
         return found
 
     def _record_driver(self) -> None:
-        """Triton's own C module, which every process loads once: if it was loaded before this object was asked, again."""
+        """Triton's own C module, which a process loads once: if that was before this object was asked, again."""
         known = any(name.startswith("cuda_utils") for _, name in self._files)
         if torch.cuda.is_available() and self._groups and not known:
             from triton.backends.nvidia.driver import CudaUtils
