@@ -1,6 +1,6 @@
 // What the persistent decode kernel stands on: mbarriers, bulk copies, tensor-core products, the barrier across the grid.
 //
-// Compiled with NVRTC, without any header. Sizes come in as macros (see plan.py); everything is sm_90 or newer.
+// Compiled with NVRTC, without any header. Sizes come in as macros (see kernel.py); everything is sm_90 or newer.
 
 #ifdef __CUDACC_RTC__
 typedef unsigned char uint8_t;

@@ -1,0 +1,169 @@
+// Tiles of weights in the ring by registers of x; results of a tile.
+
+// A warp's share of a tile: in several registers per result, as a product of the tensor cores has to wait for the one
+// before it that adds to the same register.
+struct Sums {
+  static constexpr int kParts = kColumnTiles == 1 ? 4 : 2;
+  float part[kParts][kColumnTiles][4] = {};
+
+  __device__ __forceinline__ void add_to(float (&total)[kColumnTiles][4]) const {
+#pragma unroll
+    for (int t = 0; t < kColumnTiles; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int p = 0; p < kParts; p++) total[t][i] += part[p][t][i];
+  }
+};
+
+// 16 bytes of weight rows `lane / 4` and 8 more, by the registers of x that stand opposite.
+__device__ __forceinline__ void multiply_window(const uint4& low, const uint4& high, const uint32_t (&b)[kColumnTiles][kWindowRegisters],
+                                                int half, Sums& sums) {
+  const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+#if FP8
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    uint32_t a[4];
+    widen(lows[w], a[0], a[2]);
+    widen(highs[w], a[1], a[3]);
+#pragma unroll
+    for (int t = 0; t < kColumnTiles; t++) mma(sums.part[w % Sums::kParts][t], a[0], a[1], a[2], a[3], b[t][w * 2], b[t][w * 2 + 1]);
+  }
+#else
+#pragma unroll
+  for (int w = 0; w < 4; w += 2)
+#pragma unroll
+    for (int t = 0; t < kColumnTiles; t++) 
+      mma(sums.part[(w / 2 + half * 2) % Sums::kParts][t], lows[w], highs[w], lows[w + 1], highs[w + 1], b[t][w], b[t][w + 1]);
+#endif
+}
+
+// Gives slots back to the producer, after a barrier of the block: an arrival of every warp at every slot would cost more
+// than the products.
+__device__ __forceinline__ void release(Ring from, const Ring& to) {
+  if (threadIdx.x != kConsumers - 1) return;
+  for (; from.slot != to.slot || from.parity != to.parity; from.next()) mbarrier_arrive(from.empty());
+}
+
+// This thread's share of a tile: the next chunks of the ring times the registers of x. Afterwards the slots from `held` to
+// `ring` are to be released.
+template <class P>
+__device__ __forceinline__ void multiply(Ring& ring, Ring& held, const Input<P>& in, int pass, float (&total)[kColumnTiles][4]) {
+  constexpr int kHeldSlots = 2;
+  static_assert(SLOTS > kHeldSlots, "a ring without free slots does not move");
+  Sums sums;
+  held = ring;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint8_t* data = dynamic_shared + lane / 4 * kPitch + warp * 128 + lane % 4 * 16;
+#pragma unroll
+  for (int c = 0; c < P::kChunksPerPass; c++) {
+    if (pass * P::kChunksPerPass + c >= P::kChunks) break;
+    if (c > 0 && c % kHeldSlots == 0) {
+      consumers_sync();
+      release(held, ring);
+      held = ring;
+    }
+    mbarrier_wait(ring.full(), ring.parity);
+    const uint8_t* slot = data + ring.slot * kSlotBytes;
+    ring.next();
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + half * 64 < P::kRowBytes)
+        multiply_window(*(const uint4*)(slot + half * 64), *(const uint4*)(slot + 8 * kPitch + half * 64), in.b[c * 2 + half], half, sums);
+  }
+  sums.add_to(total);
+}
+
+struct Output {
+  const float* scale;    // of the weight's rows
+  const uint16_t* bias;  // null: none
+  uint16_t* to;          // bf16 result; of kO and kDown: the residual stream, added to
+  float* logits;         // kHead
+};
+
+// Before a phase waits: what its epilogues will need. The barrier's own synchronization makes it visible to the block.
+template <class P>
+__device__ __forceinline__ void fetch_for_epilogues(const Output& out) {
+  Shared& s = shared();
+  for (int i = threadIdx.x; i < P::kTilesPerBlock * 16; i += kConsumers) {
+    const int row = min(P::first_row(blockIdx.x + i / 16 * GRID, i / 8 % 2) + i % 8, P::N - 1);
+    if (FP8) s.weight_scale[i] = out.scale[row];
+    s.bias[i] = out.bias == nullptr ? 0.f : bf16_value(out.bias[row]);
+  }
+  if (P::kKind == kO || P::kKind == kDown) {
+    for (int i = threadIdx.x; i < ROWS * P::kTilesPerBlock * 16; i += kConsumers) {
+      const int row = i / (P::kTilesPerBlock * 16), at = i % (P::kTilesPerBlock * 16);
+      const int column = min((int)(blockIdx.x + at / 16 * GRID) * 16 + at % 16, P::N - 1);
+      s.residual[row][at] = load_shared_state(out.to + row * P::N + column);
+    }
+  }
+}
+
+// Results of a tile, from the warps' sums. Tiles take turns at the warps, so that no warp falls behind.
+template <class P>
+__device__ __forceinline__ void write_results(const Output& out, int tile, int turn) {
+  constexpr int N = P::N, KIND = P::kKind;
+  constexpr int kOutputRows = KIND == kGateUp ? 8 : 16;
+  constexpr int kThreadsUsed = (kOutputRows * ROWS + 31) / 32 * 32;
+  Shared& s = shared();
+  const int at = (threadIdx.x + kConsumers - turn * kThreadsUsed % kConsumers) % kConsumers;
+  const int row = at / kOutputRows, in_tile = at % kOutputRows;  // row of x; row of the weight in the tile
+  const int weight_row = tile * kOutputRows + in_tile;
+  if (row >= ROWS || weight_row >= (KIND == kGateUp ? N / 2 : N)) return;
+  float v[2] = {0.f, 0.f};
+#pragma unroll
+  for (int w = 0; w < kConsumerWarps; w++) {
+    const float* column = s.sums[turn % 2][w] + row * kColumnPitch;
+    v[0] += column[in_tile];
+    if (KIND == kGateUp) v[1] += column[in_tile + 8];
+  }
+#pragma unroll
+  for (int i = 0; i < (KIND == kGateUp ? 2 : 1); i++) {
+    const int local = turn * 16 + in_tile + i * 8;
+    if (FP8) v[i] *= s.x_scale[row] * s.weight_scale[local];
+    v[i] += s.bias[local];
+  }
+  if (KIND == kGateUp) {
+    const float gate = bf16_round(v[0]), up = bf16_round(v[1]);
+    const float y = bf16_round(gate / (1.f + __expf(-gate)) * up);
+    out.to[row * (N / 2) + weight_row] = bf16_bits(y);
+    if (FP8) atomicMax(&s.gated_amax[row], __float_as_int(fabsf(y)));
+  } else if (KIND == kO || KIND == kDown) {
+    out.to[row * N + weight_row] = bf16_bits(bf16_value(s.residual[row][turn * 16 + in_tile]) + bf16_round(v[0]));
+  } else if (KIND == kQkv) {
+    out.to[row * N + weight_row] = bf16_bits(v[0]);
+  } else {
+    out.logits[(int64_t)row * N + weight_row] = v[0];
+  }
+}
+
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[kColumnTiles][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < kColumnTiles; t++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int column = t * 8 + lane % 4 * 2 + i % 2;
+      if (column < ROWS) to[column * kColumnPitch + lane / 4 + i / 2 * 8] = sums[t][i];
+    }
+}
+
+// All tiles of this block in one pass over x: `in` is loaded.
+template <class P>
+__device__ __forceinline__ Ring product(Ring ring, const Input<P>& in, const Output& out) {
+  // Two buffers of sums: writers of a tile's are at most one barrier ahead of the readers of the last tile's.
+  Shared& s = shared();
+  int turn = 0;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < P::kTiles; tile += GRID, turn++) {
+    float sums[kColumnTiles][4] = {};
+    Ring held;
+    multiply<P>(ring, held, in, 0, sums);
+    store_sums(s.sums[turn % 2][threadIdx.x / 32], sums);
+    consumers_sync();
+    release(held, ring);
+    write_results<P>(out, tile, turn);
+  }
+  return ring;
+}
+
