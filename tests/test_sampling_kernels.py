@@ -6,11 +6,10 @@ Without a GPU the kernels run in Triton's interpreter (conftest sets TRITON_INTE
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from sampling_reference import reference_noise
 from transformers import generation as hf
 
 from appliance.kernels import filtered_draw, sampling
@@ -27,21 +26,6 @@ def random_logits(rows, vocab=VOCAB, seed=0, spread=3.0):
 def seeds_of(values):
     words = [[(v & 0xFFFFFFFF), (v >> 32) & 0xFFFFFFFF] for v in values]
     return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32)).to(DEVICE)
-
-
-def reference_mix(h):
-    h ^= h >> 16
-    h = h * 0x85EBCA6B % 2**32
-    h ^= h >> 13
-    h = h * 0xC2B2AE35 % 2**32
-    return h ^ (h >> 16)
-
-
-def reference_noise(seed, position, token):
-    key = reference_mix(reference_mix(seed % 2**32 ^ 0x9E3779B9) ^ (seed >> 32) % 2**32)
-    key = reference_mix(key ^ position)
-    bits = reference_mix(reference_mix((token * 0x9E3779B9 + key) % 2**32) ^ reference_mix(key ^ 0x6A09E667))
-    return -math.log1p(-(bits + 0.5) / 2**32)
 
 
 # ---------------------------------------------------------------- noise and draw

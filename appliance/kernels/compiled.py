@@ -167,7 +167,6 @@ class CompiledKernels:
         """Copy everything that was used to `directory`, which becomes the engine's; the versions of each family there.
         Raises OSError."""
         here, found = versions(), {}
-        self._record_driver()
         for (key, filename), files in self._groups.items():
             for name, path in files.items():
                 if path.suffix in _KEPT and not name.startswith("__grp__"):
@@ -186,14 +185,6 @@ class CompiledKernels:
             target.write_bytes(code if isinstance(code, bytes) else code.read_bytes())
             found["native"] = here["native"]
         return found
-
-    def _record_driver(self) -> None:
-        """Triton's own C module, which a process loads once: if that was before this object was asked, again."""
-        known = any(name.startswith("cuda_utils") for _, name in self._files)
-        if torch.cuda.is_available() and self._groups and not known:
-            from triton.backends.nvidia.driver import CudaUtils
-
-            CudaUtils()
 
     def summary(self) -> str:
         """For the log: where kernels came from so far."""

@@ -95,10 +95,11 @@ class ModelRunner:
         decode = all(s.length == 1 for s in plan.scheduled)
         scores_prompt = any(s.prompt_logprobs for s in plan.scheduled)  # needs hidden states, which graphs do not keep
         bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode and not scores_prompt else None
-        tokens = sum(s.length for s in plan.scheduled)
-        pieces = self._pieces.bucket(tokens) if bucket is None and self._pieces is not None else None
+        pieces = None
+        if bucket is None and self._pieces is not None:
+            pieces = self._pieces.bucket(sum(s.length for s in plan.scheduled))
         inputs = self._batch.step_inputs(plan.scheduled, bucket, pieces)
-        if not self._goes_persistent(bucket):
+        if self._persistent is None or not self._persistent.serves(bucket):
             self._attention.plan(inputs.metadata)
         # Real lengths: those in the metadata of a padded step are upper bounds.
         sampling = self._sampler.prepare(inputs.slots_host, int(inputs.metadata.seq_lens_host.max()) + 1)
@@ -148,9 +149,6 @@ class ModelRunner:
         step(inputs)  # compiles and allocates what it needs
         return time_in_graph([lambda: step(inputs)], launches=3)
 
-    def _goes_persistent(self, padded_seqs: int | None) -> bool:
-        return self._persistent is not None and padded_seqs in self._persistent.sizes
-
     @torch.inference_mode()
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
         """Capture decode steps of the buckets that a start needs, and the pieces of steps with prompts.
@@ -168,11 +166,10 @@ class ModelRunner:
             config, tp = self._model.config, self._model.tp
             q_shape = (config.num_attention_heads // tp.size, config.head_dim)
             self._pieces = PiecewiseGraphs(
-                self._forward, self._dummy_tokens, tokens, q_shape, self._model.dtype, self._kv_caches[0].device
+                self._forward, self._dummy_tokens, max(tokens), q_shape, self._model.dtype, self._kv_caches[0].device
             )
             # Before serving, all of them: one takes longer than a client should wait for its next token.
-            for done, _ in enumerate(iter(self._pieces.capture_next, False), start=1):
-                progress(done, len(tokens))
+            self._pieces.capture_all(tokens, progress)
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
@@ -199,7 +196,7 @@ class ModelRunner:
         self.execute(plan).result()
 
     def _logits(self, inputs: StepInputs) -> Product:
-        if self._persistent is not None and inputs.padded_seqs in self._persistent.sizes:
+        if self._persistent is not None and self._persistent.serves(inputs.padded_seqs):
             return self._persistent.logits(inputs)
         return self._logits_by_layers(inputs)
 

@@ -85,6 +85,9 @@ class PersistentDecode:
         """Numbers of sequences, ascending, that steps are padded to."""
         return sorted(self._kernels)
 
+    def serves(self, padded_seqs: int | None) -> bool:
+        return padded_seqs in self._kernels
+
     def keep_below(self, size: int) -> None:
         """Give up kernels for `size` rows and more."""
         for rows in [rows for rows in self._kernels if rows >= size]:

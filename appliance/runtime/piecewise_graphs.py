@@ -10,8 +10,9 @@ up to each call of `attend`, so the model does not know of them.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,18 +88,17 @@ class PiecewiseGraphs:
         self,
         forward: Callable[[StepInputs, Attention], Tensor],
         make_inputs: Callable[[int], StepInputs],
-        sizes: list[int],
+        max_tokens: int,
         q_shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`sizes` ascending, not empty; q_shape: (heads, head_dim)."""
+        """`max_tokens`: of the largest size; q_shape: (heads, head_dim)."""
         self._forward = forward
         self._make_inputs = make_inputs
         self._captured: dict[int, _Pieces] = {}
         self._sizes: list[int] = []
-        self._later = sorted(sizes)  # captured from the end: smaller sizes live in memory that the largest took
-        self._q = torch.zeros(sizes[-1], *q_shape, dtype=dtype, device=device)
+        self._q = torch.zeros(max_tokens, *q_shape, dtype=dtype, device=device)
         self._out = torch.zeros_like(self._q)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -108,18 +108,17 @@ class PiecewiseGraphs:
         at = bisect.bisect_left(self._sizes, num_tokens)
         return self._sizes[at] if at < len(self._sizes) else None
 
-    def capture_next(self) -> bool:
-        """Capture one more size, largest first; False if none waits. Takes some 50 ms. Where memory has become too
-        little, what waits is left out."""
-        if not self._later:
-            return False
-        size = self._later.pop()
-        try:
-            self._capture(size)
-        except torch.cuda.OutOfMemoryError:
-            log.warning("no memory for CUDA graphs of %d prompt tokens: they are launched kernel by kernel", size)
-            self._later = []
-        return True
+    def capture_all(self, sizes: Sequence[int], progress: Callable[[int, int], None]) -> None:
+        """Capture every size, largest first, so that the smaller ones live in memory that the largest took;
+        `progress(done, total)` after each. Takes some 50 ms a size. Where memory is too little for one, it and those
+        below it are left out."""
+        for done, size in enumerate(sorted(sizes, reverse=True), start=1):
+            try:
+                self._capture(size)
+            except torch.cuda.OutOfMemoryError:
+                log.warning("no memory for CUDA graphs of %d prompt tokens: they are launched kernel by kernel", size)
+                return
+            progress(done, len(sizes))
 
     def _capture(self, size: int) -> None:
         inputs = self._make_inputs(size)
@@ -132,8 +131,11 @@ class PiecewiseGraphs:
             pieces.pieces.append(self._begin())
             try:
                 pieces.hidden = self._forward(inputs, _Splitter(q, out, pieces, self._begin))
-            finally:
-                pieces.pieces[-1].capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what went wrong is what matters
+                    pieces.pieces[-1].capture_end()
+                raise
+            pieces.pieces[-1].capture_end()
         current.wait_stream(self._stream)
         self._captured[size] = pieces
         bisect.insort(self._sizes, size)

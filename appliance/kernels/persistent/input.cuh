@@ -181,7 +181,7 @@ __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, 
 __device__ __forceinline__ void find_scales(const float* amax, float (&inverse_scale)[kRowSlots]) {
 #pragma unroll
   for (int r = 0; r < kRowSlots; r++) {
-    const int row = (threadIdx.x / kVectorsPerRow + r * kRowsPerSweep) % ROWS;
+    const int row = Place(r).row;
     const float scale = FP8 ? fmaxf(load_shared_state(amax + row), kSmallestAmax) / kFp8Max : 1.f;
     inverse_scale[r] = 1.f / scale;
     if (threadIdx.x % 32 == 0) shared().x_scale[row] = scale;
