@@ -16,26 +16,32 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from appliance.kernels import activation, deferred_scale, fp8_linear, norm, rope_cache, sampling, skinny_linear
+from appliance.kernels import activation, deferred_scale, norm, rope_cache, row_quantization, sampling, skinny_linear
 
 TYPES = {  # of arguments, by name; int32 where not listed
-    "*bf16": "x residual values bias logits q k v cache weight q_weight k_weight",
-    "*fp32": "row_scales column_scales scales x_scales weight_scales cos_sin best_score temperature thresholds partial",
+    "*bf16": "x residual values bias logits q k v rotated cache weight q_weight k_weight",
+    "*fp32": "row_scales column_scales scales x_scales weight_scales static_scale cos_sin best_score temperature "
+    "thresholds partial",
     "*i64": "positions slots best_token",
     "*i32": "seeds counter",
     "fp32": "eps inverse_k_scale inverse_v_scale greedy_temperature",
 }
 DEFERRED: dict[str, Any] = {"DEFERRED": True, "BIASED": True, "PDL": True}
-FP8: dict[str, Any] = {"FP8_MAX": 448.0, "SMALLEST_AMAX": 1e-12, "WHOLE_ROW": True}
+FP8: dict[str, Any] = {"LARGEST": 448.0, "WHOLE": False, "STATIC": False, "SMALLEST_AMAX": 1e-12, "WHOLE_ROW": True}
+INT8 = {**FP8, "LARGEST": 127.0, "WHOLE": True}
 ROPE: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "q_blocks": 8}
 SKINNY: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4, "LINE": 128, "LINES_AHEAD": 4}
 TO_FP8 = {"out": "*fp8e4nv"}
+INT8_SUMS = {"x": "*i32", "out": "*i8"}
 # (kernel, constants, of which those that it has count, warps, types that differ)
 CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     (deferred_scale._materialize_kernel, {**DEFERRED, "BLOCK": 1024}, 4, {"out": "*fp32"}),
     (norm._rms_norm_kernel, {**DEFERRED, **FP8, "HAS_RESIDUAL": True, "QUANTIZE": True, "BLOCK": 4096}, 8, TO_FP8),
     (norm._qk_rms_norm_kernel, {**DEFERRED, "head_dim": 128, "BLOCK": 128}, 1, {}),
-    (activation._silu_mul_kernel, {**DEFERRED, "BLOCK": 1024}, 4, {"out": "*bf16"}),
+    (norm._rms_norm_kernel, {**DEFERRED, **INT8, "HAS_RESIDUAL": True, "QUANTIZE": True, "BLOCK": 4096}, 8, INT8_SUMS),
+    (activation._silu_mul_kernel, {**DEFERRED, **FP8, "BLOCK": 1024}, 4, {"out": "*bf16"}),
+    (activation._silu_mul_kernel, {**DEFERRED, **FP8, "STATIC": True, "BLOCK": 1024}, 4, TO_FP8),
+    (activation._silu_mul_quantize_kernel, {**DEFERRED, **INT8, "BLOCK": 2048, "PARTS": 7}, 8, INT8_SUMS),
     (
         activation._silu_mul_quantize_kernel,
         {**DEFERRED, **FP8, "BLOCK": 16384, "PARTS": 1, "BIASED": False},
@@ -44,7 +50,7 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     ),
     (activation._silu_mul_quantize_kernel, {**DEFERRED, **FP8, "BLOCK": 2048, "PARTS": 7, "BIASED": False}, 8, TO_FP8),
     (activation._silu_mul_quantize_kernel, {**DEFERRED, **FP8, "BLOCK": 4096, "PARTS": 7, "BIASED": False}, 16, TO_FP8),
-    (fp8_linear._quantize_rows_kernel, {**FP8, "BLOCK": 4096, "PDL": True}, 8, TO_FP8),
+    (row_quantization._quantize_rows_kernel, {**FP8, "BLOCK": 4096, "PDL": True}, 8, TO_FP8),
     (
         rope_cache._rope_kernel,
         {**DEFERRED, **ROPE, "HEADS": 4, "HALF": 64, "SCALED": True, "LARGEST": 448.0},

@@ -13,8 +13,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_FP8 = FP8 if DEVICE == "cuda" else torch.float32
 
 
-def needs_fp8() -> None:
-    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+def kernel_dtype(target: torch.dtype) -> torch.dtype:
+    """What kernels that round to `target` are asked to write."""
+    return KERNEL_FP8 if target == FP8 else target
+
+
+def needs_fp8(target: torch.dtype = FP8) -> None:
+    """Skips where kernels cannot round to `target`."""
+    if target == FP8 and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8 arithmetic")
 
 
@@ -37,15 +43,17 @@ def ulp(dtype: torch.dtype) -> float:
 def assert_same_quantized(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], rtol: float = 1e-5) -> None:
     """Scales equal; values equal but for neighbours where the last bits before rounding decide."""
     values, scales = got
-    assert values.dtype == KERNEL_FP8 and scales.dtype == torch.float32
+    assert values.dtype == kernel_dtype(expected[0].dtype) and scales.dtype == torch.float32
     assert values.shape == expected[0].shape and scales.shape == (len(values), 1)
     torch.testing.assert_close(scales, expected[1], rtol=rtol, atol=0)
-    steps = _steps(values.to(FP8)) - _steps(expected[0])
+    steps = _steps(values.to(expected[0].dtype)) - _steps(expected[0])
     assert steps.abs().max() <= 1
     assert (steps != 0).float().mean() < 0.01
 
 
 def _steps(values: Tensor) -> Tensor:
-    """e4m3 numbers in ascending order as integers, 0 for zero."""
+    """8-bit numbers in ascending order as integers, 0 for zero."""
+    if values.dtype == torch.int8:
+        return values.int()
     bits = values.view(torch.uint8).int()
     return torch.where(bits < 128, bits, 128 - bits)

@@ -118,7 +118,7 @@ def test_rms_norm_quantize(with_bias: bool) -> None:
     residual = randn(4, 200, dtype=torch.float32, seed=8)
     want, want_stream = norm.rms_norm_quantize_reference(product.scaled(), residual.clone(), weight, EPS)
     reference, _ = norm.rms_norm_quantize_reference(copy_of(product), residual.clone(), weight, EPS)
-    got, stream = norm.rms_norm_quantize_triton(copy_of(product), residual, weight, EPS, KERNEL_FP8)
+    got, stream = norm.rms_norm_quantize_triton(copy_of(product), residual, weight, EPS, values_dtype=KERNEL_FP8)
     close(stream, want_stream, torch.float32)
     assert_same_quantized(got, want)
     assert torch.equal(reference[1], want[1]) and torch.equal(reference[0].float(), want[0].float())
@@ -142,7 +142,7 @@ def test_silu_mul_quantize(size: int, crowded: bool, with_bias: bool) -> None:
     rows = multiprocessors(torch.device(DEVICE)) + 1 if crowded else 3
     product = deferred(rows, 2 * size, torch.float32, with_bias)
     want = activation.silu_mul_quantize_reference(product.scaled())
-    assert_same_quantized(activation.silu_mul_quantize_triton(product, KERNEL_FP8), want)
+    assert_same_quantized(activation.silu_mul_quantize_triton(product, values_dtype=KERNEL_FP8), want)
     assert_same_quantized_exactly(activation.silu_mul_quantize_reference(product), want)
 
 
@@ -207,6 +207,7 @@ class Deferring(fp8.Scheme):
     """FP8 whose products defer wherever they may, in plain torch; weights padded as on a GPU."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.deferred = 0
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

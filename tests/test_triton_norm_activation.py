@@ -44,7 +44,7 @@ def test_rms_norm_quantize(dtype: torch.dtype, with_residual: bool) -> None:
         residual[3] = 0
     ours = None if residual is None else residual.clone()
     expected, expected_stream = norm.rms_norm_quantize_reference(x, residual, weight, EPS)
-    got, stream = norm.rms_norm_quantize_triton(x, ours, weight, EPS, KERNEL_FP8)
+    got, stream = norm.rms_norm_quantize_triton(x, ours, weight, EPS, values_dtype=KERNEL_FP8)
     torch.testing.assert_close(stream, expected_stream, rtol=0, atol=0)
     assert_same_quantized(got, expected)
     assert (got[0][3].float() == 0).all() and got[1][3].isfinite().all()
@@ -85,7 +85,7 @@ def test_silu_mul_quantize(dtype: torch.dtype, size: int, crowded: bool) -> None
     gate_up = strided(randn(rows, 2 * size, dtype=dtype))
     gate_up[1] = 0
     expected = activation.silu_mul_quantize_reference(gate_up)
-    assert_same_quantized(activation.silu_mul_quantize_triton(gate_up, KERNEL_FP8), expected)
+    assert_same_quantized(activation.silu_mul_quantize_triton(gate_up, values_dtype=KERNEL_FP8), expected)
 
 
 def test_no_rows() -> None:

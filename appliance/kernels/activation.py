@@ -1,4 +1,4 @@
-"""silu(gate) * up over the fused gate-and-up product, plain or quantized to FP8 for the product behind it.
+"""silu(gate) * up over the fused gate-and-up product, plain or quantized to 8 bits for the product behind it.
 
 Arithmetic is float32, rounded once at the end. Scales of the product that are still to be applied
 (`kernels/deferred_scale.py`) are applied first.
@@ -13,7 +13,15 @@ from torch import Tensor
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.deferred_scale import Product, apply_scales, as_float
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference, row_block
+from appliance.kernels.row_quantization import (
+    FP8,
+    SMALLEST_AMAX,
+    in_range,
+    quantize_rows_reference,
+    quantized_rows,
+    rounding,
+    row_block,
+)
 from appliance.kernels.skinny_linear import multiprocessors
 
 
@@ -22,9 +30,11 @@ def silu_mul(gate_up: Product) -> Tensor:
     return silu_mul_triton(gate_up) if gate_up.is_cuda else silu_mul_reference(gate_up)
 
 
-def silu_mul_quantize(gate_up: Product) -> tuple[Tensor, Tensor]:
-    """Like `silu_mul`, quantized per row: float8_e4m3fn [n, size] and float32 [n, 1]."""
-    return silu_mul_quantize_triton(gate_up) if gate_up.is_cuda else silu_mul_quantize_reference(gate_up)
+def silu_mul_quantize(gate_up: Product, dtype: torch.dtype = FP8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Like `silu_mul`, quantized per row: `dtype` [n, size] and float32 [n, 1]; `dtype` and `scale` as in
+    `row_quantization.quantize_rows`."""
+    quantize = silu_mul_quantize_triton if gate_up.is_cuda else silu_mul_quantize_reference
+    return quantize(gate_up, dtype, scale)
 
 
 # ---------------------------------------------------------------- references
@@ -36,10 +46,12 @@ def silu_mul_reference(gate_up: Product) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def silu_mul_quantize_reference(gate_up: Product) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize_reference(
+    gate_up: Product, dtype: torch.dtype = FP8, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`silu_mul_quantize` in plain torch, any device."""
     gate, up = as_float(gate_up).chunk(2, dim=-1)
-    return quantize_rows_reference(F.silu(gate) * up)
+    return quantize_rows_reference(F.silu(gate) * up, dtype, scale)
 
 
 # ---------------------------------------------------------------- Triton
@@ -72,15 +84,20 @@ def _silu_mul_kernel(
     row_scales_ptr,
     column_scales_ptr,
     bias_ptr,
+    static_scale_ptr,
     out_ptr,
+    scales_ptr,
     x_stride,
     size,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
+    STATIC: tl.constexpr,
+    LARGEST: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: BLOCK columns of one row."""
+    """One program: BLOCK columns of one row; STATIC: quantized with a scale given beforehand."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -90,6 +107,11 @@ def _silu_mul_kernel(
     if DEFERRED:
         row_scale = tl.load(row_scales_ptr + row)
     y = _silu_mul_block(x_ptr + row * x_stride, row_scale, column_scales_ptr, bias_ptr, column, size, DEFERRED, BIASED)
+    if STATIC:
+        scale = tl.load(static_scale_ptr)
+        if tl.program_id(1) == 0:
+            tl.store(scales_ptr + row, scale)
+        y = in_range(y, scale, LARGEST, WHOLE)
     tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
 
 
@@ -105,8 +127,9 @@ def _silu_mul_quantize_kernel(
     size,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
-    FP8_MAX: tl.constexpr,
+    LARGEST: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
@@ -134,17 +157,17 @@ def _silu_mul_quantize_kernel(
             at = start + column
             y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
             largest = tl.maximum(largest, tl.abs(y))
-    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / FP8_MAX
+    scale = tl.maximum(tl.max(largest, axis=0), SMALLEST_AMAX) / LARGEST
     tl.store(scales_ptr + row, scale)
     for part in tl.static_range(PARTS):
         at = part * BLOCK + column
-        y = tl.clamp(parts[part] / scale, -FP8_MAX, FP8_MAX)
+        y = in_range(parts[part], scale, LARGEST, WHOLE)
         tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
     if not WHOLE_ROW:
         for start in range(PARTS * BLOCK, size, BLOCK):
             at = start + column
             y = _silu_mul_block(row_ptr, row_scale, column_scales_ptr, bias_ptr, at, size, DEFERRED, BIASED)
-            y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX)
+            y = in_range(y, scale, LARGEST, WHOLE)
             tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -174,30 +197,52 @@ def _operands(gate_up: Product) -> tuple[Tensor, tuple[Tensor | None, ...], dict
 
 def silu_mul_triton(gate_up: Product) -> Tensor:
     """`silu_mul` as one kernel."""
-    x, scaling, constants = _operands(gate_up)
-    n, size = x.shape[0], x.shape[1] // 2
-    out = torch.empty((n, size), dtype=x.dtype, device=x.device)
+    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    _launch_by_blocks(gate_up, out)
+    return out
+
+
+def _launch_by_blocks(
+    gate_up: Product,
+    out: Tensor,
+    scales: Tensor | None = None,
+    dtype: torch.dtype = FP8,
+    static_scale: Tensor | None = None,
+) -> None:
+    """With `static_scale`, rounded to `dtype`: nothing about a row has to be known, so blocks are independent."""
+    x, scaling, flags = _operands(gate_up)
+    n, size = out.shape
     block = min(triton.next_power_of_2(size), 1024)
     _silu_mul_kernel[(n, triton.cdiv(size, block))](
         x,
         *scaling,
+        static_scale,
         out,
+        scales,
         x.stride(0),
         size,
+        STATIC=static_scale is not None,
+        **rounding(dtype),
         BLOCK=block,
         num_warps=4,
-        **constants,
+        **flags,
         **launch_options(x.device),
     )
-    return out
 
 
-def silu_mul_quantize_triton(gate_up: Product, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
-    """`silu_mul_quantize` as one kernel; `values_dtype` as in `fp8_linear.quantize_rows_triton`."""
-    x, scaling, constants = _operands(gate_up)
+def silu_mul_quantize_triton(
+    gate_up: Product,
+    dtype: torch.dtype = FP8,
+    scale: Tensor | None = None,
+    values_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`silu_mul_quantize` as one kernel; `values_dtype` as in `row_quantization.quantize_rows_triton`."""
+    x, scaling, flags = _operands(gate_up)
     n, size = x.shape[0], x.shape[1] // 2
-    values = torch.empty((n, size), dtype=values_dtype, device=x.device)
-    scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
+    values, scales = quantized_rows((n, size), values_dtype or dtype, x.device)
+    if scale is not None:
+        _launch_by_blocks(gate_up, values, scales, dtype, scale)
+        return values, scales
     block, parts, num_warps = _row_parts(size, n, x.device)
     _silu_mul_quantize_kernel[(n,)](
         x,
@@ -206,13 +251,13 @@ def silu_mul_quantize_triton(gate_up: Product, values_dtype: torch.dtype = FP8) 
         scales,
         x.stride(0),
         size,
-        FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
+        **rounding(dtype),
         BLOCK=block,
         PARTS=parts,
         WHOLE_ROW=size <= parts * block,
         num_warps=num_warps,
-        **constants,
+        **flags,
         **launch_options(x.device),
     )
     return values, scales

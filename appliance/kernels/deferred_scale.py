@@ -4,14 +4,15 @@ The library multiplies FP8 matrices fastest when it has one scale for all of a m
 has one per row. So the fast product is run on the stored numbers as they are, and the scales of rows (tokens) and
 columns (output channels) are applied by the kernel that reads the result anyway: the norm, silu(gate) * up, the rotary
 embedding, the conversion of logits. bfloat16 has float32's range, so unscaled sums do not overflow, and rounding them
-is relatively the same as rounding the scaled ones.
+is relatively the same as rounding the scaled ones. Products of 8-bit integers are exact int32 sums, too large for
+bfloat16 without a rounding that the result does not need: they are carried as they are.
 
 Knows nothing of how the product was made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,13 +27,14 @@ _BLOCK = 1024  # columns of a row that a program takes
 class DeferredScale:
     """values * row_scales * column_scales + bias, [n, out], not yet computed.
 
-    It is consumed once: whoever takes it may write the result over `values`.
+    It is consumed once: whoever takes it may write the result over `values` (if `in_place`).
     """
 
-    values: Tensor  # [n, out], the dtype that the result has in the model; last dimension contiguous
+    values: Tensor  # [n, out], the dtype that the result has in the model, or int32; last dimension contiguous
     row_scales: Tensor  # float32 [n, 1], contiguous
     column_scales: Tensor  # float32 [1, out], last dimension contiguous
     bias: Tensor | None  # [out], any float dtype
+    result_dtype: torch.dtype | None = None  # of the result in the model, if not that of the values
 
     @property
     def shape(self) -> torch.Size:
@@ -40,7 +42,13 @@ class DeferredScale:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        """Of the result."""
+        return self.result_dtype or self.values.dtype
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result fits where the values are."""
+        return self.dtype == self.values.dtype
 
     @property
     def device(self) -> torch.device:
@@ -53,11 +61,11 @@ class DeferredScale:
     def first_columns(self, count: int) -> DeferredScale:
         """Without the columns from `count` on: those that a padded weight gave."""
         bias = None if self.bias is None else self.bias[:count]
-        return DeferredScale(self.values[:, :count], self.row_scales, self.column_scales[:, :count], bias)
+        return replace(self, values=self.values[:, :count], column_scales=self.column_scales[:, :count], bias=bias)
 
     def first_rows(self, count: int) -> DeferredScale:
         """The first `count` rows."""
-        return DeferredScale(self.values[:count], self.row_scales[:count], self.column_scales, self.bias)
+        return replace(self, values=self.values[:count], row_scales=self.row_scales[:count])
 
     def scaled(self) -> Tensor:
         """The result in float32, in plain torch: the reference of every kernel that takes a deferred product."""
@@ -91,7 +99,7 @@ def as_float(product: Product) -> Tensor:
 def materialize_reference(product: DeferredScale, dtype: torch.dtype) -> Tensor:
     """`DeferredScale.materialize` in plain torch, any device."""
     scaled = product.scaled()
-    return product.values.copy_(scaled) if dtype == product.dtype else scaled.to(dtype)
+    return product.values.copy_(scaled) if dtype == product.values.dtype else scaled.to(dtype)
 
 
 @triton.jit

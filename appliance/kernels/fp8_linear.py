@@ -1,9 +1,5 @@
-"""FP8 (e4m3) products with a scale per row of either side: quantization kernels and the library's products, one that
-applies the scales and one that leaves them to the next kernel.
-
-A row r of a matrix is stored as round(r / scale) with scale = max|r| / 448, in float32; 448 is the largest e4m3 number
-(Micikevicius et al., "FP8 Formats for Deep Learning", 2022). The same serves weights (a row is an output channel) and
-activations (a row is a token, scaled on the fly).
+"""The library's FP8 (e4m3) products with a scale per row of either side (`kernels/row_quantization.py`): one that
+applies the scales, and one that leaves them to the next kernel. Knows nothing of who made the numbers.
 """
 
 from __future__ import annotations
@@ -12,94 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appliance.kernels._triton import tl, triton
 from appliance.kernels.deferred_scale import DeferredScale
-from appliance.kernels.dependent_launch import launch_options
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-SMALLEST_AMAX = 1e-12  # a row of zeros gets a scale above zero, and zeros as values
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [n, size], rows may be strided -> (float8_e4m3fn [n, size], float32 [n, 1]) with x ≈ values * scales."""
-    return quantize_rows_triton(x) if x.is_cuda else quantize_rows_reference(x)
-
-
-def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` in plain torch, any device."""
-    x = x.float()
-    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) * (1.0 / FP8_MAX)
-    return (x / scales).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
-
-
-def row_block(size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for kernels with one program per row: the whole row in registers up to 16384 numbers."""
-    block = min(triton.next_power_of_2(size), 16384)
-    return block, min(max(block // 512, 1), 16)
-
-
-@triton.jit
-def _quantize_rows_kernel(
-    x_ptr,
-    out_ptr,
-    scales_ptr,
-    x_stride,
-    size,
-    FP8_MAX: tl.constexpr,
-    SMALLEST_AMAX: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE_ROW: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program: one row; held in registers (WHOLE_ROW), or read twice, the second time from the L2 cache."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=0)
-    if not WHOLE_ROW:
-        for start in range(BLOCK, size, BLOCK):
-            at = start + column
-            part = tl.load(x_ptr + row * x_stride + at, mask=at < size, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(part), axis=0))
-    scale = tl.maximum(largest, SMALLEST_AMAX) / FP8_MAX
-    tl.store(scales_ptr + row, scale)
-    y = tl.clamp(x / scale, -FP8_MAX, FP8_MAX)
-    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=column < size)
-    if not WHOLE_ROW:
-        for start in range(BLOCK, size, BLOCK):
-            at = start + column
-            part = tl.load(x_ptr + row * x_stride + at, mask=at < size, other=0.0).to(tl.float32)
-            y = tl.clamp(part / scale, -FP8_MAX, FP8_MAX)
-            tl.store(out_ptr + row * size + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-def quantize_rows_triton(x: Tensor, values_dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` as one kernel. With float32 as `values_dtype` values are scaled and not rounded, which tests ask
-    for where there is no GPU: Triton's interpreter rounds to FP8 wrongly."""
-    assert x.stride(-1) == 1
-    n, size = x.shape
-    values = torch.empty((n, size), dtype=values_dtype, device=x.device)
-    scales = torch.empty((n, 1), dtype=torch.float32, device=x.device)
-    block, num_warps = row_block(size)
-    _quantize_rows_kernel[(n,)](
-        x,
-        values,
-        scales,
-        x.stride(0),
-        size,
-        FP8_MAX=FP8_MAX,
-        SMALLEST_AMAX=SMALLEST_AMAX,
-        BLOCK=block,
-        WHOLE_ROW=size <= block,
-        num_warps=num_warps,
-        **launch_options(x.device),
-    )
-    return values, scales
-
+from appliance.kernels.row_quantization import FP8 as FP8
+from appliance.kernels.row_quantization import FP8_MAX as FP8_MAX
+from appliance.kernels.row_quantization import quantize_rows as quantize_rows
+from appliance.kernels.row_quantization import quantize_rows_reference as quantize_rows_reference
 
 _ones: dict[torch.device, Tensor] = {}
 

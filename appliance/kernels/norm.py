@@ -1,4 +1,4 @@
-"""RMS norm fused with the residual add in front of it and, where wanted, the FP8 quantization behind it.
+"""RMS norm fused with the residual add in front of it and, where wanted, the 8-bit quantization behind it.
 
 The input may be a product whose scales are still to be applied (`kernels/deferred_scale.py`): they are, first.
 
@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
-from appliance.kernels.deferred_scale import DeferredScale, Product, apply_scales
+from appliance.kernels.deferred_scale import DeferredScale, Product, apply_scales, materialize_reference
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.fp8_linear import FP8, FP8_MAX, SMALLEST_AMAX, quantize_rows_reference
+from appliance.kernels.row_quantization import (
+    FP8,
+    SMALLEST_AMAX,
+    in_range,
+    quantize_rows_reference,
+    quantized_rows,
+    rounding,
+)
 
 
 def rms_norm(x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -27,12 +34,18 @@ def rms_norm(x: Product, residual: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def rms_norm_quantize(
-    x: Product, residual: Tensor | None, weight: Tensor, eps: float
+    x: Product,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype = FP8,
+    scale: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Like `rms_norm`, with the result quantized per row: ((float8_e4m3fn [n, size], float32 [n, 1]), sum)."""
+    """Like `rms_norm`, with the result quantized per row: ((`dtype` [n, size], float32 [n, 1]), sum). `dtype` and
+    `scale` as in `row_quantization.quantize_rows`."""
     if x.is_cuda:
-        return rms_norm_quantize_triton(x, residual, weight, eps)
-    return rms_norm_quantize_reference(x, residual, weight, eps)
+        return rms_norm_quantize_triton(x, residual, weight, eps, dtype, scale)
+    return rms_norm_quantize_reference(x, residual, weight, eps, dtype, scale)
 
 
 def qk_rms_norm_(
@@ -65,17 +78,22 @@ def rms_norm_reference(x: Product, residual: Tensor | None, weight: Tensor, eps:
 
 
 def rms_norm_quantize_reference(
-    x: Product, residual: Tensor | None, weight: Tensor, eps: float
+    x: Product,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype = FP8,
+    scale: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`rms_norm_quantize` in plain torch, any device."""
     total = _add_reference(x, residual)
-    return quantize_rows_reference(_normalize(total, weight, eps)), total
+    return quantize_rows_reference(_normalize(total, weight, eps), dtype, scale), total
 
 
 def _add_reference(x: Product, residual: Tensor | None) -> Tensor:
     if isinstance(x, Tensor):
         return x if residual is None else residual.add_(x)
-    return x.values.copy_(x.scaled()) if residual is None else residual.copy_(residual.float() + x.scaled())
+    return materialize_reference(x, x.dtype) if residual is None else residual.copy_(residual.float() + x.scaled())
 
 
 def qk_rms_norm_reference_(
@@ -114,6 +132,7 @@ def _rms_norm_kernel(
     bias_ptr,
     residual_ptr,
     weight_ptr,
+    static_scale_ptr,
     out_ptr,
     scales_ptr,
     x_stride,
@@ -124,8 +143,10 @@ def _rms_norm_kernel(
     BIASED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    FP8_MAX: tl.constexpr,
+    LARGEST: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STATIC: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -153,16 +174,28 @@ def _rms_norm_kernel(
         x = total.to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
     if QUANTIZE:
-        scale = tl.maximum(tl.max(tl.abs(y), axis=0), SMALLEST_AMAX) / FP8_MAX
+        if STATIC:
+            scale = tl.load(static_scale_ptr)
+        else:
+            scale = tl.maximum(tl.max(tl.abs(y), axis=0), SMALLEST_AMAX) / LARGEST
         tl.store(scales_ptr + row, scale)
-        y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX)
+        y = in_range(y, scale, LARGEST, WHOLE)
     tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch_rms_norm(
-    product: Product, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, scales: Tensor | None
+    product: Product,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    scales: Tensor | None = None,
+    dtype: torch.dtype = FP8,
+    static_scale: Tensor | None = None,
 ) -> Tensor:
-    """Returns the sum."""
+    """Returns the sum. With `scales` the result is rounded to `dtype`."""
+    if isinstance(product, DeferredScale) and residual is None and not product.in_place:
+        product = product.materialize(product.dtype)  # the sum begins with it, so it needs a place of its own
     deferred = None if isinstance(product, Tensor) else product
     x = product if isinstance(product, Tensor) else product.values
     size = x.shape[-1]
@@ -176,6 +209,7 @@ def _launch_rms_norm(
         bias,
         residual,
         weight,
+        static_scale,
         out,
         scales,
         x.stride(0),
@@ -186,8 +220,9 @@ def _launch_rms_norm(
         BIASED=bias is not None,
         HAS_RESIDUAL=residual is not None,
         QUANTIZE=scales is not None,
-        FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=SMALLEST_AMAX,
+        STATIC=static_scale is not None,
+        **rounding(dtype),
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
         **launch_options(x.device),
@@ -198,16 +233,21 @@ def _launch_rms_norm(
 def rms_norm_triton(x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`rms_norm` as one kernel."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return out, _launch_rms_norm(x, residual, weight, eps, out, None)
+    return out, _launch_rms_norm(x, residual, weight, eps, out)
 
 
 def rms_norm_quantize_triton(
-    x: Product, residual: Tensor | None, weight: Tensor, eps: float, values_dtype: torch.dtype = FP8
+    x: Product,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype = FP8,
+    scale: Tensor | None = None,
+    values_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """`rms_norm_quantize` as one kernel; `values_dtype` as in `fp8_linear.quantize_rows_triton`."""
-    values = torch.empty(x.shape, dtype=values_dtype, device=x.device)
-    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    return (values, scales), _launch_rms_norm(x, residual, weight, eps, values, scales)
+    """`rms_norm_quantize` as one kernel; `values_dtype` as in `row_quantization.quantize_rows_triton`."""
+    values, scales = quantized_rows(x.shape, values_dtype or dtype, x.device)
+    return (values, scales), _launch_rms_norm(x, residual, weight, eps, values, scales, dtype, scale)
 
 
 @triton.jit

@@ -27,15 +27,15 @@ def rope_and_write(
     kv_scales: KvScales = UNIT_SCALES,
     deferred: DeferredScale | None = None,
 ) -> Tensor:
-    """Rotates q in place and returns it; writes rotated k and plain v to the cache.
+    """Rotates q, in place if it keeps its dtype, and returns it; writes rotated k and plain v to the cache.
 
     q [n, heads, d], k and v [n, kv_heads, d], any strides with a contiguous last dimension (views of one fused qkv
     tensor); k and v keep their values. positions int64 [n], rows of cos_sin. cos_sin float32 [max_pos, d]: cosines
     of the d/2 frequencies, then sines. kv_cache [pages, 2, page_size, kv_heads, d], any float dtype (converted); FP8 is
     written as kernels/attention.py says, with `kv_scales`. slot_mapping int64 [n]: page * page_size + offset, -1: token
     is not written. Slots of a call are distinct. `deferred`: the fused product that q, k and v are the heads of, in
-    this order, if its scales are still to be applied: they are, first. Rotation as in Su et al., "RoFormer" (2021),
-    §3.4.2, in float32.
+    this order, if its scales are still to be applied: they are, first, and q gets the dtype of the result. Rotation as
+    in Su et al., "RoFormer" (2021), §3.4.2, in float32.
     """
     if q.is_cuda:
         return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred)
@@ -55,7 +55,7 @@ def rope_and_write_reference(
 ) -> Tensor:
     """`rope_and_write` in plain torch, any device."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, d/2]
-    given_q = q
+    given_q, q = q, _room(q, deferred)
     if deferred is not None:
         heads = deferred.scaled().unflatten(-1, (-1, q.shape[-1]))
         given_q, k, v = heads.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
@@ -66,6 +66,13 @@ def rope_and_write_reference(
     kv_cache[page, 0, offset] = store_kv(_rotate(k, cos, sin)[written], kv_scales.k, kv_cache.dtype)
     kv_cache[page, 1, offset] = store_kv(v[written], kv_scales.v, kv_cache.dtype)
     return q
+
+
+def _room(q: Tensor, deferred: DeferredScale | None) -> Tensor:
+    """Where the rotated q goes."""
+    if deferred is None or deferred.in_place:
+        return q
+    return torch.empty(q.shape, dtype=deferred.dtype, device=q.device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -94,6 +101,7 @@ def _rope_kernel(
     row_scales_ptr,
     column_scales_ptr,
     bias_ptr,
+    rotated_ptr,
     inverse_k_scale,
     inverse_v_scale,
     q_token_stride,
@@ -102,6 +110,8 @@ def _rope_kernel(
     k_head_stride,
     v_token_stride,
     v_head_stride,
+    rotated_token_stride,
+    rotated_head_stride,
     cache_page_stride,
     cache_kv_stride,
     cache_token_stride,
@@ -144,8 +154,9 @@ def _rope_kernel(
             at = head[:, None] * head_dim + lane[None, :]
             x1 = apply_scales(x1, row_scale, column_scales_ptr, bias_ptr, at, mask, BIASED)
             x2 = apply_scales(x2, row_scale, column_scales_ptr, bias_ptr, at + half, mask, BIASED)
-        tl.store(first, (x1 * cos - x2 * sin).to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(first + half, (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty), mask=mask)
+        rotated = rotated_ptr + token * rotated_token_stride + head[:, None] * rotated_head_stride + lane[None, :]
+        tl.store(rotated, (x1 * cos - x2 * sin).to(rotated_ptr.dtype.element_ty), mask=mask)
+        tl.store(rotated + half, (x2 * cos + x1 * sin).to(rotated_ptr.dtype.element_ty), mask=mask)
     else:
         slot = tl.load(slots_ptr + token)
         head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
@@ -189,8 +200,9 @@ def rope_and_write_triton(
     """`rope_and_write` as one Triton kernel; launches only, so it can be captured in a CUDA graph."""
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    rotated = _room(q, deferred)
     if n == 0:
-        return q
+        return rotated
     # Few tokens: many small programs, for latency. Many tokens: larger ones, for bandwidth.
     heads_per_program = 4 if n <= 64 else 8
     q_blocks = triton.cdiv(num_heads, heads_per_program)
@@ -207,6 +219,7 @@ def rope_and_write_triton(
         None if deferred is None else deferred.row_scales,
         None if deferred is None else deferred.column_scales,
         bias,
+        rotated,
         1.0 / kv_scales.k,
         1.0 / kv_scales.v,
         q.stride(0),
@@ -215,6 +228,8 @@ def rope_and_write_triton(
         k.stride(1),
         v.stride(0),
         v.stride(1),
+        rotated.stride(0),
+        rotated.stride(1),
         *kv_cache.stride()[:4],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -230,4 +245,4 @@ def rope_and_write_triton(
         num_warps=2 if heads_per_program == 4 else 4,
         **launch_options(q.device),
     )
-    return q
+    return rotated

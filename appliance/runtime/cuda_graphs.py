@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -76,8 +77,7 @@ def _borrowed(product: Product) -> Product:
     are captured later. Thirty sizes with buffers of their own for logits would take more than a gigabyte. (Scales of
     columns and the bias of a deferred product are the model's own.)"""
     if isinstance(product, DeferredScale):
-        values, row_scales = _alias(product.values), _alias(product.row_scales)
-        return DeferredScale(values, row_scales, product.column_scales, product.bias)
+        return replace(product, values=_alias(product.values), row_scales=_alias(product.row_scales))
     return _alias(product)
 
 
