@@ -8,6 +8,7 @@
     ├── CacheNotWritableError           exit 5   the cache directory cannot be written by this user
     ├── NoSpaceError                    exit 6   not enough disk space, checked before writing
     ├── EngineBuildError                exit 7   the builder failed
+    │   └── EngineQualityError          exit 7   what was built answers too differently from its checkpoint
     ├── EngineDamagedError              exit 7   an engine file does not match its digest (normally: rebuilt)
     ├── EngineCrashedError              exit 8   the engine crashed more often than its restart budget
     └── RequestError                    (never ends the process)
@@ -65,6 +66,10 @@ class NoSpaceError(ApplianceError):
 
 class EngineBuildError(ApplianceError):
     exit_code = 7
+
+
+class EngineQualityError(EngineBuildError):
+    """Beyond the limit that the profile sets; see engines/quality.py."""
 
 
 class EngineDamagedError(ApplianceError):
