@@ -103,6 +103,29 @@ class RopeScaling(Struct, frozen=True):
     beta_slow: float = 1.0
 
 
+class Quantization(Struct, frozen=True):
+    """What a checkpoint that others quantized is, read by `checkpoint/quantized/` from its configuration and from the
+    names of its tensors. `unquantized` are engine names of the linear layers that it left alone, globs among them."""
+
+    method: str  # its own name: "compressed-tensors", "awq", "gptq", "modelopt", "fp8"
+    layout: str  # how its tensors lie in the files, e.g. "pack-quantized", "gemm", "gptq_v2"
+    precision: Precision  # "int4", "int8" or "fp8": an engine of another one would quantize twice
+    group_size: int = 0  # inputs that share a scale as an engine stores them; 0: a scale per output channel
+    symmetric: bool = True  # all zero points are the middle
+    act_order: bool = False  # groups are not consecutive inputs: an index says which group an input belongs to
+    static_input: bool = False  # FP8: the scale of each layer's input comes with the checkpoint
+    kv_cache: str | None = None  # "fp8": scales of an FP8 KV cache come with the checkpoint
+    unquantized: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """For people: "int4 (gptq, groups of 128)"."""
+        details = [self.method] if self.method == self.layout else [self.method, self.layout]
+        if self.group_size:
+            details.append(f"groups of {self.group_size}")
+        return f"{self.precision} ({', '.join(details)})"
+
+
 class ModelConfig(Struct, frozen=True):
     """A decoder's shape, read from config.json by `checkpoint.read_model_config`; the same names as there."""
 
@@ -130,7 +153,7 @@ class ModelConfig(Struct, frozen=True):
     dtype: str = "bfloat16"  # of the checkpoint: "float32", "float16", "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    quantization: str | None = None  # quant_method of a checkpoint that is already quantized
+    quantization: Quantization | None = None  # of a checkpoint that is already quantized
 
     @property
     def num_parameters(self) -> int:

@@ -229,7 +229,7 @@ def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, broken)
     config = json.loads((source / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(CheckpointError, match=r"already quantized \(awq\)"):
+    with pytest.raises(CheckpointError, match=r"quantized \(awq\), but none of its layers is"):
         build(request_of(broken, tmp_path))
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight .* \[112, 64\], expected \[96, 64\]"):

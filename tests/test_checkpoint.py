@@ -145,13 +145,11 @@ def test_sliding_window(
     assert (config.sliding_window, config.sliding_window_layers) == (window, layers)
 
 
-def test_eos_ids_of_both_files_dtype_of_weights_and_quantization(tmp_path: Path) -> None:
+def test_eos_ids_of_both_files_and_dtype_of_weights(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     save_file({"w": torch.zeros(2, dtype=torch.float16)}, tmp_path / "model.safetensors")
-    config = read_model_config(
-        write_config(tmp_path, eos_token_id=[6, 2], torch_dtype=None, quantization_config={"quant_method": "awq"})
-    )
-    assert (config.eos_token_ids, config.dtype, config.quantization) == ((5, 6, 2), "float16", "awq")
+    config = read_model_config(write_config(tmp_path, eos_token_id=[6, 2], torch_dtype=None))
+    assert (config.eos_token_ids, config.dtype, config.quantization) == ((5, 6, 2), "float16", None)
 
 
 @pytest.mark.parametrize(

@@ -148,13 +148,6 @@ def test_heads_limit_tensor_parallelism():
     assert "3 KV heads do not divide" in by_name(choose("h100-x8", three, build=FULL), "bf16-tp2").reason
 
 
-def test_a_quantized_checkpoint_is_not_claimed():
-    selection = choose("h100-x1", msgspec.structs.replace(LLAMA_8B, quantization="gptq"))
-    assert names(selection) == (None, "fp8-tp1")
-    with pytest.raises(ProfileError, match="already quantized \\(gptq\\)"):
-        require(selection)
-
-
 # ---------------------------------------------------------------- the machine decides
 
 

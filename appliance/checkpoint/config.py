@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from appliance import registry
-from appliance.checkpoint.files import first_dtype
+from appliance.checkpoint.files import QUANTIZATION_FILES, first_dtype
+from appliance.checkpoint.quantized import read_quantization
 from appliance.errors import CheckpointError
 from appliance.types import ModelConfig, RopeScaling
 
@@ -43,7 +44,8 @@ def read_model_config(path: Path, *, architectures: Mapping[str, registry.Plugin
     """The model's shape. `architectures` is a seam for tests; by default those of `models/`.
 
     Raises CheckpointError: no or damaged config.json, unknown architecture (lists the known), remote code asked for,
-    a missing or impossible value, a rotary scaling or layer type that is not supported.
+    a missing or impossible value, a rotary scaling or layer type that is not supported, a quantized checkpoint whose
+    layout is not read here.
     """
     raw = read_json(path / "config.json")
     known = registry.architectures() if architectures is None else architectures
@@ -61,6 +63,7 @@ def read_model_config(path: Path, *, architectures: Mapping[str, registry.Plugin
     # One attention_bias stands for all four projections unless the architecture says otherwise.
     attention_bias = bool(_get(raw, "attention_bias", defaults, False))
     theta, scaling = _rope(raw, defaults, max_positions, path)
+    tied = bool(_get(raw, "tie_word_embeddings", defaults, False))
     return ModelConfig(
         architecture=architecture,
         vocab_size=_count(raw, "vocab_size", path),
@@ -76,7 +79,7 @@ def read_model_config(path: Path, *, architectures: Mapping[str, registry.Plugin
         rope_scaling=scaling,
         sliding_window=window,
         sliding_window_layers=window_layers,
-        tie_word_embeddings=bool(_get(raw, "tie_word_embeddings", defaults, False)),
+        tie_word_embeddings=tied,
         attention_bias=attention_bias,
         output_bias=bool(defaults.get("output_bias", attention_bias)),
         mlp_bias=bool(_get(raw, "mlp_bias", defaults, False)),
@@ -85,7 +88,7 @@ def read_model_config(path: Path, *, architectures: Mapping[str, registry.Plugin
         dtype=_dtype(raw, path),
         bos_token_id=_first_id(raw.get("bos_token_id")),
         eos_token_ids=_eos_ids(raw, path),
-        quantization=_quantization(raw),
+        quantization=read_quantization(path, _quantization(raw, path), layers, tied_head=tied),
     )
 
 
@@ -205,8 +208,13 @@ def _eos_ids(raw: _Raw, path: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _quantization(raw: _Raw) -> str | None:
-    config = raw.get("quantization_config")
-    if not isinstance(config, dict):
-        return None
-    return str(config.get("quant_method") or "unknown")
+def _quantization(raw: _Raw, path: Path) -> _Raw | None:
+    """How the checkpoint was quantized, in its own words: a section of config.json or a file beside it; None: not."""
+    for key in ("quantization_config", "compression_config"):
+        config = raw.get(key)
+        if isinstance(config, dict):
+            return config
+    for name, method in QUANTIZATION_FILES.items():
+        if config := read_json(path / name, required=False):
+            return {"quant_method": method, **config}
+    return None

@@ -45,6 +45,12 @@ TOKENIZER_FILES = (
 # Each of these alone makes a tokenizer; the other files only add to it.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CONFIG_FILES = ("config.json", "generation_config.json")
+# Of checkpoints that others quantized, where config.json does not say how: file -> quant_method.
+QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 _MAX_HEADER = 100 << 20  # bytes, the format's own limit
 _DOWNLOAD_AGAIN = "download the checkpoint again"
 
@@ -159,7 +165,7 @@ def _no_weights(path: Path) -> CheckpointError:
 
 def content_files(path: Path) -> list[Path]:
     """Everything that decides what an engine of this checkpoint holds: weights, configuration, tokenizer."""
-    others = [path / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
+    others = [path / name for name in (*CONFIG_FILES, *QUANTIZATION_FILES, *TOKENIZER_FILES)]
     return [*weight_files(path), *(p for p in others if p.is_file())]
 
 

@@ -54,11 +54,12 @@ class Checkpoint:
         """Every source of every spec is there in its expected shape. CheckpointError for the first that is not."""
         for spec in specs:
             for name, shape in zip(spec.sources, spec.shapes):
-                self._check_shape(name, shape, spec)
+                self.check_tensor(name, shape, spec)
             for name, shape in zip(spec.bias_sources, spec.shapes):
-                self._check_shape(name, shape[:1], spec)
+                self.check_tensor(name, shape[:1], spec)
 
-    def _check_shape(self, name: str, shape: tuple[int, ...], spec: WeightSpec) -> None:
+    def check_tensor(self, name: str, shape: tuple[int, ...], spec: WeightSpec) -> None:
+        """A source of `spec` is there, in its expected shape and a floating-point dtype; else CheckpointError."""
         info = self.info(name)
         if info.shape != shape:
             raise CheckpointError(

@@ -12,7 +12,8 @@ from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place
 from appliance.types import Hardware, ModelConfig, Struct
 
-_LAST = 5  # depth of what is looked at after every rule
+_NOT_TWICE = "leave --precision (or the profile) out, or serve the original, unquantized checkpoint"
+_LAST = 6  # depth of what is looked at after every rule
 
 
 class Rejection(Struct, frozen=True):
@@ -47,11 +48,13 @@ def reject(candidate: Candidate, place: Place, question: Question, kv_cache: str
     if reason := _wrong_device(candidate, place, question):
         hint = "serve where there is a GPU, or leave out the profile, backend or precision that needs one"
         return Rejection(reason, 1, "backend", hint)
+    if reason := _quantized_otherwise(candidate, question):
+        return Rejection(reason, 2, "precision", _NOT_TWICE)
     if reason := _gpu_lacks(candidate, place, question):
-        return Rejection(reason, 2, "precision", "leave --precision out, or choose another")
+        return Rejection(reason, 3, "precision", "leave --precision out, or choose another")
     if reason := _no_such_kv_cache(candidate, place, question, kv_cache):
         hint = "leave --kv-cache-dtype (or its profile) out, or choose auto"
-        return Rejection(reason, 2, "kv_cache_dtype", hint)
+        return Rejection(reason, 3, "kv_cache_dtype", hint)
     return _model_lacks(candidate, question) or _too_few(candidate, place)
 
 
@@ -132,6 +135,14 @@ def _wrong_device(candidate: Candidate, place: Place, question: Question) -> str
     return None
 
 
+def _quantized_otherwise(candidate: Candidate, question: Question) -> str | None:
+    """A checkpoint that is quantized already serves as it is, and is never quantized again."""
+    facts, profile = question.model.quantization, candidate.profile
+    if facts is None or profile.precision == facts.precision:
+        return None
+    return f"the checkpoint is already quantized to {facts.label}, which only {facts.precision} profiles serve"
+
+
 def _gpu_lacks(candidate: Candidate, place: Place, question: Question) -> str | None:
     have, facts = place.compute_capability, place.facts
     if have is None or facts is None:
@@ -174,26 +185,20 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     model, tp = question.model, candidate.tp_size
     size_hint = "leave --tp-size out, or choose another"
-    if model.quantization is not None:
-        return Rejection(
-            f"the checkpoint is already quantized ({model.quantization}), which no scheme of this build reads: "
-            "use the original, unquantized checkpoint",
-            3,
-        )
     if model.num_attention_heads % tp or model.intermediate_size % tp:
         return Rejection(
             f"{tp} ranks do not divide the model's {model.num_attention_heads} heads and its intermediate size "
             f"{model.intermediate_size}",
-            3,
+            4,
             "tp_size",
             size_hint,
         )
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
         reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
-        return Rejection(reason, 3, "tp_size", size_hint)
+        return Rejection(reason, 4, "tp_size", size_hint)
     if candidate.pp_size > model.num_hidden_layers:
         reason = f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"
-        return Rejection(reason, 3, "pp_size", f"choose {model.num_hidden_layers} or less for --pp-size")
+        return Rejection(reason, 4, "pp_size", f"choose {model.num_hidden_layers} or less for --pp-size")
     scheme = question.capabilities.schemes.get(candidate.profile.precision)
     for multiple in (candidate.profile.requires.dimension_multiple, scheme.dimension_multiple if scheme else 1):
         for name, size in (
@@ -204,7 +209,7 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
             if size % multiple:
                 precision = candidate.profile.precision
                 reason = f"{precision} needs multiples of {multiple}, and the model's {name} is {size}"
-                return Rejection(reason, 3, "precision", "leave --precision out, or choose another, for example bf16")
+                return Rejection(reason, 4, "precision", "leave --precision out, or choose another, for example bf16")
     return None
 
 
@@ -213,10 +218,10 @@ def _too_few(candidate: Candidate, place: Place) -> Rejection | None:
     field = "tp_size" if candidate.tp_size > 1 else "pp_size"
     hint = f"leave --{field.replace('_', '-')} (or its profile) out"
     if candidate.profile.backend == "cpu":
-        return Rejection("the CPU backend serves on one device", 4, field, hint) if need > 1 else None
+        return Rejection("the CPU backend serves on one device", 5, field, hint) if need > 1 else None
     if need > 1 and place.gpus[0].mig_profile is not None:
-        return Rejection("MIG slices cannot be joined: one slice serves one rank", 4, field, hint)
+        return Rejection("MIG slices cannot be joined: one slice serves one rank", 5, field, hint)
     if need > have:
         hint = f"{hint}, or serve where there are {need}"
-        return Rejection(f"needs {need} identical GPUs, and {have} can be used", 4, field, hint)
+        return Rejection(f"needs {need} identical GPUs, and {have} can be used", 5, field, hint)
     return None
