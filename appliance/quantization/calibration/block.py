@@ -86,10 +86,14 @@ class BlockWeights:
         rows = per_row.view(self.num_kv_heads, 1, self.head_dim)
         return rows.expand(-1, group, -1).reshape(-1)
 
+    def per_input(self, key: str, scales: Tensor) -> Tensor:
+        """Scales as they are folded (for "o" a number per row of v) -> [in], a number per input channel."""
+        return self.v_to_o_inputs(scales) if key == "o" else scales
+
 
 @dataclass(frozen=True)
 class ProductError:
-    """||x @ (weight - quantized).T|| / ||x @ weight.T|| over the sampled inputs, x as it is in the original model."""
+    """Relative error of a product's output on the sampled inputs; `output_error.py` says how it is measured."""
 
     nearest: float  # rounded to nearest, nothing else done
     result: float  # what came back
