@@ -24,7 +24,6 @@ def logits(seed: int, n: int = 37, vocab: int = 50) -> torch.Tensor:
 def test_sums_equal_their_definitions_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = logits(0), logits(0) + 0.5 * logits(1)
     following = torch.arange(37) % 50
-    following[-1] = -1
     nll = torch.nn.functional.cross_entropy
     for at_once in (50 * 8, 1 << 25):
         monkeypatch.setattr(divergence, "_AT_ONCE", at_once)
@@ -34,9 +33,9 @@ def test_sums_equal_their_definitions_in_any_chunks(monkeypatch: pytest.MonkeyPa
         assert found.kl_divergence == pytest.approx(kl_reference(p, q), rel=1e-5) and found.kl_divergence > 0.01
         assert found.top1_agreement == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()))
         assert 0 < found.top1_agreement < 1
-        assert found.perplexity == pytest.approx(math.exp(nll(q[:-1], following[:-1])), rel=1e-5)
-        assert found.reference_perplexity == pytest.approx(math.exp(nll(p[:-1], following[:-1])), rel=1e-5)
-        assert (found.positions, found.predicted) == (37, 36)
+        assert found.perplexity == pytest.approx(math.exp(nll(q, following)), rel=1e-5)
+        assert found.reference_perplexity == pytest.approx(math.exp(nll(p, following)), rel=1e-5)
+        assert found.positions == 37
 
 
 def test_equal_models_do_not_diverge_and_broken_ones_do_infinitely() -> None:

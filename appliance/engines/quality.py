@@ -1,7 +1,7 @@
 """What a build measured of an engine's predictions, and whether that is good enough to serve.
 
-Part of engine.json, so that engines that are found or fetched are judged as those that were just built. Knows nothing of
-how it was measured (builder/quality.py).
+Part of engine.json, so that engines that are found or fetched are judged as those that were just built. Knows nothing
+of how it was measured (builder/quality.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Quality(Struct, frozen=True):
 
     text: str  # which
     reference: str  # dtype in which the checkpoint's weights were multiplied
-    tokens: int = 0  # positions compared; 0: nothing was measured, `note` says why
+    tokens: int = 0  # positions at which they were compared; 0: nothing was measured, `note` says why
     kl_divergence: float | None = None  # mean KL(p || q), nats per token; None: not measured
     top1_agreement: float | None = None  # share of positions with the same most likely token
     perplexity: float | None = None
@@ -34,21 +34,21 @@ class Quality(Struct, frozen=True):
 
 
 def numbers(quality: Quality) -> str:
-    """For people: "KL 0.0123 nats/token, top-1 agreement 97.1%, perplexity 10.31 against 10.20, over 512 tokens of …"."""
+    """For people: "KL 0.0123 nats/token, top-1 agreement 97.1%, perplexity 10.31 against 10.20, over 512 tokens of it"."""
     if quality.kl_divergence is None:
         return quality.note
     return (
-        f"KL {quality.kl_divergence:.4f} nats/token, top-1 agreement {quality.top1_agreement or 0:.1%}, perplexity "
-        f"{quality.perplexity or 0:.4g} against {quality.reference_perplexity or 0:.4g}, over {quality.tokens} tokens of "
-        f"{quality.text}"
+        f"KL {quality.kl_divergence:.3g} nats/token, top-1 agreement {quality.top1_agreement or 0:.1%}, perplexity "
+        f"{quality.perplexity or 0:.5g} against {quality.reference_perplexity or 0:.5g}, over {quality.tokens} tokens "
+        f"of {quality.text}"
     )
 
 
 def judge(quality: Quality, limit: float | None, vocab_size: int, engine: str) -> Quality:
     """Held against `limit`, in nats per token, which is written into what comes back; None: no limit.
 
-    EngineQualityError, naming `engine` and the numbers, where KL is larger, or anything is not a finite number. No limit
-    applies where the checkpoint itself does not predict the text."""
+    EngineQualityError, naming `engine` and the numbers, where KL is larger, or anything is not a finite number. No
+    limit applies where the checkpoint itself does not predict the text."""
     kl, expected = quality.kl_divergence, quality.reference_perplexity
     if kl is None or expected is None:
         return quality

@@ -1,6 +1,6 @@
 """How far a model's predictions are from a reference's: Kullback-Leibler divergence, top-1 agreement, perplexities.
 
-Definitions, over the positions of all prompts: `kl_divergence` is the mean of KL(p || q) in nats, p the reference's
+Definitions, over all positions that are given: `kl_divergence` is the mean of KL(p || q) in nats, p the reference's
 next-token distribution over the whole vocabulary and q the other's; `top1_agreement` the share of positions at which
 both have the same most likely token; `perplexity` exp of the mean negative log-likelihood of the tokens that follow in
 the text. Knows logits only, not where they come from.
@@ -22,22 +22,20 @@ class Divergence:
     """Sums over positions; `add` as many as there are."""
 
     positions: int = 0
-    predicted: int = 0  # positions whose next token is known
     kl_sum: float = 0.0  # nats
     agreeing: int = 0
-    reference_nll: float = 0.0  # nats, over `predicted`
+    reference_nll: float = 0.0  # nats
     nll: float = 0.0
 
     def add(self, reference: Tensor, logits: Tensor, next_ids: Tensor) -> None:
         """Logits [n, vocab] of the reference and of the model measured, float32, and the token that follows each
-        position, int64 [n], -1 where none is known. All on one device."""
+        position, int64 [n]. All on one device."""
         rows = max(1, _AT_ONCE // reference.shape[1])
         totals = torch.zeros(4, dtype=torch.float64, device=reference.device)
         for p, q, following in zip(reference.split(rows), logits.split(rows), next_ids.split(rows), strict=True):
             totals += _sums(p, q, following)
         kl, agreeing, reference_nll, nll = totals.tolist()
         self.positions += len(next_ids)
-        self.predicted += int((next_ids >= 0).sum())
         self.kl_sum += kl
         self.agreeing += round(agreeing) if math.isfinite(agreeing) else 0
         self.reference_nll += reference_nll
@@ -55,23 +53,22 @@ class Divergence:
 
     @property
     def reference_perplexity(self) -> float:
-        return _exp(self.reference_nll / max(self.predicted, 1))
+        return _exp(self.reference_nll / max(self.positions, 1))
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.nll / max(self.predicted, 1))
+        return _exp(self.nll / max(self.positions, 1))
 
 
 def _sums(reference: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
     """[KL, agreeing, negative log-likelihood of the reference, of the other], float64."""
     log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    known = next_ids >= 0
-    targets = next_ids.clamp_min(0)[:, None]
+    targets = next_ids[:, None]
     sums = [
         (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum(),
         (reference.argmax(-1) == logits.argmax(-1)).sum(),
-        -(log_p.gather(1, targets)[:, 0][known]).sum(dtype=torch.float64),
-        -(log_q.gather(1, targets)[:, 0][known]).sum(dtype=torch.float64),
+        -log_p.gather(1, targets).sum(dtype=torch.float64),
+        -log_q.gather(1, targets).sum(dtype=torch.float64),
     ]
     return torch.stack([value.double() for value in sums])
 

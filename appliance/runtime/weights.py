@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,22 @@ def load_weights(
         new = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
         model.get_submodule(owner).register_parameter(attribute, new)
     return counter.total
+
+
+def read_tensors(infos: Iterable[TensorInfo], device: torch.device | str) -> dict[str, Tensor]:
+    """Some tensors of safetensors files, as stored, on `device`, by name. EngineDamagedError for a file that ends too
+    early."""
+    device = torch.device(device)
+    files: dict[Path, dict[str, TensorInfo]] = {}
+    for info in infos:
+        files.setdefault(info.file, {})[info.name] = info
+    found: dict[str, Tensor] = {}
+    for file, stored in files.items():
+        raw = {n: torch.empty(i.shape, dtype=getattr(torch, i.dtype), device=device) for n, i in stored.items()}
+        total = sum(info.nbytes for info in stored.values())
+        _read_all(file, list(_pieces(stored, raw)), device, _Counter(total, None), whole=False)
+        found |= raw
+    return found
 
 
 def load_weights_reference(model: nn.Module, rank_file: Path, device: torch.device | str) -> None:
@@ -118,11 +134,12 @@ class _Counter:
                 self._progress(self._done, self.total)
 
 
-def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _Counter) -> None:
+def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _Counter, *, whole: bool = True) -> None:
+    """`whole`: they are about all of the file, which the system may then read ahead."""
     lanes = max(1, min(_LANES, default_threads(), len(pieces)))
     fd = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(os, "posix_fadvise"):
+        if whole and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
         remaining, lock = iter(pieces), threading.Lock()
 
