@@ -16,7 +16,16 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from appliance.kernels import activation, deferred_scale, norm, rope_cache, row_quantization, sampling, skinny_linear
+from appliance.kernels import (
+    activation,
+    deferred_scale,
+    int8_linear,
+    norm,
+    rope_cache,
+    row_quantization,
+    sampling,
+    skinny_linear,
+)
 
 TYPES = {  # of arguments, by name; int32 where not listed
     "*bf16": "x residual values bias logits q k v rotated cache weight q_weight k_weight",
@@ -31,8 +40,11 @@ FP8: dict[str, Any] = {"LARGEST": 448.0, "WHOLE": False, "STATIC": False, "SMALL
 INT8 = {**FP8, "LARGEST": 127.0, "WHOLE": True}
 ROPE: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "q_blocks": 8}
 SKINNY: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4, "LINE": 128, "LINES_AHEAD": 4}
+SKINNY |= {"WEIGHT_FIRST": True, "WHOLE_K": True, "SCALED": True}
+TILED: dict[str, Any] = {"BLOCK_K": 128, "GROUP": 8, "WHOLE_K": True, "SCALED": True}
 TO_FP8 = {"out": "*fp8e4nv"}
 INT8_SUMS = {"x": "*i32", "out": "*i8"}
+INT8_PRODUCT = {"x": "*i8", "values": "*i8", "weight": "*i8", "out": "*bf16", "partial": "*i32"}
 # (kernel, constants, of which those that it has count, warps, types that differ)
 CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     (deferred_scale._materialize_kernel, {**DEFERRED, "BLOCK": 1024}, 4, {"out": "*fp32"}),
@@ -62,10 +74,13 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     (sampling._draw_kernel, {**DEFERRED, "GREEDY": False, "FILTERED": True, "BLOCK": 2048}, 4, {"logits": "*fp32"}),
     (
         skinny_linear._skinny_kernel,
-        {**DEFERRED, **SKINNY, "WEIGHT_FIRST": True, "WHOLE_K": True, "SCALED": True, "PROMOTE": 128},
+        {**DEFERRED, **SKINNY, "PROMOTE": 128, "WHOLE": False},
         4,
         {"x": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*bf16"},
     ),
+    (skinny_linear._skinny_kernel, {**DEFERRED, **SKINNY, "PROMOTE": 0, "WHOLE": True}, 4, INT8_PRODUCT),
+    (int8_linear._int8_linear_kernel, {**DEFERRED, **TILED, "BLOCK_M": 64, "BLOCK_N": 64}, 4, INT8_PRODUCT),
+    (int8_linear._int8_linear_kernel, {**DEFERRED, **TILED, "BLOCK_M": 128, "BLOCK_N": 256}, 8, INT8_PRODUCT),
 ]
 
 

@@ -24,5 +24,5 @@ def test_kernels_compile_wait_once_and_spill_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(compiled) == 16
+    assert len(compiled) == 19
     assert [kernel for kernel in compiled if kernel["waits"] != 1 or kernel["stack"] != 0] == []

@@ -1,6 +1,8 @@
 """x @ weight.T for few rows of x: a kernel that streams the weight at memory bandwidth, for decode steps.
 
-Knows shapes and number formats (FP8 with a scale per row of either side, bfloat16, float16); knows nothing of layers.
+Knows shapes and number formats (FP8 and int8 with a scale per row of either side, bfloat16, float16); knows nothing of
+layers. Products of int8 are summed in int32, exactly.
+
 With up to 64 rows the time of a product is the time to read its weight, so what counts is bytes in flight on every
 multiprocessor. Programs take a tile of weight rows and, where tiles alone would not fill the GPU, a share of the inner
 dimension (split-K). The partial sums of a tile go to a workspace in float32, and the program that arrives last adds
@@ -186,12 +188,15 @@ def _skinny_kernel(
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     PROMOTE: tl.constexpr,
+    WHOLE: tl.constexpr,
     LINE: tl.constexpr,
     LINES_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (share, tile): BLOCK_N rows of the weight, one of SPLIT shares of k. WHOLE_K: BLOCK_K divides k. PROMOTE:
-    inner numbers after which Hopper's FP8 product, which keeps about 14 bits, is added to a float32 sum; 0: n/a."""
+    inner numbers after which Hopper's FP8 product, which keeps about 14 bits, is added to a float32 sum; 0: n/a. WHOLE:
+    numbers are integers, and so are their sums."""
+    SUMS: tl.constexpr = tl.int32 if WHOLE else tl.float32
     share = tl.program_id(0)
     tile = tl.program_id(1)
     k_tiles = tl.cdiv(k, BLOCK_K)
@@ -215,9 +220,9 @@ def _skinny_kernel(
     row_there = rows[:, None] < m
 
     if WEIGHT_FIRST:
-        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUMS)
     else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUMS)
     # The hint that the weight need not stay in L2 reaches the GPU where loads are not pipelined through shared memory;
     # Triton's asynchronous copies (3.6 to 3.9) bypass L1 and carry no hint.
     for k_tile in range(first, last):
@@ -229,9 +234,9 @@ def _skinny_kernel(
             x = tl.load(x_at, mask=row_there & there, other=0.0)
             weight = tl.load(weight_at, mask=there, other=0.0, eviction_policy="evict_first")
         if WEIGHT_FIRST:
-            total = tl.dot(weight, tl.trans(x), total, max_num_imprecise_acc=PROMOTE)
+            total = tl.dot(weight, tl.trans(x), total, max_num_imprecise_acc=PROMOTE, out_dtype=SUMS)
         else:
-            total = tl.dot(x, tl.trans(weight), total, max_num_imprecise_acc=PROMOTE)
+            total = tl.dot(x, tl.trans(weight), total, max_num_imprecise_acc=PROMOTE, out_dtype=SUMS)
         x_at += BLOCK_K
         weight_at += BLOCK_K
     if WEIGHT_FIRST:
@@ -251,7 +256,7 @@ def _skinny_kernel(
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT - 1:
             tl.store(counter_ptr + tile, 0)  # for the next launch
-            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUMS)
             if size <= 2048:  # small enough for all loads to be in flight at once
                 for other in tl.static_range(SPLIT):
                     total += tl.load(partial_at + other * size, mask=row_there, other=0.0, cache_modifier=".cg")
@@ -259,14 +264,15 @@ def _skinny_kernel(
                 for other in range(SPLIT):
                     total += tl.load(partial_at + other * size, mask=row_there, other=0.0, cache_modifier=".cg")
     if arrived == SPLIT - 1:
+        result = total
         if SCALED:
             x_scales = tl.load(x_scales_ptr + rows, mask=rows < m, other=0.0)
-            total = total * x_scales[:, None]
-            total = total * tl.load(weight_scales_ptr + columns, mask=columns < n, other=0.0)[None, :]
+            result = result.to(tl.float32) * x_scales[:, None]
+            result = result * tl.load(weight_scales_ptr + columns, mask=columns < n, other=0.0)[None, :]
         if BIASED:
-            total += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+            result += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
         out_at = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
-        tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=there)
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=there)
 
 
 class _Counters:
@@ -312,9 +318,10 @@ def skinny_linear(
 ) -> Tensor:
     """(x * scales) @ (weight * weight_scales).T + bias: `dtype` [m, n], sums in float32, rounded once.
 
-    x [m, k] with 1 <= m <= 64, rows may be strided; weight [n, k], contiguous, of the same dtype: float8_e4m3fn,
-    bfloat16 or float16. scales float32 [m, 1] and weight_scales float32 of n numbers, both or none; bias [n] or None.
-    `config`: how to cut it up, by default `choose`. Does not synchronize; capturable after one call outside.
+    x [m, k] with 1 <= m <= 64, rows may be strided; weight [n, k], contiguous, of the same dtype: float8_e4m3fn, int8
+    (exact sums, which `dtype` int32 and no scales give as they are), bfloat16 or float16. scales float32 [m, 1] and
+    weight_scales float32 of n numbers, both or none; bias [n] or None. `config`: how to cut it up, by default `choose`.
+    Does not synchronize; capturable after one call outside.
     """
     (m, k), n = x.shape, weight.shape[0]
     assert 1 <= m <= MAX_ROWS and weight.shape[1] == k and x.dtype == weight.dtype
@@ -326,9 +333,11 @@ def skinny_linear(
     rows, block_k = block_m(m), config.k_bytes // element_size
     tiles = triton.cdiv(n, config.block_n)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
+    whole = x.dtype == torch.int8
     partial = counter = out  # neither read nor written with one share
     if config.split > 1:
-        partial = torch.empty(tiles * config.split * rows * config.block_n, dtype=torch.float32, device=x.device)
+        sums = torch.int32 if whole else torch.float32
+        partial = torch.empty(tiles * config.split * rows * config.block_n, dtype=sums, device=x.device)
         if x.device not in _counters:
             _counters[x.device] = _Counters(x.device)
         counter = _counters[x.device].take(tiles)
@@ -337,7 +346,8 @@ def skinny_linear(
         out if bias is None else bias, out, partial, counter, m, n, k, x.stride(0), n,
         BLOCK_M=rows, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT=config.split, WEIGHT_FIRST=config.weight_first,
         WHOLE_K=k % block_k == 0, SCALED=scales is not None, BIASED=bias is not None,
-        PROMOTE=min(block_k, 128) if element_size == 1 else 0, LINE=_LINE // element_size, LINES_AHEAD=_LINES_AHEAD,
+        PROMOTE=min(block_k, 128) if element_size == 1 and not whole else 0,
+        WHOLE=whole, LINE=_LINE // element_size, LINES_AHEAD=_LINES_AHEAD,
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(x.device),
     )  # fmt: skip
     return out
@@ -351,8 +361,10 @@ def skinny_linear_reference(
     scales: Tensor | None = None,
     weight_scales: Tensor | None = None,
 ) -> Tensor:
-    """`skinny_linear` in plain torch, any device and any number of rows, float32 inside."""
-    product = F.linear(x.float(), weight.float())
+    """`skinny_linear` in plain torch, any device and any number of rows, float32 inside; of int8, exact sums."""
+    wide = torch.float64 if x.dtype == torch.int8 else torch.float32  # whole numbers up to 2^53
+    product = F.linear(x.to(wide), weight.to(wide))
+    product = product if dtype == torch.int32 else product.float()
     if scales is not None and weight_scales is not None:
         product = product * scales * weight_scales.view(1, -1)
     return (product if bias is None else product + bias.float()).to(dtype)
