@@ -34,7 +34,7 @@ class Quality(Struct, frozen=True):
 
 
 def numbers(quality: Quality) -> str:
-    """For people: "KL 0.0123 nats/token, top-1 agreement 97.1%, perplexity 10.31 against 10.20, over 512 tokens of it"."""
+    """For people, on one line; the note where nothing was measured."""
     if quality.kl_divergence is None:
         return quality.note
     return (
