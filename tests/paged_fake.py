@@ -68,6 +68,7 @@ class FakeExecutor:
     max_model_len: int = 128
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 32
+    step_sizes: tuple[int, ...] = ()
     plans: list[StepPlan] = field(default_factory=list)  # all submitted
     depths: list[int] = field(default_factory=list)  # steps queued at each collect, the collected one included
 

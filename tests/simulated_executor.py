@@ -1,7 +1,7 @@
 """An executor that computes nothing and takes as long as a formula says, on a clock of its own: what scheduling
 policies are judged with.
 
-Seconds = base + per_decode * decodes + per_prefill_token * tokens, and an overhead where both meet.
+Seconds = base + per_decode * decodes + per_prefill_token * tokens + per_pair * pairs, and an overhead where both meet.
 
 The default is one H200 with an 8B model in FP8 and short contexts, as measured: 2 ms alone, 7 ms with 256 decodes,
 80,000 prompt tokens a second.
@@ -9,6 +9,7 @@ The default is one H200 with an 8B model in FP8 and short contexts, as measured:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -21,12 +22,14 @@ from appliance.types import EngineRequest, SamplingParams
 class SimulatedExecutor:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    step_sizes: tuple[int, ...] = ()  # as the executor of the same name pads
     num_pages: int = 200_000
     page_size: int = 16
     max_model_len: int = 131_072
     base: float = 2e-3
     per_decode: float = 2e-5
     per_prefill_token: float = 1.25e-5
+    per_pair: float = 0.0  # of a prefill token and one before it
     overhead: float = 0.0
     synchronous: bool = False  # runs a step while it is submitted, as the CPU backend does
     now: float = 0.0
@@ -46,7 +49,10 @@ class SimulatedExecutor:
         chunks = [row for row in plan.scheduled if row.slot in self._prefilling]
         self._prefilling -= {row.slot for row in chunks if row.samples}
         decodes, tokens = len(plan.scheduled) - len(chunks), sum(row.length for row in chunks)
-        seconds = self.base + self.per_decode * decodes + self.per_prefill_token * tokens
+        seconds = (
+            self.base + self.per_decode * decodes + self.per_prefill_token * (tokens + self._padding(decodes, tokens))
+        )
+        seconds += self.per_pair * sum(row.length * (row.start + row.length / 2) for row in chunks)
         if decodes and tokens:
             seconds += self.overhead
         self.steps.append((decodes, tokens, seconds))
@@ -57,6 +63,11 @@ class SimulatedExecutor:
             self.now += 2e-4  # the host's part
             self._free_at = max(self._free_at, self.now) + seconds
             self._queue.append((plan, self._free_at))
+
+    def _padding(self, decodes: int, tokens: int) -> int:
+        total = decodes + tokens
+        at = bisect_left(self.step_sizes, total)
+        return self.step_sizes[at] - total if tokens and at < len(self.step_sizes) else 0
 
     def collect(self) -> StepResult:
         plan, done_at = self._queue.popleft()

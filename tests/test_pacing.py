@@ -32,6 +32,17 @@ def test_streams_do_not_stutter_when_long_prompts_arrive(overhead: float, longer
     assert longest < later * max(free.first_token[i] for i in range(200, 206))
 
 
+def test_a_prompts_last_tokens_take_longer_than_its_first() -> None:
+    """Attention over what was there before: behind 9200 tokens, a token takes twice as long. Steps are padded."""
+    sizes = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
+    model = {"per_pair": 1.25e-5 / 9200, "overhead": 0.001, "step_sizes": sizes}
+    executor = SimulatedExecutor(**model)  # type: ignore[arg-type]
+    paced = simulate(executor, STREAMS + long_prompts(6, 16_384, every=0.6), 2.0)
+    assert paced.gap(0.99) <= 2.3 * paced.gap(0.5)
+    full = [decodes + tokens in sizes for decodes, tokens, _ in executor.steps[40:] if decodes and tokens > 100]
+    assert len(full) > 100 and sum(full) > 0.6 * len(full), "chunks fill the sizes"
+
+
 def test_a_single_stream_beside_huge_prompts() -> None:
     free, paced = both([Arrival(0.0, 64, 900), *long_prompts(3, 16_384, every=0.5, at=0.5)])
     assert max(free.gaps) > 0.1
@@ -93,6 +104,20 @@ def test_it_learns_overhead_and_time_per_token() -> None:
         pacer.observe(10, tokens, 0.010 + 0.004 + tokens * 1e-5)
     limit = pacer.limit(10, 1)
     assert limit is not None and limit == pytest.approx((0.020 - 0.004) / 1e-5, rel=0.02)
+
+
+@pytest.mark.parametrize("lengths", [(100, 400, 1000), (300, 310, 290)])
+def test_it_learns_what_tokens_before_a_chunk_cost(lengths: tuple[int, ...]) -> None:
+    pacer = PrefillPacer(2.0)
+    steady(pacer, 100, 0.010)
+    for i, tokens in enumerate(lengths * 12):
+        context = i * 1000 % 9000
+        pairs = tokens * (context + tokens / 2)
+        pacer.observe(100, tokens, 0.010 + tokens * 1e-5 + pairs * 1e-9, pairs)
+    for context in (0, 8000):
+        tokens = pacer.limit(100, 1, context)
+        assert tokens is not None
+        assert tokens * 1e-5 + tokens * (context + tokens / 2) * 1e-9 == pytest.approx(0.010, rel=0.1)
 
 
 def test_chunks_are_worth_their_overhead() -> None:

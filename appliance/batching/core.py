@@ -63,6 +63,7 @@ class EngineCore:
             self._kv_cache,
             max_num_seqs=executor.max_num_seqs,
             max_num_batched_tokens=executor.max_num_batched_tokens,
+            step_sizes=executor.step_sizes,
             pacer=self._pacer,
         )
         self._sequences: dict[str, Sequence] = {}  # accepted, without terminal output
@@ -167,7 +168,7 @@ class EngineCore:
             seconds = step.submit_seconds + now - begin
         self._collected_at = now
         if self._pacer is not None:
-            self._pacer.observe(step.num_decodes, step.num_prefill_tokens, seconds)
+            self._pacer.observe(step.num_decodes, step.num_prefill_tokens, seconds, step.prefill_pairs)
 
     def _collect_chunk(
         self, seq: Sequence, step: ScheduledStep, result: StepResult, row: int, outputs: list[EngineOutput]

@@ -21,7 +21,7 @@ excess is discarded.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -46,6 +46,7 @@ class ScheduledStep:
     sequences: list[Sequence]
     num_decodes: int = 0  # of its rows; the others are chunks of prefills
     num_prefill_tokens: int = 0
+    prefill_pairs: float = 0.0  # of each of them and each token that it attends to
     submitted_at: float = 0.0  # when `submit` had returned; seconds of the core's clock
     submit_seconds: float = 0.0  # that `submit` took
 
@@ -67,9 +68,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        step_sizes: tuple[int, ...] = (),
         pacer: PrefillPacer | None = None,
     ) -> None:
-        """Without a `pacer` prefills take all tokens that decodes leave."""
+        """Without a `pacer` prefills take all tokens that decodes leave. `step_sizes`: see `step.Executor`."""
         self.kv_cache = kv_cache
         self._pacer = pacer
         self.running: list[Sequence] = []  # by rank
@@ -77,6 +79,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_steps = 0
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._step_sizes = step_sizes
         # No more sequences than tokens in a step, or the last ones would never run.
         self._num_slots = min(max_num_seqs, max_num_batched_tokens)
         self._free_slots = list(range(self._num_slots - 1, -1, -1))  # a stack: low slots first
@@ -104,7 +107,7 @@ class Scheduler:
         step = ScheduledStep(plan, [])
         prefills, preempted = self._schedule_decodes(step)
         step.num_decodes = len(plan.scheduled)
-        budget = PrefillBudget(self._prefill_tokens(step.num_decodes, len(prefills)), self._max_num_batched_tokens)
+        budget = PrefillBudget(self._prefill_tokens(step.num_decodes, prefills), self._max_num_batched_tokens)
         chunks = self._continue_prefills(prefills, budget)
         if self.waiting and not preempted:
             self._admit(chunks, budget, plan)
@@ -115,13 +118,24 @@ class Scheduler:
         self.num_steps += 1
         return step
 
-    def _prefill_tokens(self, num_decodes: int, num_prefills: int) -> int:
-        """How many the next step may run; `num_prefills` are running."""
+    def _prefill_tokens(self, num_decodes: int, prefills: list[Sequence]) -> int:
+        """How many the next step may run; `prefills` are running."""
         left = self._max_num_batched_tokens - num_decodes
-        if self._pacer is None or not (num_prefills or self.waiting):
+        if self._pacer is None or not (prefills or self.waiting):
             return left
-        limit = self._pacer.limit(num_decodes, num_prefills + self._num_admissible())
-        return left if limit is None else min(left, limit)
+        context = prefills[0].num_computed if prefills else 0
+        limit = self._pacer.limit(num_decodes, len(prefills) + self._num_admissible(), context)
+        return left if limit is None else min(left, self._without_padding(num_decodes, limit))
+
+    def _without_padding(self, num_decodes: int, limit: int) -> int:
+        """The most prefill tokens up to `limit` that fill a step's size: padding takes as long as tokens. `limit`
+        itself if that leaves less than half."""
+        total = num_decodes + limit
+        at = bisect_right(self._step_sizes, total)
+        if at == len(self._step_sizes):  # beyond the largest nothing is padded
+            return limit
+        fitting = self._step_sizes[at - 1] - num_decodes if at else 0
+        return fitting if 2 * fitting >= limit else limit
 
     def _num_admissible(self) -> int:
         """About how many waiting requests there is a slot and room in the KV cache for, if all are like the first."""
@@ -226,6 +240,7 @@ class Scheduler:
             seq = chunk.sequence
             chunk.length += budget.take_leftover(seq.prefill_end - seq.num_computed - chunk.length)
             step.num_prefill_tokens += chunk.length
+            step.prefill_pairs += chunk.length * (chunk.sequence.num_computed + chunk.length / 2)
         for single in (True, False):
             for chunk in chunks:
                 if (chunk.length == 1) is single:

@@ -74,6 +74,8 @@ class Executor(Protocol):
     max_model_len: int  # tokens, prompt + output
     max_num_seqs: int  # slots
     max_num_batched_tokens: int  # tokens a step
+    # Ascending numbers of tokens that steps with prefill are padded to; beyond the largest they are not.
+    step_sizes: tuple[int, ...]
 
     def submit(self, plan: StepPlan) -> None: ...
 

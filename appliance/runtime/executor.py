@@ -18,6 +18,7 @@ class LocalExecutor:
         self.max_model_len = limits.max_model_len
         self.max_num_seqs = limits.max_num_seqs
         self.max_num_batched_tokens = limits.max_num_batched_tokens
+        self.step_sizes = runner.step_sizes
         self._runner = runner
         self._pending: deque[PendingStep] = deque()
 

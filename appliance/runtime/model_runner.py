@@ -171,6 +171,11 @@ class ModelRunner:
             # Before serving, all of them: one takes longer than a client should wait for its next token.
             self._pieces.capture_all(tokens, progress)
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Ascending numbers of tokens that steps with prompts are padded to."""
+        return self._pieces.sizes if self._pieces is not None else ()
+
     @torch.inference_mode()
     def capture_next(self) -> bool:
         """Capture one more bucket of decode steps, between two steps. False: there are no more."""

@@ -23,7 +23,8 @@ from appliance.runtime.input_batch import StepInputs
 
 log = logging.getLogger(__name__)
 
-_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)  # tokens; beyond, the GPU is the slower side
+# Tokens; beyond, the GPU is the slower side.
+_SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
 
 
 def token_buckets(max_num_batched_tokens: int) -> list[int]:
@@ -102,6 +103,11 @@ class PiecewiseGraphs:
         self._out = torch.zeros_like(self._q)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Captured, ascending."""
+        return tuple(self._sizes)
 
     def bucket(self, num_tokens: int) -> int | None:
         """The smallest captured size that holds so many tokens; None if there is none."""

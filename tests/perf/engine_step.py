@@ -39,6 +39,7 @@ class InstantExecutor:
     max_model_len = 8192
     max_num_seqs = 1024
     max_num_batched_tokens = 16_384
+    step_sizes = ()
 
     def __init__(self) -> None:
         self._queue: deque[StepPlan] = deque()
