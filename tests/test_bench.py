@@ -115,7 +115,7 @@ def test_products_of_a_random_model_are_timed_as_in_a_build(
     model.load(engine_tensors(SHAPES["tiny"], "fp8" if scheme == "fp8" else "bf16", device), device)
     model.prepare(64)
     try:
-        found = choose_tactics(model, scheme, device, tmp_path)
+        found = choose_tactics(model, device, tmp_path)
         assert f"{found} tactics chosen" in capsys.readouterr().out
         assert (found > 0) == torch.cuda.is_available() == any(tmp_path.glob("timings/*.json"))
     finally:

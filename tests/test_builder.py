@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -25,7 +26,10 @@ from appliance import registry
 from appliance.builder import BuildRequest, key_of
 from appliance.builder.build import build
 from appliance.builder.convert import convert, plan_tensors
+from appliance.builder.job import Job
+from appliance.builder.plain import PlainTensors
 from appliance.builder.process import main
+from appliance.builder.request import key_inputs_of
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, read_model_config
 from appliance.engines import ByteMeter, DamagedFileError, EngineStore, read_manifest, verify_engine
 from appliance.errors import CheckpointError, EngineBuildError, EngineDamagedError, NoSpaceError
@@ -210,8 +214,11 @@ def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) 
     names = [name for name, tensor in originals(source).items() if tensor.ndim == 2]
     checkpoint = Counting(source)
     specs = [WeightSpec(n, "linear", (n,), (checkpoint.info(n).shape,)) for n in names]
+    request = request_of(source, tmp_path, precision="fp32")
+    job = Job.start(request, key_inputs_of(request), read_model_config(source), checkpoint, registry.load)
+    weights = PlainTensors(dataclasses.replace(job, specs=specs))
     with Slow(tmp_path / "x", plan_tensors(specs, scheme, torch.float32)) as writer, ByteMeter(1, None) as meter:
-        convert(checkpoint, specs, scheme, torch.float32, torch.device("cpu"), writer, meter)
+        convert(weights, writer, meter)
         writer.finish()
     assert writer.written == len(names) > 10
     assert most <= 7, "two read ahead, one in hand, two or three to be written"
@@ -223,8 +230,15 @@ def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) 
 def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineBuildError, match="tp_size=2"):
         build(request_of(source, tmp_path, tp_size=2))
-    with pytest.raises(EngineBuildError, match="int4 cannot be built; allowed"):
+    with pytest.raises(EngineBuildError, match=r"int4 needs .* multiples of 128; layers\.0\.attention\.qkv has 64"):
         build(request_of(source, tmp_path, precision="int4"))
+    for wrong, words in (
+        ({"scheme": "fp8"}, r"int8 has no scheme 'fp8'; allowed: int8_smoothquant"),
+        ({"scheme_parameters": {"group_size": 64}}, r"int8_smoothquant cannot have group_size=64; its param"),
+        ({"scheme_parameters": {"head": 8}}, r"have head=8; its parameters: head \(str\), unquantized"),
+    ):
+        with pytest.raises(EngineBuildError, match=words):
+            build(request_of(source, tmp_path, precision="int8", **wrong))
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
     config = json.loads((source / "config.json").read_text())

@@ -162,7 +162,6 @@ def test_timed_products_are_the_same_products(checkpoint: Path) -> None:
     import torch
     from model_helpers import load_model
 
-    from appliance import registry
     from appliance.builder.tactics import Tuner, describe
     from appliance.builder.timings import Timings
     from appliance.kernels.deferred_scale import as_float
@@ -173,7 +172,6 @@ def test_timed_products_are_the_same_products(checkpoint: Path) -> None:
     for name in ("none", "fp8"):
         if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
             continue
-        scheme = registry.load("quantization", name).Scheme()
         model = load_model(checkpoint, dtype=torch.bfloat16, device="cuda", scheme=name)
         model.prepare(64)
         layers = [module for module in model.modules() if isinstance(module, Linear)]
@@ -186,7 +184,7 @@ def test_timed_products_are_the_same_products(checkpoint: Path) -> None:
         try:
             with torch.inference_mode():
                 before = {key: as_float(key[1](x)).clone() for key, x in inputs.items()}
-                chosen = Tuner(scheme, torch.bfloat16, device, Timings(None, "")).tune(model)
+                chosen = Tuner(torch.bfloat16, device, Timings(None, "")).tune(model)
                 print(*(describe(choice) for choice in chosen), sep="\n")
                 assert len({choice.product for choice in chosen}) == 5
                 for key, x in inputs.items():

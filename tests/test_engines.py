@@ -138,8 +138,8 @@ def test_key_inputs_come_from_the_plugins() -> None:
     assert (gpu.scheme, gpu.dtype, gpu.compute_capability) == ("fp8", "bfloat16", (9, 0))
     cpu = make_key_inputs("d", "fp16", "cpu", compute_capability=(9, 0))
     assert (cpu.scheme, cpu.dtype, cpu.compute_capability) == ("none", "float16", None)
-    with pytest.raises(EngineBuildError, match=r"int4.*allowed: fp8, fp32"):
-        make_key_inputs("d", "int4", "cpu")
+    with pytest.raises(EngineBuildError, match=r"int2.*allowed: fp8, int4, int8, fp32"):
+        make_key_inputs("d", "int2", "cpu")  # type: ignore[arg-type]
     with pytest.raises(EngineBuildError, match=r"no backend 'tpu'; allowed: cpu"):
         make_key_inputs("d", "bf16", "tpu")
 

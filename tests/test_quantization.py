@@ -23,7 +23,9 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def scheme(name: str) -> PrecisionScheme:
-    made = registry.load("quantization", name).Scheme()
+    """With groups that fit small layers."""
+    parameters = {"group_size": 32} if name.startswith("int4") else {}
+    made = registry.load("quantization", name).Scheme(parameters)
     assert isinstance(made, PrecisionScheme)
     return made
 
@@ -39,15 +41,15 @@ def make_linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> L
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_quantize_gives_what_tensors_announces(name: str, dtype: torch.dtype) -> None:
-    stored = scheme(name).quantize(torch.randn(48, 32).to(dtype))
-    announced = scheme(name).tensors(48, 32, dtype)
+    stored = scheme(name).quantize(torch.randn(48, 64).to(dtype))
+    announced = scheme(name).tensors(48, 64, dtype)
     assert {suffix: (tuple(t.shape), t.dtype) for suffix, t in stored.items()} == announced
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_rows_quantize_independently(name: str) -> None:
     """Fusing q, k and v before or after quantizing, or splitting rows over ranks, gives the same engine."""
-    weight = torch.randn(48, 32)
+    weight = torch.randn(48, 64)
     whole, top, bottom = (scheme(name).quantize(part) for part in (weight, weight[:16], weight[16:]))
     for suffix, tensor in whole.items():
         assert torch.equal(tensor.float(), torch.cat([top[suffix], bottom[suffix]]).float())
@@ -67,7 +69,7 @@ def test_linear_is_close_to_the_plain_product(name: str, out: int, with_bias: bo
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert got.shape == (7, out) and got.dtype == DTYPE
     error = (got.float() - expected).norm() / expected.norm()
-    assert error < (0.05 if name == "fp8" else 1e-2)
+    assert error < {"none": 1e-2, "fp8": 0.05, "int8_smoothquant": 0.03}.get(name, 0.15)
     assert (got[2].float() == (0 if bias is None else bias.float())).all()
 
 

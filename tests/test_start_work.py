@@ -20,7 +20,6 @@ from appliance.builder.request import BuildRequest
 from appliance.builder.warmup import WarmedUp, run_steps, warm_up
 from appliance.engine_process import EngineLoop
 from appliance.ipc import AddRequests, Outputs, Shutdown
-from appliance.quantization import unquantized
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets, ready_buckets
 
 # ---------------------------------------------------------------- graphs
@@ -178,7 +177,7 @@ def request_of(**changes: Any) -> BuildRequest:
 
 def test_no_trial_without_the_gpu_that_the_engine_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(request: BuildRequest) -> WarmedUp:
-        return warm_up(tmp_path, request, unquantized.Scheme(), lambda detail: None)
+        return warm_up(tmp_path, request, lambda detail: None)
 
     assert tried(request_of(backend="cpu")) == WarmedUp()
     assert "built on the CPU" in str(tried(request_of(device="cpu")).note)
@@ -198,7 +197,7 @@ def test_a_failed_trial_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(warmup, "_device", lambda request: torch.device("cuda", 0))
     monkeypatch.setattr(warmup, "_warm_up", fails)
-    warmed = warm_up(tmp_path, request_of(), unquantized.Scheme(), lambda detail: None)
+    warmed = warm_up(tmp_path, request_of(), lambda detail: None)
     assert "out of memory" in str(warmed.note) and not warmed.kernels
     assert not (tmp_path / "kernels").exists(), "half of the kernels is not packed"
 

@@ -35,6 +35,7 @@ class Scheme(unquantized.Scheme):
     """Products in several ways; `ran` lists the names of those that were run."""
 
     def __init__(self, names: Sequence[str] = ("library", "skinny a", "skinny b")) -> None:
+        super().__init__()
         self.names = list(names)
         self.ran: list[str] = []
 
@@ -86,7 +87,7 @@ def make_tuner(
 
     known = Timings(cache, "Test GPU 80GB")
     device = torch.device("cpu")
-    return Tuner(scheme, torch.float32, device, known, timer=timer, threads=2, **options)  # type: ignore[arg-type]
+    return Tuner(torch.float32, device, known, timer=timer, threads=2, **options)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the table

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,10 +21,11 @@ from appliance.bench.report import say
 from appliance.bench.shapes import shape_config, write_config
 from appliance.bench.subject import Subject, device_of, make_subject, no_progress
 from appliance.bench.vocabulary import write_tokenizer
+from appliance.builder.convert import quantize
 from appliance.builder.tactics import Tuner
 from appliance.builder.timings import Timings
 from appliance.checkpoint.files import INDEX_NAME
-from appliance.engines.key import engine_dtype, scheme_of
+from appliance.engines.key import engine_dtype, parameters_of, scheme_of
 from appliance.kernels.compiled import KERNELS
 from appliance.kernels.tactics import TABLE
 from appliance.layers.decoder import Decoder
@@ -48,9 +50,17 @@ def _random(spec: WeightSpec, dtype: torch.dtype, generator: torch.Generator) ->
     return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator) * _STD
 
 
+def scheme_parameters(precision: Precision, device: torch.device) -> dict[str, Any]:
+    """Of the precision's scheme, as an engine built for this device has them."""
+    return parameters_of(
+        scheme_of(precision), torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    )
+
+
 def engine_tensors(config: ModelConfig, precision: Precision, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as in an engine of this precision, made on `device`."""
-    scheme = registry.load("quantization", scheme_of(precision).name).Scheme()
+    plugin = registry.load("quantization", scheme_of(precision).name)
+    scheme = plugin.Scheme(scheme_parameters(precision, device))
     dtype = DTYPES[engine_dtype(precision)]
     generator = torch.Generator(device).manual_seed(0)
     for spec in _specs(config):
@@ -58,7 +68,7 @@ def engine_tensors(config: ModelConfig, precision: Precision, device: torch.devi
         if spec.kind == "plain":
             yield spec.name, weight
         else:
-            for suffix, tensor in scheme.quantize(weight).items():
+            for suffix, tensor in quantize(scheme.of(spec.name), weight).items():
                 yield f"{spec.name}.{suffix}", tensor
 
 
@@ -77,7 +87,8 @@ def load_random(shape: str, precision: Precision, options: EngineOptions, timing
     device = device_of(name)
     backend = registry.load("backends", name)
     begin = time.perf_counter()
-    model = build_model(config, scheme, DTYPES[engine_dtype(precision)] if device.type == "cuda" else torch.float32)
+    dtype = DTYPES[engine_dtype(precision)] if device.type == "cuda" else torch.float32
+    model = build_model(config, scheme, dtype, scheme_parameters(precision, device))
     model.load(engine_tensors(config, precision, device), device)
     loaded = LoadedModel(model, config, "random")
     if device.type == "cuda":
@@ -85,7 +96,7 @@ def load_random(shape: str, precision: Precision, options: EngineOptions, timing
         TABLE.clear()
         if timings is not None:
             model.prepare(options.max_model_len or config.max_position_embeddings)
-            choose_tactics(model, scheme, device, timings)
+            choose_tactics(model, device, timings)
     executor, info = backend.assemble(loaded, options, no_progress, PhaseTimer())
     return make_subject(
         loaded,
@@ -97,11 +108,11 @@ def load_random(shape: str, precision: Precision, options: EngineOptions, timing
     )
 
 
-def choose_tactics(model: Decoder, scheme: str, device: torch.device, cache: Path) -> int:
+def choose_tactics(model: Decoder, device: torch.device, cache: Path) -> int:
     """Time the products of a prepared model, as a build does; how many choices `TABLE` then has."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     begin = time.perf_counter()
-    tuner = Tuner(registry.load("quantization", scheme).Scheme(), model.dtype, device, Timings(cache, name))
+    tuner = Tuner(model.dtype, device, Timings(cache, name))
     found = tuner.tune(model)
     say(f"{len(found)} tactics chosen, {tuner.measured} timed now, in {time.perf_counter() - begin:.1f} s")
     return len(found)

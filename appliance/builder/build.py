@@ -5,16 +5,15 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from appliance import registry
-from appliance.builder.convert import convert, plan_tensors, source_bytes
+from appliance.builder.convert import StoredTensors, convert, plan_tensors
+from appliance.builder.job import Job, LoadPlugin, for_gpu
+from appliance.builder.plain import PlainTensors
 from appliance.builder.progress import SendFn, sender
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
@@ -24,7 +23,7 @@ from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_siz
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
 from appliance.engines.digest import hash_files
-from appliance.engines.key import KeyInputs, engine_key
+from appliance.engines.key import engine_key
 from appliance.engines.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -37,16 +36,13 @@ from appliance.engines.manifest import (
 from appliance.engines.meter import ByteMeter
 from appliance.engines.store import EngineStore, LockHolder
 from appliance.engines.verify import DamagedFileError, verify_engine
-from appliance.errors import CheckpointError, EngineBuildError
+from appliance.errors import CheckpointError
 from appliance.ipc import Progress
-from appliance.quantization.scheme import PrecisionScheme
-from appliance.types import ModelConfig, WeightSpec
+from appliance.types import ModelConfig
 
-LoadPlugin = Callable[[str, str], ModuleType]
 _RANK_FILE = "rank-0.safetensors"
-_KERNEL_BYTES = (
-    256 << 20
-)  # at most, of compiled kernels in an engine: some 100 cubins and a few of FlashInfer's modules
+# At most, of compiled kernels in an engine: some 100 cubins and a few of FlashInfer's modules.
+_KERNEL_BYTES = 256 << 20
 
 
 def build(
@@ -99,83 +95,29 @@ def _build(
             except DamagedFileError as error:
                 store.set_aside(error)
         with Checkpoint(source) as checkpoint:
-            job = _Job.start(request, inputs, config, checkpoint, load_plugin)
+            job = Job.start(request, inputs, config, checkpoint, load_plugin)
+            weights = _source(job)
             _reserve(job, store)
             with store.staging(key) as staging:
-                _write_engine(job, staging, send)
+                _write_engine(job, weights, staging, send)
                 return store.publish(key, staging)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One build's fixed facts."""
-
-    request: BuildRequest
-    inputs: KeyInputs
-    config: ModelConfig
-    checkpoint: Checkpoint
-    architecture: ModuleType
-    scheme: PrecisionScheme
-    specs: list[WeightSpec]
-    dtype: torch.dtype
-    device: torch.device
-    started: float
-
-    @staticmethod
-    def start(
-        request: BuildRequest, inputs: KeyInputs, config: ModelConfig, checkpoint: Checkpoint, load_plugin: LoadPlugin
-    ) -> _Job:
-        """Load the plug-ins and check every tensor that will be read. Raises CheckpointError, EngineBuildError."""
-        architecture = load_plugin("models", registry.architectures()[config.architecture].name)
-        specs: list[WeightSpec] = architecture.weight_specs(config)
-        checkpoint.check(specs)
-        _check_dimensions(inputs, specs)
-        return _Job(
-            request=request,
-            inputs=inputs,
-            config=config,
-            checkpoint=checkpoint,
-            architecture=architecture,
-            scheme=load_plugin("quantization", inputs.scheme).Scheme(),
-            specs=specs,
-            dtype=getattr(torch, inputs.dtype),
-            device=_device(request),
-            started=time.monotonic(),
-        )
+def _source(job: Job) -> StoredTensors:
+    """Where this engine's tensors come from. Raises what making the source raises."""
+    return PlainTensors(job)
 
 
-def _check_dimensions(inputs: KeyInputs, specs: list[WeightSpec]) -> None:
-    """A scheme's kernels may want input sizes that are multiples of a number. Raises EngineBuildError."""
-    multiple = int(inputs.scheme_parameters.get("dimension_multiple", 1))
-    if registry.plugins("backends")[inputs.backend].facts.get("device") != "gpu":
-        return
-    for spec in specs:
-        if spec.kind == "linear" and spec.shapes[0][1] % multiple:
-            raise EngineBuildError(
-                f"{inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has "
-                f"{spec.shapes[0][1]}",
-                hint="choose a profile of another precision, for example bf16",
-            )
-
-
-def _device(request: BuildRequest) -> torch.device:
-    if request.device != "auto":
-        return torch.device(request.device)
-    on_gpu = registry.plugins("backends")[request.backend].facts.get("device") == "gpu"
-    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
-
-
-def _reserve(job: _Job, store: EngineStore) -> None:
+def _reserve(job: Job, store: EngineStore) -> None:
     """NoSpaceError, with how much is needed, before anything is written."""
     source = job.checkpoint.path
     small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
     needed = planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype)) + sum(p.stat().st_size for p in small)
-    on_gpu = registry.plugins("backends")[job.inputs.backend].facts.get("device") == "gpu"
-    needed += _KERNEL_BYTES if on_gpu else 0
+    needed += _KERNEL_BYTES if for_gpu(job.inputs.backend) else 0
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
 
 
-def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
+def _write_engine(job: Job, weights: StoredTensors, staging: Path, send: SendFn) -> None:
     """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
     last."""
     source = job.checkpoint.path
@@ -189,21 +131,21 @@ def _write_engine(job: _Job, staging: Path, send: SendFn) -> None:
         send(Progress(phase="build", detail=detail, percent=100.0))
 
     wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
-    total = sum(source_bytes(job.checkpoint, spec) for spec in job.specs)
+    total = sum(weights.work(spec) for spec in job.specs)
     with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
         with torch.inference_mode(), SafetensorsWriter(staging / _RANK_FILE, plan) as writer:
-            convert(job.checkpoint, job.specs, job.scheme, job.dtype, job.device, writer, meter)
+            convert(weights, writer, meter)
             meter.advance(0, "flushing to disk")
             size, digest = writer.finish()
         meter.advance(0, "checking the built engine")
         with torch.inference_mode():
-            checks = _check(job, staging)
+            checks = self_check(job, weights, staging / _RANK_FILE)
     rank_file = EngineFile(name=_RANK_FILE, size=size, digest=digest)
     notes = (f"torch {torch.__version__}", *([note] if note else []))
     # Loading reads the manifest, so there is one before the kernels that loading makes known.
     write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, WarmedUp(), notes))
     wait_for_compilers()
-    warmed = warm_up(staging, job.request, job.scheme, report)
+    warmed = warm_up(staging, job.request, report)
     notes = (*notes, *([warmed.note] if warmed.note else []))
     write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, warmed, notes))
 
@@ -218,23 +160,8 @@ def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
     return tuple(found)
 
 
-def _check(job: _Job, staging: Path) -> tuple[SelfCheck, ...]:
-    return self_check(
-        staging,
-        _RANK_FILE,
-        job.checkpoint,
-        job.config,
-        job.specs,
-        job.architecture,
-        job.scheme,
-        job.inputs.precision,
-        job.dtype,
-        job.device,
-    )
-
-
 def _manifest(
-    job: _Job,
+    job: Job,
     files: tuple[EngineFile, ...],
     checks: tuple[SelfCheck, ...],
     source_size: int,

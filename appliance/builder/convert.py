@@ -1,25 +1,56 @@
-"""Checkpoint tensors into one rank's weight file: read, join, cast, quantize, write, as a pipeline of three threads.
+"""An engine's tensors into one rank's weight file: where they come from, what is written, in which order, and a thread
+that writes while the source goes on.
 
-Holds a few tensors at a time, however large the model. Knows nothing of architectures (the specs do) nor of number
-formats (the scheme does).
+A *source* gives the tensors as they are stored, spec by spec. Three kinds: a plain checkpoint, whose weights the scheme
+rounds to nearest (`plain.py`); a plain checkpoint that is calibrated, layer by layer (`calibrate.py`); and a checkpoint
+that somebody else quantized (`checkpoint/quantized/`). Holds a few tensors at a time, however large the model. Knows
+nothing of architectures (the specs do) nor of number formats (the scheme does).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan
+from appliance.engines.manifest import SelfCheck
 from appliance.engines.meter import ByteMeter
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.types import WeightSpec
 
-_AHEAD = 2  # tensors read ahead, and tensors waiting to be written
+_WAITING = 2  # specs waiting to be written
 _QUANTIZE_AT_ONCE = 64 << 20  # weights; a scheme's float32 intermediates take some 12 bytes for each
+
+
+class StoredTensors(Protocol):
+    """A source. It is made before anything is written; making it checks what can be checked without long work, and
+    raises CheckpointError, SettingsError or EngineBuildError."""
+
+    # Whether `reference` is exactly what the stored tensors stand for, rounding of products apart.
+    exact: bool
+
+    def work(self, spec: WeightSpec) -> int:
+        """What writing this spec counts in the progress of the build: bytes of the checkpoint behind it."""
+
+    def tensors(self, meter: ByteMeter) -> Generator[tuple[WeightSpec, dict[str, Tensor]], None, None]:
+        """Every spec of `Job.specs`, in that order, with its tensors by engine name, in the order in which
+        `convert.plan_tensors` announces them. A source may keep a tensor only until the next one is asked for. With
+        `meter.advance(0, detail)` it says what it is doing; `convert` counts the work. Closing the iterator ends its
+        threads."""
+
+    def reference(self, spec: WeightSpec, device: torch.device) -> Tensor | None:
+        """float32 [out, in] on `device`: the weight that the stored product of a linear spec stands for; None if only a
+        whole layer can be compared, as calibration moves scales from one weight to another."""
+
+    def checks(self) -> tuple[SelfCheck, ...]:
+        """What the source itself measured while it gave the tensors, for the manifest. One that failed ends the
+        build."""
 
 
 def joined_shape(spec: WeightSpec) -> tuple[int, ...]:
@@ -28,7 +59,7 @@ def joined_shape(spec: WeightSpec) -> tuple[int, ...]:
 
 
 def plan_tensors(specs: Iterable[WeightSpec], scheme: PrecisionScheme, dtype: torch.dtype) -> list[TensorPlan]:
-    """Every tensor of the weight file, in the order in which `convert` writes them."""
+    """Every tensor of the weight file, in the order in which `convert` writes them. `scheme`: of the model."""
     plan: list[TensorPlan] = []
 
     def add(name: str, shape: tuple[int, ...], stored: torch.dtype) -> None:
@@ -39,7 +70,7 @@ def plan_tensors(specs: Iterable[WeightSpec], scheme: PrecisionScheme, dtype: to
         if spec.kind == "plain":
             add(spec.name, shape, dtype)
             continue
-        for suffix, (stored_shape, stored_dtype) in scheme.tensors(shape[0], shape[1], dtype).items():
+        for suffix, (stored_shape, stored_dtype) in scheme.of(spec.name).tensors(shape[0], shape[1], dtype).items():
             add(f"{spec.name}.{suffix}", stored_shape, stored_dtype)
         if spec.bias_sources:
             add(f"{spec.name}.bias", shape[:1], dtype)
@@ -63,65 +94,34 @@ def quantize(scheme: PrecisionScheme, weight: Tensor) -> dict[str, Tensor]:
     if weight.shape[0] <= rows:
         return scheme.quantize(weight)
     blocks = [scheme.quantize(block) for block in torch.split(weight, rows)]
-    return {suffix: torch.cat([block[suffix] for block in blocks]) for suffix in blocks[0]}
+    announced = scheme.tensors(weight.shape[0], weight.shape[1], weight.dtype)
+    stacked = {}
+    for suffix, (shape, _) in announced.items():
+        parts = [block[suffix] for block in blocks]
+        # What does not belong to rows, such as an order of the inputs, is the same in every block.
+        stacked[suffix] = torch.cat(parts) if sum(map(len, parts)) == shape[0] else parts[0]
+    return stacked
 
 
-def _read(checkpoint: Checkpoint, spec: WeightSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The joined weight, then the joined bias if there is one."""
-    groups = [spec.sources] + ([spec.bias_sources] if spec.bias_sources else [])
-    tensors = [join(checkpoint, names, device, dtype) for names in groups]
-    for name in (*spec.sources, *spec.bias_sources):
-        checkpoint.release(name)
-    return tensors
+def convert(source: StoredTensors, writer: SafetensorsWriter, meter: ByteMeter) -> None:
+    """Write all tensors of a source; `meter` counts the work behind what is written."""
 
-
-def _read_ahead(
-    pool: ThreadPoolExecutor,
-    checkpoint: Checkpoint,
-    specs: list[WeightSpec],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[tuple[WeightSpec, list[Tensor]]]:
-    pending: deque[Future[list[Tensor]]] = deque()
-    for i, spec in enumerate(specs):
-        for ahead in specs[i + len(pending) : i + _AHEAD]:
-            pending.append(pool.submit(_read, checkpoint, ahead, device, dtype))
-        yield spec, pending.popleft().result()
-
-
-def convert(
-    checkpoint: Checkpoint,
-    specs: list[WeightSpec],
-    scheme: PrecisionScheme,
-    dtype: torch.dtype,
-    device: torch.device,
-    writer: SafetensorsWriter,
-    meter: ByteMeter,
-) -> None:
-    """Write every tensor of `plan_tensors(specs, …)`; `meter` counts the source bytes behind what is written."""
-
-    def write(spec: WeightSpec, tensors: list[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
+    def write(spec: WeightSpec, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
             writer.write(name, tensor)
-        meter.advance(source_bytes(checkpoint, spec), spec.name)
+        meter.advance(source.work(spec), spec.name)
 
     with (
-        ThreadPoolExecutor(1, thread_name_prefix="read") as reads,
+        contextlib.closing(source.tensors(meter)) as given,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writes,
     ):
         writing: deque[Future[None]] = deque()
         try:
-            for spec, (weight, *bias) in _read_ahead(reads, checkpoint, specs, device, dtype):
-                if spec.kind == "plain":
-                    tensors = [(spec.name, weight)]
-                else:
-                    tensors = [(f"{spec.name}.{suffix}", t) for suffix, t in quantize(scheme, weight).items()]
-                tensors += [(f"{spec.name}.bias", t) for t in bias]
+            for spec, tensors in given:
                 writing.append(writes.submit(write, spec, tensors))
-                if len(writing) > _AHEAD:
+                if len(writing) > _WAITING:
                     writing.popleft().result()
             for job in writing:
                 job.result()
         finally:
-            reads.shutdown(cancel_futures=True)
             writes.shutdown(cancel_futures=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from msgspec import field
 
 from appliance import checkpoint
 from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
@@ -28,6 +31,9 @@ class BuildRequest(Struct, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     attention: str = "auto"
     tactics: bool = True  # time the ways to compute each product on this GPU
+    scheme: str | None = None  # name of the quantization plug-in; None: the first that serves the precision
+    # Those of its parameters that are not as it has them by itself.
+    scheme_parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> KeyInputs:
@@ -48,6 +54,8 @@ def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> 
         tp_size=request.tp_size,
         pp_size=request.pp_size,
         compute_capability=request.compute_capability,
+        scheme=request.scheme,
+        scheme_parameters=request.scheme_parameters,
     )
 
 

@@ -74,7 +74,7 @@ class _Probe:
 
 @dataclass
 class _Product:
-    """All linear layers of one shape and kind."""
+    """All linear layers of one shape, kind and scheme."""
 
     name: str  # "qkv": the last part of the layers' names
     layers: list[Linear]
@@ -88,19 +88,19 @@ class _Product:
     def shape(self) -> str:
         return f"{self.name} {self.out_features}x{self.in_features}"
 
-    def inputs(self, scheme: PrecisionScheme, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
+    def inputs(self, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
         generator = torch.Generator(device).manual_seed(rows)
         x = torch.randn(rows, self.layers[0].in_features, generator=generator, device=device).to(dtype)
-        return scheme.tactic_input(x)
+        return self.layers[0].scheme.tactic_input(x)
 
 
 def _products(model: nn.Module) -> list[_Product]:
-    """Linear layers, grouped by the last part of their name and their shape."""
-    found: dict[tuple[str, int, int, bool], _Product] = {}
+    """Linear layers, grouped by the last part of their name, their shape and how they are stored."""
+    found: dict[tuple[str, int, int, bool, PrecisionScheme], _Product] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             last = name.rpartition(".")[2]
-            key = (last, module.out_features, module.in_features, module.bias is not None)
+            key = (last, module.out_features, module.in_features, module.bias is not None, module.scheme)
             found.setdefault(key, _Product(last, [])).layers.append(module)
     return list(found.values())
 
@@ -110,7 +110,6 @@ class Tuner:
 
     def __init__(
         self,
-        scheme: PrecisionScheme,
         dtype: torch.dtype,
         device: torch.device,
         timings: Timings,
@@ -120,7 +119,7 @@ class Tuner:
         clock: Callable[[], float] = time.monotonic,
         threads: int | None = None,
     ) -> None:
-        self._scheme, self._dtype, self._device = scheme, dtype, device
+        self._dtype, self._device = dtype, device
         self._timings, self._timer, self._clock = timings, timer, clock
         self._deadline = clock() + seconds
         self._threads = threads or min(16, host().cpu_cores)
@@ -152,7 +151,7 @@ class Tuner:
 
     def _offers(self, product: _Product) -> bool:
         """Run one layer, to see whether there is a choice and what the table calls the product."""
-        x = product.inputs(self._scheme, 1, self._dtype, self._device)
+        x = product.inputs(1, self._dtype, self._device)
         seen = self._probe.observe(lambda: product.layers[0](x))
         if seen is None:
             return False
@@ -205,7 +204,7 @@ class Tuner:
                 with torch.inference_mode(), self._probe.force(tactic):
                     if self._device.type == "cuda":
                         torch.cuda.set_device(self._device)
-                    product.layers[0](product.inputs(self._scheme, rows, self._dtype, self._device))
+                    product.layers[0](product.inputs(rows, self._dtype, self._device))
             except Exception as error:
                 log.debug("tactics: %s: %s", job[2], error)
 
@@ -216,7 +215,7 @@ class Tuner:
 
     def _time_product(self, product: _Product, rows: int, tactics: dict[str, Tactic]) -> dict[str, float]:
         """µs of each tactic that gives the numbers of the default, from memory or by timing it."""
-        x = product.inputs(self._scheme, rows, self._dtype, self._device)
+        x = product.inputs(rows, self._dtype, self._device)
         key, found = self._key(product, rows), {}
         expected: Tensor | None = None
         for name, tactic in tactics.items():

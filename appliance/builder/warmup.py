@@ -25,7 +25,6 @@ from appliance.engines import disk
 from appliance.engines.manifest import TimedTactic
 from appliance.kernels.compiled import DIRECTORY, KERNELS
 from appliance.kernels.tactics import TABLE
-from appliance.quantization.scheme import PrecisionScheme
 from appliance.runtime.loading import LoadedModel, PhaseTimer
 from appliance.types import EngineOptions, EngineRequest, ModelConfig, SamplingParams
 
@@ -78,7 +77,7 @@ def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype
     return wait
 
 
-def warm_up(engine_dir: Path, request: BuildRequest, scheme: PrecisionScheme, report: Report) -> WarmedUp:
+def warm_up(engine_dir: Path, request: BuildRequest, report: Report) -> WarmedUp:
     """Time tactics and fill engine_dir/kernels; the engine's weights and a manifest must be there already.
 
     Raises OSError where the disk is full; anything else that fails is a note."""
@@ -89,7 +88,7 @@ def warm_up(engine_dir: Path, request: BuildRequest, scheme: PrecisionScheme, re
         return WarmedUp(note=f"kernels are compiled at the first start: {device}")
     backend = registry.load("backends", request.backend)
     try:
-        return _warm_up(engine_dir, request, scheme, backend, device, report)
+        return _warm_up(engine_dir, request, backend, device, report)
     except Exception as error:
         if disk.is_full(error):
             raise
@@ -135,7 +134,6 @@ def _device(request: BuildRequest) -> torch.device | str:
 def _warm_up(
     engine_dir: Path,
     request: BuildRequest,
-    scheme: PrecisionScheme,
     backend: ModuleType,
     device: torch.device,
     report: Report,
@@ -152,7 +150,7 @@ def _warm_up(
     tactics: list[TimedTactic] = []
     if request.tactics:
         with timer.phase("tactics"):
-            tuner = Tuner(scheme, loaded.model.dtype, device, Timings(Path(request.cache), gpu))
+            tuner = Tuner(loaded.model.dtype, device, Timings(Path(request.cache), gpu))
             tactics = tuner.tune(loaded.model, report)
         log.info("tactics: %d timed in %.1f s", tuner.measured, timer.seconds["tactics"])
     KERNELS.forget_launched()

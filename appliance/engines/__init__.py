@@ -5,7 +5,15 @@ Torch-free; knows nothing of how an engine is built or run.
 
 from __future__ import annotations
 
-from appliance.engines.key import BUILDER_VERSION, KeyInputs, engine_dtype, engine_key, make_key_inputs, scheme_of
+from appliance.engines.key import (
+    BUILDER_VERSION,
+    KeyInputs,
+    engine_dtype,
+    engine_key,
+    make_key_inputs,
+    parameters_of,
+    scheme_of,
+)
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.engines.meter import ByteMeter, ProgressFn, Snapshot
 from appliance.engines.store import EngineStore, LockHolder, StoredEngine
@@ -42,6 +50,7 @@ __all__ = [
     "fetch",
     "is_local",
     "make_key_inputs",
+    "parameters_of",
     "publish",
     "reach",
     "read_manifest",

@@ -17,7 +17,7 @@ from appliance.errors import EngineDamagedError
 from appliance.types import ModelConfig, Precision, Struct
 
 MANIFEST_NAME = "engine.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class EngineFile(Struct, frozen=True):

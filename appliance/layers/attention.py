@@ -36,6 +36,7 @@ class ForwardContext:
 class Attention(nn.Module):
     """Grouped-query attention of layer `index`; a rank holds an even share of the heads.
 
+    `name`: of the block in the engine, "layers.3.attention", by which `scheme` tells how each product is stored.
     `kv_scales`: of this layer's FP8 KV cache; whoever allocates the caches sets them before the first pass.
     """
 
@@ -43,6 +44,7 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         index: int,
+        name: str,
         *,
         rotary: RotaryEmbedding,
         scheme: PrecisionScheme,
@@ -64,7 +66,7 @@ class Attention(nn.Module):
             config.hidden_size,
             heads * self.head_dim,
             bias=config.attention_bias,
-            scheme=scheme,
+            scheme=scheme.of(f"{name}.qkv"),
             dtype=dtype,
             defer=True,
         )
@@ -74,7 +76,7 @@ class Attention(nn.Module):
             self.num_heads * self.head_dim,
             config.hidden_size,
             bias=config.output_bias,
-            scheme=scheme,
+            scheme=scheme.of(f"{name}.o"),
             dtype=dtype,
             tp=tp,
             defer=True,
@@ -83,6 +85,8 @@ class Attention(nn.Module):
     def forward(self, x: Activation, ctx: ForwardContext) -> Product:
         """x: [n, hidden] as the scheme takes it. Returns [n, hidden]; writes this layer's KV cache."""
         product: Product = self.qkv(x)
+        if self.q_norm is not None and isinstance(product, DeferredScale) and not product.in_place:
+            product = product.materialize(product.dtype)  # heads are normalized in place
         deferred = product if isinstance(product, DeferredScale) else None
         values = product.values if isinstance(product, DeferredScale) else product
         qkv = values.unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv_heads, head_dim]

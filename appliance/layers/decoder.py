@@ -20,7 +20,7 @@ from appliance.layers.linear import ColumnParallelLinear, Linear
 from appliance.layers.mlp import GatedMLP
 from appliance.layers.norm import FinalRMSNorm, ResidualRMSNorm
 from appliance.layers.rotary import RotaryEmbedding
-from appliance.quantization.scheme import PrecisionScheme
+from appliance.quantization.scheme import HEAD, PrecisionScheme
 from appliance.types import ModelConfig
 
 _PLAIN = {torch.float32, torch.float16, torch.bfloat16}  # converted into each other when loading
@@ -41,10 +41,11 @@ class DecoderLayer(nn.Module):
         tp: TensorParallel,
     ) -> None:
         super().__init__()
-        self.input_norm = ResidualRMSNorm(config.hidden_size, config.rms_norm_eps, scheme, dtype)
-        self.attention = Attention(config, index, rotary=rotary, scheme=scheme, dtype=dtype, tp=tp)
-        self.post_attention_norm = ResidualRMSNorm(config.hidden_size, config.rms_norm_eps, scheme, dtype)
-        self.mlp = GatedMLP(config, scheme=scheme, dtype=dtype, tp=tp)
+        name, size, eps = f"layers.{index}", config.hidden_size, config.rms_norm_eps
+        self.attention = Attention(config, index, f"{name}.attention", rotary=rotary, scheme=scheme, dtype=dtype, tp=tp)
+        self.mlp = GatedMLP(config, f"{name}.mlp", scheme=scheme, dtype=dtype, tp=tp)
+        self.input_norm = ResidualRMSNorm(size, eps, self.attention.qkv.scheme, dtype)
+        self.post_attention_norm = ResidualRMSNorm(size, eps, self.mlp.gate_up.scheme, dtype)
 
     def forward(self, x: Product, residual: Tensor | None, ctx: ForwardContext) -> tuple[Product, Tensor]:
         normed, residual = self.input_norm(x, residual)
@@ -62,8 +63,9 @@ class Decoder(nn.Module):
     def __init__(
         self, config: ModelConfig, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel | None = None
     ) -> None:
-        """`dtype` is that of activations and of weights that the scheme does not store otherwise. CheckpointError for
-        a configuration that these layers cannot express, HardwareError if `tp` does not divide the heads."""
+        """`scheme` tells, by name, how each linear layer is stored; `dtype` is that of activations and of weights that
+        it does not store otherwise. CheckpointError for a configuration that these layers cannot express, HardwareError
+        if `tp` does not divide the heads."""
         super().__init__()
         if config.hidden_act not in ("silu", "swish"):
             raise CheckpointError(
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
             config.hidden_size,
             tp.share(config.vocab_size, "vocabulary entries"),
             bias=False,
-            scheme=scheme,
+            scheme=scheme.of(HEAD),
             dtype=dtype,
             defer=True,
         )

@@ -22,7 +22,8 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class Linear(nn.Module):
     """x [n, in_features] -> [n, out_features]; both are this rank's share.
 
-    `defer`: whoever takes the result accepts a `DeferredScale`, so the scheme may leave its scales to it.
+    `scheme`: this layer's own (`PrecisionScheme.of`). `defer`: whoever takes the result accepts a `DeferredScale`, so
+    the scheme may leave its scales to it.
     """
 
     bias: nn.Parameter | None
@@ -56,6 +57,11 @@ class Linear(nn.Module):
         self._prepared = self._scheme.prepare({suffix: getattr(self, suffix).data for suffix in self._stored})
         for suffix in self._stored:
             self.register_parameter(suffix, None)
+
+    @property
+    def scheme(self) -> PrecisionScheme:
+        """How this layer is stored and multiplied."""
+        return self._scheme
 
     @property
     def prepared(self) -> dict[str, Tensor]:

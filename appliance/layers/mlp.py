@@ -13,20 +13,34 @@ from appliance.types import ModelConfig
 
 
 class GatedMLP(nn.Module):
-    """Shazeer, "GLU Variants Improve Transformer" (2020). x [n, hidden] as the scheme takes it -> [n, hidden]."""
+    """Shazeer, "GLU Variants Improve Transformer" (2020). x [n, hidden] as the scheme takes it -> [n, hidden].
 
-    def __init__(self, config: ModelConfig, *, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel) -> None:
+    `name`: of the block in the engine, "layers.3.mlp", by which `scheme` tells how each product is stored."""
+
+    def __init__(
+        self, config: ModelConfig, name: str, *, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
         super().__init__()
         size = tp.share(config.intermediate_size, "feed-forward columns")
-        self._scheme = scheme
         self.gate_up = ColumnParallelLinear(
-            config.hidden_size, 2 * size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, defer=True
+            config.hidden_size,
+            2 * size,
+            bias=config.mlp_bias,
+            scheme=scheme.of(f"{name}.gate_up"),
+            dtype=dtype,
+            defer=True,
         )
         self.down = RowParallelLinear(
-            size, config.hidden_size, bias=config.mlp_bias, scheme=scheme, dtype=dtype, tp=tp, defer=True
+            size,
+            config.hidden_size,
+            bias=config.mlp_bias,
+            scheme=scheme.of(f"{name}.down"),
+            dtype=dtype,
+            tp=tp,
+            defer=True,
         )
 
     def forward(self, x: Activation) -> Product:
         """The result goes to the norm behind it, which takes a deferred product too."""
-        out: Product = self.down(self._scheme.silu_mul(self.gate_up(x)))
+        out: Product = self.down(self.down.scheme.silu_mul(self.gate_up(x)))
         return out

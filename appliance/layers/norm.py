@@ -16,7 +16,7 @@ from appliance.quantization.scheme import Activation, PrecisionScheme
 
 
 class ResidualRMSNorm(nn.Module):
-    """RMS norm in front of a linear layer of `scheme`."""
+    """RMS norm in front of a linear layer, whose own scheme `scheme` is."""
 
     def __init__(self, size: int, eps: float, scheme: PrecisionScheme, dtype: torch.dtype) -> None:
         super().__init__()

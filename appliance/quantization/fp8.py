@@ -15,11 +15,12 @@ from torch import Tensor
 
 from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
-from appliance.kernels.fp8_linear import FP8, fp8_linear, fp8_linear_deferred, quantize_rows, quantize_rows_reference
+from appliance.kernels.fp8_linear import FP8, fp8_linear, fp8_linear_deferred, quantize_rows
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
 from appliance.quantization.scheme import Activation, PrecisionScheme
+from appliance.quantization.weights import Fp8Weight, QuantizedWeight, round_to_nearest_fp8
 
 PLUGIN = {
     "name": "fp8",
@@ -31,12 +32,15 @@ PLUGIN = {
     "dimension_multiple": 16,
     # Largest relative error of a product, per precision, that the builder's self-check accepts (builder/selfcheck.py).
     "tolerance": {"fp8": 6e-2},
+    "parameters": {"unquantized": []},
 }
 
 _MULTIPLE = 16  # of both dimensions of a weight, by the FP8 product
 
 
 class Scheme(PrecisionScheme):
+    facts = PLUGIN
+
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -46,8 +50,12 @@ class Scheme(PrecisionScheme):
         }
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        values, scales = quantize_rows_reference(weight)
-        return {"weight": values, "weight_scale": scales}
+        return self.store(round_to_nearest_fp8(weight))
+
+    def store(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        if not isinstance(weight, Fp8Weight):
+            return super().store(weight)
+        return {"weight": weight.values, "weight_scale": weight.scales}
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight, scales = tensors["weight"], tensors["weight_scale"]

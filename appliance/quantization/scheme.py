@@ -8,25 +8,71 @@ quantized input overrides `rms_norm` and `silu_mul`, the operations that feed th
 no kernel of its own. One whose products are quicker without their scales leaves those to the operation behind a
 product, if the layer says that it may (`DeferredScale`): `rms_norm` and `silu_mul` again, the rotary embedding
 (`kernels/rope_cache.py`) and the conversion of logits.
+
+A scheme has parameters (`PLUGIN["parameters"]` are those it knows, with their defaults). They decide what is stored,
+so they are in the engine's key, and loading makes the scheme from them again. Two have a meaning for every scheme that
+lists them:
+
+- `unquantized`: names of linear layers that are stored plain, glob patterns allowed: "lm_head", "layers.0.*".
+- `head`: how lm_head is stored: in FP8, in the model's own 16 bits ("bf16"), or in the scheme's own precision.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from appliance import registry
+from appliance.errors import EngineBuildError, EngineDamagedError
 from appliance.kernels import activation, norm
 from appliance.kernels.deferred_scale import Product
 from appliance.kernels.tactics import Tactics
+from appliance.quantization.weights import QuantizedWeight
 
 # What flows into a linear layer: [n, in] in the model's dtype, or quantized values [n, in] with float32 scales [n, 1].
 Activation = Tensor | tuple[Tensor, Tensor]
 
+HEAD = "lm_head"
+_HEADS = {"fp8": "fp8", "bf16": "none"}  # value of the parameter `head` -> plug-in; any other is the scheme itself
+
 
 class PrecisionScheme(ABC):
-    """Stateless; one instance serves all layers of a model."""
+    """Stateless but for its parameters; one instance serves all layers of a model that are stored alike."""
+
+    facts: ClassVar[Mapping[str, Any]]  # the plug-in's PLUGIN literal
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        """`parameters` replace the defaults. EngineDamagedError for one that the scheme does not know or cannot be: the
+        engine that names it is of another version."""
+        defaults: dict[str, Any] = self.facts.get("parameters", {})
+        given = dict(parameters or {})
+        unknown = given.keys() - defaults.keys()
+        if unknown:
+            allowed = ", ".join(defaults) or "none"
+            raise EngineDamagedError(
+                f"scheme {self.facts['name']} has no parameter {min(unknown)!r}; allowed: {allowed}",
+                hint="the engine was built by another version; remove it and build anew",
+            )
+        self.parameters: dict[str, Any] = {**defaults, **given}
+        self._others: dict[str, PrecisionScheme] = {}
+
+    def of(self, name: str) -> PrecisionScheme:
+        """The scheme of the linear layer with that engine name; the same object for all that are stored alike."""
+        if any(fnmatchcase(name, pattern) for pattern in self.parameters.get("unquantized", ())):
+            return self._other("none")
+        if name == HEAD and self.parameters.get("head") in _HEADS:
+            return self._other(_HEADS[self.parameters["head"]])
+        return self
+
+    def _other(self, name: str) -> PrecisionScheme:
+        if name not in self._others:
+            self._others[name] = registry.load("quantization", name).Scheme()
+        return self._others[name]
 
     @abstractmethod
     def tensors(
@@ -37,7 +83,21 @@ class PrecisionScheme(ABC):
     @abstractmethod
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Stored tensors of a weight [out, in] (float, already in the engine's dtype), on the weight's device. Rows
-        are independent of each other, so a scheme may be applied to a part of the rows or before ranks split them."""
+        are independent of each other, so a scheme may be applied to a part of the rows or before ranks split them.
+        Rounds to nearest, where the scheme rounds."""
+
+    def store(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Stored tensors of a weight that is quantized already, by calibration or by whoever made the checkpoint.
+        EngineBuildError if this scheme cannot hold it."""
+        raise EngineBuildError(
+            f"scheme {self.facts['name']} does not store {type(weight).__name__}",
+            hint="choose the profile of the precision that the checkpoint is quantized to",
+        )
+
+    @property
+    def input_multiple(self) -> int:
+        """Input sizes that are no multiples of it cannot be stored."""
+        return 1
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors as loaded on their device -> what `apply` wants there. Called once, after loading."""

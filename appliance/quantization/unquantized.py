@@ -26,6 +26,8 @@ _ELEMENT_SIZE = 2  # bytes of the numbers that there are several ways to multipl
 
 
 class Scheme(PrecisionScheme):
+    facts = PLUGIN
+
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

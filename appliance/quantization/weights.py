@@ -8,7 +8,7 @@ calibration, files, packing or kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,15 +147,14 @@ def concatenate(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights with the same inputs on top of each other, as q, k and v are fused. All are of one kind and, if grouped,
     of one group size and order. Static input scales: the largest, as the layers share their input."""
     first = parts[0]
-    assert all(type(part) is type(first) for part in parts)
-    joined = {field: torch.cat([getattr(part, field) for part in parts]) for field in ("values", "scales")}
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
     if isinstance(first, GroupedWeight):
         zeros = torch.cat([part.zeros for part in parts if isinstance(part, GroupedWeight)])
-        return replace(first, **joined, zeros=zeros)
-    if isinstance(first, Fp8Weight) and first.input_scale is not None:
-        scales = [part.input_scale for part in parts if isinstance(part, Fp8Weight) and part.input_scale is not None]
-        return replace(first, **joined, input_scale=torch.stack(scales).amax(0))
-    return replace(first, **joined)
+        return GroupedWeight(values, scales, zeros, first.order)
+    if isinstance(first, ChannelWeight):
+        return ChannelWeight(values, scales)
+    inputs = [part.input_scale for part in parts if isinstance(part, Fp8Weight) and part.input_scale is not None]
+    return Fp8Weight(values, scales, torch.stack(inputs).amax(0) if inputs else None)
 
 
 def check(weight: QuantizedWeight, name: str) -> None:

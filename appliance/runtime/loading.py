@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,10 +106,13 @@ def choose_max_model_len(options: EngineOptions, config: ModelConfig, num_pages:
     return options.max_model_len
 
 
-def build_model(config: ModelConfig, scheme_name: str, dtype: torch.dtype) -> Decoder:
-    """The architecture's model on the meta device: shapes and dtypes, no memory."""
+def build_model(
+    config: ModelConfig, scheme_name: str, dtype: torch.dtype, parameters: Mapping[str, Any] | None = None
+) -> Decoder:
+    """The architecture's model on the meta device: shapes and dtypes, no memory. `parameters`: of the scheme, as the
+    engine's key has them. EngineDamagedError for some that the scheme does not know."""
     module = registry.load("models", registry.architectures()[config.architecture].name)
-    scheme = registry.load("quantization", scheme_name).Scheme()
+    scheme = registry.load("quantization", scheme_name).Scheme(parameters)
     with torch.device("meta"):
         model: Decoder = module.Model(config, scheme, dtype)
     return model
@@ -143,7 +147,8 @@ def load_engine(
     float32). EngineDamagedError if a file does not match its digest or the model."""
     path = Path(options.engine_dir)
     manifest = read_manifest(path)
-    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype])
+    parameters = manifest.key_inputs.scheme_parameters
+    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters)
     load_weights(
         model,
         path / manifest.rank_files[0],

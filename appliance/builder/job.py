@@ -1,0 +1,84 @@
+"""One build's fixed facts: what was asked for, what it is made from, and the plug-ins that know how."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from appliance import registry
+from appliance.builder.request import BuildRequest
+from appliance.checkpoint import Checkpoint
+from appliance.engines.key import KeyInputs
+from appliance.errors import EngineBuildError
+from appliance.quantization.scheme import PrecisionScheme
+from appliance.types import ModelConfig, WeightSpec
+
+LoadPlugin = Callable[[str, str], ModuleType]
+
+
+@dataclass(frozen=True)
+class Job:
+    request: BuildRequest
+    inputs: KeyInputs
+    config: ModelConfig
+    checkpoint: Checkpoint
+    architecture: ModuleType
+    scheme: PrecisionScheme  # of the model; `scheme.of(name)` of a layer
+    specs: list[WeightSpec]  # in the order of the weight file
+    dtype: torch.dtype  # of what is not quantized
+    device: torch.device  # where weights are converted
+    started: float  # time.monotonic()
+
+    @staticmethod
+    def start(
+        request: BuildRequest, inputs: KeyInputs, config: ModelConfig, checkpoint: Checkpoint, load_plugin: LoadPlugin
+    ) -> Job:
+        """Load the plug-ins and check every dimension. Raises EngineBuildError."""
+        architecture = load_plugin("models", registry.architectures()[config.architecture].name)
+        job = Job(
+            request=request,
+            inputs=inputs,
+            config=config,
+            checkpoint=checkpoint,
+            architecture=architecture,
+            scheme=load_plugin("quantization", inputs.scheme).Scheme(inputs.scheme_parameters),
+            specs=architecture.weight_specs(config),
+            dtype=getattr(torch, inputs.dtype),
+            device=_device(request),
+            started=time.monotonic(),
+        )
+        _check_dimensions(job)
+        return job
+
+
+def for_gpu(backend: str) -> bool:
+    return registry.plugins("backends")[backend].facts.get("device") == "gpu"
+
+
+def _check_dimensions(job: Job) -> None:
+    """A scheme's storage may want input sizes that groups divide, its kernels on a GPU some that are multiples of a
+    number. Raises EngineBuildError naming the layer."""
+    on_gpu = for_gpu(job.inputs.backend)
+    for spec in job.specs:
+        if spec.kind != "linear":
+            continue
+        scheme, size = job.scheme.of(spec.name), spec.shapes[0][1]
+        multiple = scheme.input_multiple
+        if on_gpu:
+            multiple = math.lcm(multiple, int(scheme.facts.get("dimension_multiple", 1)))
+        if size % multiple:
+            raise EngineBuildError(
+                f"{job.inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has {size}",
+                hint="choose a profile of another precision, for example bf16",
+            )
+
+
+def _device(request: BuildRequest) -> torch.device:
+    if request.device != "auto":
+        return torch.device(request.device)
+    return torch.device("cuda" if for_gpu(request.backend) and torch.cuda.is_available() else "cpu")

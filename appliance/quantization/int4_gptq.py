@@ -1,0 +1,28 @@
+"""INT4 weights, each rounded so as to make up for the errors of those before it: GPTQ (Frantar et al., "GPTQ: Accurate
+Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023).
+
+Names the scheme; the rounding is `quantization/calibration`, storage and products are `int4_storage.py`.
+"""
+
+from __future__ import annotations
+
+from appliance.quantization.int4_storage import Int4Scheme
+
+PLUGIN = {
+    "name": "int4_gptq",
+    "precisions": ["int4"],
+    "weight_bits": 4,
+    "activation_bits": 16,
+    "min_compute_capability": [7, 5],
+    # Largest relative error of a product, per precision, that the builder's self-check accepts (builder/selfcheck.py):
+    # of weights rounded here, and of weights that were stored as they came.
+    "tolerance": {"int4": 0.2},
+    "exact_tolerance": {"int4": 1e-2},
+    "parameters": {"group_size": 128, "act_order": False, "head": "bf16", "unquantized": []},
+    # Parameters that are others on GPUs from a compute capability on.
+    "parameters_from": {"8.9": {"head": "fp8"}},
+}
+
+
+class Scheme(Int4Scheme):
+    facts = PLUGIN
