@@ -296,6 +296,15 @@ class _Counters:
 
 
 _counters: dict[torch.device, _Counters] = {}
+
+
+def arrival_counters(device: torch.device, count: int) -> Tensor:
+    """int32 [count], zeros, for one launch, which leaves zeros. The first call on a device must not be captured."""
+    if device not in _counters:
+        _counters[device] = _Counters(device)
+    return _counters[device].take(count)
+
+
 _sms: dict[torch.device, int] = {}
 
 
@@ -338,9 +347,7 @@ def skinny_linear(
     if config.split > 1:
         sums = torch.int32 if whole else torch.float32
         partial = torch.empty(tiles * config.split * rows * config.block_n, dtype=sums, device=x.device)
-        if x.device not in _counters:
-            _counters[x.device] = _Counters(x.device)
-        counter = _counters[x.device].take(tiles)
+        counter = arrival_counters(x.device, tiles)
     _skinny_kernel[(config.split, tiles)](
         x, weight, out if scales is None else scales, out if weight_scales is None else weight_scales,
         out if bias is None else bias, out, partial, counter, m, n, k, x.stride(0), n,

@@ -1,0 +1,286 @@
+"""x @ weight.T with 4-bit weights, by own CUDA C++ (`int4/linear.cu`): streams the weight at memory bandwidth, for few rows
+of x. Compute capability 8.0 and newer.
+
+NVRTC compiles a kernel for each config, group size and dtype in less than a second, without headers; the cubin goes the
+way of all compiled kernels (`kernels/compiled.py`). Launches go to torch's current stream and can be captured; on Hopper
+they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never change, while
+the kernel in front still computes x. A workspace of each launch and counters taken in turn keep several streams apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appliance.kernels.compiled import KERNELS
+from appliance.kernels.dependent_launch import launch_options
+from appliance.kernels.int4_layout import PER_WORD
+from appliance.kernels.skinny_linear import arrival_counters, multiprocessors
+
+MOST_COLUMN_TILES = 8  # of 8 rows of x; with more rows, a tile of the weight is multiplied more than once
+_SOURCES = ("primitives.cuh", "linear.cu")
+_RESERVED = 1280  # bytes of shared memory of a block that are not stages
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a product is cut up, see `int4/linear.cu`. Whatever the choice, results differ in rounding only."""
+
+    warps: int  # of a block
+    row_tiles: int  # of 16 weight rows, of a warp
+    chunk: int  # inner positions of a stage, 256 or 512
+    stages: int  # in shared memory, the one being multiplied counted
+    per_sm: int  # blocks of a multiprocessor
+    column_tiles: int = 0  # of 8 rows of x; 0: what the rows of x need
+
+    @property
+    def name(self) -> str:
+        """Says what it is, for people and for tables of tactics."""
+        columns = f"x{8 * self.column_tiles}" if self.column_tiles else ""
+        return f"{self.rows}{columns} warps{self.warps} chunk{self.chunk} stages{self.stages} blocks{self.per_sm}"
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return 16 * self.row_tiles * self.warps
+
+    def resolved(self, m: int) -> Config:
+        """With the column tiles that m rows of x need, a power of two."""
+        if self.column_tiles:
+            return self
+        needed = 1 << (-(-m // 8) - 1).bit_length()
+        return replace(self, column_tiles=min(needed, MOST_COLUMN_TILES))
+
+    def shared_bytes(self, m: int, group: int) -> int:
+        """Of a block: stages with weights, x and scales."""
+        span = 128 if group % 128 == 0 else 64 if group % 64 == 0 else 32
+        rows_of_x = 8 * self.resolved(m).column_tiles
+        return self.stages * self.chunk * (self.rows // 2 + 2 * rows_of_x + self.rows * 4 // span)
+
+    def fits(self, m: int, group: int, shared_limit: int) -> bool:
+        """Whether a kernel can be made: copies are dealt to threads evenly, registers suffice, shared memory too."""
+        columns, threads = 8 * self.resolved(m).column_tiles, 32 * self.warps
+        x_rows_at_once = threads // (self.chunk // 8)
+        even = x_rows_at_once >= 2 and columns % x_rows_at_once == 0 and threads // (self.chunk // 32) % 8 == 0
+        registers = 64 + columns // 2 * self.row_tiles + 32 * self.row_tiles
+        return (
+            even
+            and registers * threads * self.per_sm <= 65536
+            and self.per_sm * (self.shared_bytes(m, group) + _RESERVED) <= shared_limit + 1024
+        )
+
+
+# Worth timing, the default of each number of column tiles (1, 2, 4, 8) first; the last ones fit multiprocessors with little
+# shared memory.
+CONFIGS: Mapping[int, tuple[Config, ...]] = {
+    1: (
+        Config(8, 1, 256, 4, 2),
+        Config(8, 1, 256, 5, 2),
+        Config(4, 1, 512, 4, 2),
+        Config(4, 1, 256, 4, 4),
+        Config(4, 1, 256, 5, 3),
+        Config(4, 2, 256, 4, 2),
+        Config(4, 2, 256, 3, 3),
+        Config(8, 1, 512, 5, 1),
+        Config(8, 2, 256, 5, 1),
+        Config(16, 1, 512, 2, 1),
+        Config(4, 1, 256, 4, 1),
+    ),
+    2: (
+        Config(8, 1, 256, 4, 2),
+        Config(4, 1, 512, 3, 2),
+        Config(4, 1, 256, 3, 4),
+        Config(4, 2, 256, 4, 2),
+        Config(8, 2, 256, 5, 1),
+        Config(8, 1, 512, 4, 1),
+        Config(16, 1, 256, 5, 1),
+        Config(4, 1, 256, 4, 1),
+    ),
+    4: (
+        Config(4, 2, 256, 3, 2),
+        Config(8, 1, 256, 3, 2),
+        Config(8, 2, 256, 4, 1),
+        Config(4, 1, 256, 4, 2),
+        Config(4, 4, 256, 4, 1),
+        Config(8, 1, 256, 6, 1),
+        Config(16, 1, 256, 4, 1),
+        Config(4, 1, 256, 3, 1),
+    ),
+    8: (
+        Config(8, 2, 256, 3, 1),
+        Config(4, 2, 256, 2, 2),
+        Config(4, 2, 256, 4, 1),
+        Config(8, 1, 256, 4, 1),
+        Config(8, 1, 256, 2, 2),
+        Config(4, 4, 256, 3, 1),
+        Config(8, 2, 256, 3, 1, 4),
+        Config(4, 1, 256, 2, 1),
+    ),
+}
+
+
+@functools.cache
+def unavailable(index: int) -> str | None:
+    """Why the kernel cannot run on the GPU of that index, or None."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no CUDA GPU"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "the kernel is made for compute capability 8.0 and newer"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
+        return "cuda-core is not installed"
+    return None
+
+
+def takes(group: int, device: torch.device) -> bool:
+    """Whether weights in groups of that size can be multiplied on `device`."""
+    return device.type == "cuda" and group % 32 == 0 and unavailable(device.index or 0) is None
+
+
+def candidates(m: int, group: int, device: torch.device) -> list[Config]:
+    """Configs worth timing for m rows of x, the default first."""
+    columns = Config(8, 1, 256, 4, 2).resolved(m).column_tiles
+    limit = _shared_limit(device.index or 0)
+    return [config for config in CONFIGS[columns] if config.fits(m, group, limit)] or [Config(4, 1, 256, 2, 1)]
+
+
+@functools.cache
+def _shared_limit(index: int) -> int:
+    """Bytes of shared memory that a block can have."""
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def stream_linear(
+    x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | None, config: Config | None = None
+) -> Tensor:
+    """x @ weight.T + bias, [m, n] in x's dtype: values less zero points exact, sums and scales in float32, rounded once.
+
+    x [m, k], bfloat16 or float16, m >= 1; rows may be strided, and are copied if they are not 16-byte aligned. weight
+    int32 [n, k // 8] and scale_zero float16 [n, groups, 2] as in `int4_layout.py`, contiguous, groups of a multiple of
+    32 positions. bias [n] in x's dtype, or None. Does not synchronize; capturable after one call outside.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    group = k // scale_zero.shape[1]
+    assert m >= 1 and weight.shape[1] * PER_WORD == k and group * scale_zero.shape[1] == k and group % 32 == 0
+    assert weight.is_contiguous() and scale_zero.is_contiguous()
+    assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+    config = (config or candidates(m, group, x.device)[0]).resolved(m)
+    columns = 8 * config.column_tiles
+    tiles = -(-n // config.rows) * -(-m // columns)
+    blocks = min(config.per_sm * multiprocessors(x.device), tiles * -(-k // config.chunk))
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    partial = torch.empty(blocks * 2 * config.rows * columns, dtype=torch.float32, device=x.device)
+    counters = arrival_counters(x.device, tiles)
+    kernel = _kernel(config, group, x.dtype, x.device.index or 0)
+    pointers = [0 if t is None else t.data_ptr() for t in (weight, scale_zero, x, bias, out, partial, counters)]
+    kernel.launch(blocks, bool(launch_options(x.device)["PDL"]), (*pointers, m, n, k, x.stride(0)))
+    return out
+
+
+class _Kernel:
+    """One compiled kernel, loaded."""
+
+    def __init__(self, code: bytes, threads: int, shared: int, index: int) -> None:
+        from cuda.bindings import driver
+        from cuda.core import ObjectCode
+
+        self._kernel = ObjectCode.from_cubin(code).get_kernel("int4_linear")
+        self._threads, self._shared = threads, shared
+        self._configs: dict[tuple[int, bool], Any] = {}
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(
+            attribute, shared, driver.CUkernel(int(self._kernel.handle)), driver.CUdevice(index)
+        )
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"an int4 kernel cannot have {shared} bytes of shared memory: {error}")
+
+    def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
+        from cuda.core import LaunchConfig, launch
+
+        config = self._configs.get((blocks, dependent))
+        if config is None:
+            config = self._configs[blocks, dependent] = LaunchConfig(
+                grid=blocks,
+                block=self._threads,
+                shmem_size=self._shared,
+                programmatic_stream_serialization=dependent,
+            )
+        launch(_current_stream(), config, self._kernel, *arguments)
+
+
+class _TorchStream:
+    """Torch's current stream, in the protocol that cuda.core takes streams by."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
+def _current_stream() -> Any:
+    from cuda.core import Device
+
+    device = Device(torch.cuda.current_device())
+    device.set_current()
+    return device.create_stream(_TorchStream())
+
+
+@functools.cache
+def _kernel(config: Config, group: int, dtype: torch.dtype, index: int) -> _Kernel:
+    constants = macros(config, group, dtype)
+    code = KERNELS.native(_name(constants), lambda: _compile(constants))
+    return _Kernel(code, 32 * config.warps, config.shared_bytes(8 * config.column_tiles, group), index)
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
+    """The kernel's compile-time constants; `config` has its column tiles."""
+    assert config.column_tiles and dtype in (torch.bfloat16, torch.float16)
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "GROUP": group,
+        "COLUMN_TILES": config.column_tiles,
+        "ROW_TILES": config.row_tiles,
+        "WARPS": config.warps,
+        "CHUNK": config.chunk,
+        "STAGES": config.stages,
+        "BLOCKS_PER_SM": config.per_sm,
+    }
+
+
+@functools.cache
+def source() -> str:
+    directory = Path(__file__).parent / "int4"
+    return "\n".join((directory / name).read_text() for name in _SOURCES)
+
+
+def _name(constants: Mapping[str, int]) -> str:
+    """Of the cubin: a digest of all that it depends on but the architecture."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    key = f"{source()}\n{sorted(constants.items())}\nNVRTC {major}.{minor}"
+    return f"int4-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+
+
+def _compile(constants: Mapping[str, int]) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    major, minor = torch.cuda.get_device_capability()
+    options = ProgramOptions(
+        std="c++17",
+        arch=f"sm_{major}{minor}",
+        define_macro=[(name, str(value)) for name, value in constants.items()],
+        use_fast_math=False,
+    )
+    return bytes(Program(source(), "c++", options).compile("cubin").code)
