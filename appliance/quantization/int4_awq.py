@@ -6,6 +6,9 @@ Names the scheme; the search is `quantization/calibration`, storage and products
 
 from __future__ import annotations
 
+from appliance.quantization.calibration import awq
+from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
+from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.quantization.int4_storage import Int4Scheme
 
 PLUGIN = {
@@ -18,6 +21,7 @@ PLUGIN = {
     # of weights rounded here, and of weights that were stored as they came.
     "tolerance": {"int4": 0.2},
     "exact_tolerance": {"int4": 1e-2},
+    "calibrated": True,
     "parameters": {"group_size": 128, "act_order": False, "head": "bf16", "unquantized": []},
     # Parameters that are others on GPUs from a compute capability on.
     "parameters_from": {"8.9": {"head": "fp8"}},
@@ -26,3 +30,6 @@ PLUGIN = {
 
 class Scheme(Int4Scheme):
     facts = PLUGIN
+
+    def calibrate(self, block: BlockWeights, statistics: BlockStatistics) -> QuantizedBlock:
+        return awq.calibrate(block, statistics, awq.AwqOptions(group_size=self.group_size))

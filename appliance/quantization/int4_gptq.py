@@ -6,6 +6,9 @@ Names the scheme; the rounding is `quantization/calibration`, storage and produc
 
 from __future__ import annotations
 
+from appliance.quantization.calibration import gptq
+from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
+from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.quantization.int4_storage import Int4Scheme
 
 PLUGIN = {
@@ -18,6 +21,7 @@ PLUGIN = {
     # of weights rounded here, and of weights that were stored as they came.
     "tolerance": {"int4": 0.2},
     "exact_tolerance": {"int4": 1e-2},
+    "calibrated": True,
     "parameters": {"group_size": 128, "act_order": False, "head": "bf16", "unquantized": []},
     # Parameters that are others on GPUs from a compute capability on.
     "parameters_from": {"8.9": {"head": "fp8"}},
@@ -26,3 +30,8 @@ PLUGIN = {
 
 class Scheme(Int4Scheme):
     facts = PLUGIN
+    needs_hessian = True
+
+    def calibrate(self, block: BlockWeights, statistics: BlockStatistics) -> QuantizedBlock:
+        order: gptq.ActOrder = "on" if self.parameters["act_order"] else "static"
+        return gptq.calibrate(block, statistics, gptq.GptqOptions(group_size=self.group_size, act_order=order))

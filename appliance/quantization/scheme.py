@@ -32,6 +32,8 @@ from appliance.errors import EngineBuildError, EngineDamagedError
 from appliance.kernels import activation, norm
 from appliance.kernels.deferred_scale import Product
 from appliance.kernels.tactics import Tactics
+from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
+from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.quantization.weights import QuantizedWeight
 
 # What flows into a linear layer: [n, in] in the model's dtype, or quantized values [n, in] with float32 scales [n, 1].
@@ -93,6 +95,15 @@ class PrecisionScheme(ABC):
             f"scheme {self.facts['name']} does not store {type(weight).__name__}",
             hint="choose the profile of the precision that the checkpoint is quantized to",
         )
+
+    # Whether `calibrate` needs `BlockStatistics(hessian=True)`.
+    needs_hessian: ClassVar[bool] = False
+
+    def calibrate(self, block: BlockWeights, statistics: BlockStatistics) -> QuantizedBlock:
+        """A decoder block quantized with the inputs of its products in view; its weights go to `store`. For schemes
+        whose PLUGIN says "calibrated": True. Raises CheckpointError and EngineBuildError for numbers that are not
+        finite."""
+        raise NotImplementedError(f"scheme {self.facts['name']} is not calibrated")
 
     @property
     def input_multiple(self) -> int:
