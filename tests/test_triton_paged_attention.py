@@ -141,6 +141,43 @@ def test_prefill_in_the_middle_of_a_long_sequence():
     compare(meta, 2, 1, 32, 16, 30, torch.float32, 100)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_batch_invariant(dtype, window):
+    """A token's result: decoded alone, decoded beside others, in a chunk of its prompt, in the whole of it. The same
+    bits, and those of the reference within its tolerance."""
+    d, page_size, length = 32, 16, 150
+    attention = TritonAttention(num_sms=4, batch_invariant=True)
+
+    def attend(query_lens, seq_lens, padding=0):
+        """Of the last sequence, whose pages are 0, 1, 2, …; its queries are the last of a fixed tensor."""
+        meta = make_step(query_lens, seq_lens, page_size, 60, padding=padding)
+        pages = -(-seq_lens[-1] // page_size)
+        meta.page_table[len(query_lens) - 1, :pages] = torch.arange(pages, dtype=torch.int32, device=DEVICE)
+        q, cache = make_tensors(length, 6, 2, d, page_size, 60, dtype)
+        own = q[seq_lens[-1] - query_lens[-1] : seq_lens[-1]]
+        others = torch.ones(meta.num_tokens - len(own), *q.shape[1:], dtype=dtype, device=DEVICE)
+        before, after = others[: len(others) - padding], others[len(others) - padding :]
+        attention.plan(meta)
+        got = attention.attend(torch.cat([before, own, after]), cache, meta, d**-0.5, window)
+        return got[len(before) : len(before) + len(own)], meta, torch.cat([before, own, after]), cache
+
+    whole, meta, q, cache = attend([length], [length])
+    want = ReferenceAttention().attend(q, cache, meta, d**-0.5, window)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(whole, want, rtol=tolerance, atol=tolerance)
+    for query_lens, seq_lens, padding in (
+        ([1], [length], 0),
+        ([1, 1, 1], [5, 90, length], 2),
+        ([37], [length], 0),
+        ([1, 20, 61], [3, 80, length], 0),
+        ([70], [100], 0),
+    ):
+        part, *_ = attend(query_lens, seq_lens, padding)
+        end = seq_lens[-1]
+        assert torch.equal(part, whole[end - query_lens[-1] : end]), (query_lens, seq_lens)
+
+
 def test_plan_of_the_next_step_replaces_the_tiles():
     attention = TritonAttention(num_sms=4)
     for query_lens, seq_lens in (([3, 20], [3, 25]), ([40], [40])):

@@ -78,18 +78,29 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, num_sms: int | None = None) -> None:
-        """num_sms: multiprocessors to spread decode rows over; None: of the current device (4 without a GPU)."""
+    def __init__(self, num_sms: int | None = None, *, batch_invariant: bool = False) -> None:
+        """num_sms: multiprocessors to spread decode rows over; None: of the current device (4 without a GPU).
+        `batch_invariant`: a token's result has the same bits whatever else is in the step, and whether it is decoded or
+        part of a prompt: one kernel for both, with one tile, whose programs go through the whole context."""
         if num_sms is None:
             gpu = torch.cuda.is_available()
             num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if gpu else 4
         self._num_sms = num_sms
+        self._batch_invariant = batch_invariant
+        self._decode_tiles: dict[int, Tensor] = {}  # number of sequences -> a tile for the one new token of each
         self._num_decodes = 0
         self._tiles: dict[int, Tensor] = {}  # query tokens a tile -> int32 [2, tiles] on the device
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Finds the leading rows of one token; they are decoded, the rest is tiled when first attended."""
         self._tiles = {}
+        if self._batch_invariant:
+            self._num_decodes = 0
+            if metadata.max_query_len == 1 and metadata.num_seqs not in self._decode_tiles:  # not in a capture
+                tiles = torch.zeros(2, metadata.num_seqs, dtype=torch.int32, device=metadata.seq_lens.device)
+                tiles[0] = torch.arange(metadata.num_seqs, device=tiles.device)
+                self._decode_tiles[metadata.num_seqs] = tiles
+            return
         longer = np.flatnonzero(np.diff(metadata.query_start_host) != 1)
         self._num_decodes = int(longer[0]) if len(longer) else len(metadata.seq_lens_host)
 
@@ -105,13 +116,18 @@ class TritonAttention:
         """See `Attention.attend`. Raises ValueError for tensors that do not fit together."""
         shape = _shape(q, kv_cache)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if metadata.max_query_len == 1 and self._batch_invariant:
+            tiles = self._decode_tiles[metadata.num_seqs]
+            self._prefill(q, kv_cache, out, metadata, shape, scale, window, kv_scales, tiles)
+            return out
         if metadata.max_query_len == 1:
             self._decode(q, kv_cache, out, metadata, metadata.num_seqs, shape, scale, window, kv_scales)
             return out
         if self._num_decodes:
             self._decode(q, kv_cache, out, metadata, self._num_decodes, shape, scale, window, kv_scales)
         if self._num_decodes < len(metadata.seq_lens_host):
-            self._prefill(q, kv_cache, out, metadata, shape, scale, window, kv_scales)
+            tiles = self._tile_list(metadata, self._block_m(metadata, shape) // shape.group, q.device)
+            self._prefill(q, kv_cache, out, metadata, shape, scale, window, kv_scales, tiles)
         out[int(metadata.query_start_host[-1]) :].zero_()
         return out
 
@@ -169,12 +185,10 @@ class TritonAttention:
         scale: float,
         window: int | None,
         kv_scales: KvScales,
+        tiles: Tensor,
     ) -> None:
-        """Sequences from `_num_decodes` on."""
-        rows = triton.next_power_of_2(metadata.max_query_len * shape.group)
-        largest = 128 if shape.narrow and shape.dim_block <= 128 else 32
-        block_m = max(16, triton.next_power_of_2(shape.group), min(rows, largest))
-        tiles = self._tile_list(metadata, block_m // shape.group, q.device)
+        """The query tokens of `tiles`, int32 [2, tiles]; see `_tile_list`."""
+        block_m = self._block_m(metadata, shape)
         table = metadata.page_table
         prefill_kernel[(tiles.shape[1] * shape.num_kv_heads,)](
             q, kv_cache, out, tiles, metadata.query_start, metadata.seq_lens, table, window or 0,
@@ -185,6 +199,15 @@ class TritonAttention:
             WINDOWED=window is not None, PRECISION=shape.precision,
             num_warps=8 if block_m == 128 else 4, num_stages=3 if shape.narrow else 2,
         )  # fmt: skip
+
+    def _block_m(self, metadata: AttentionMetadata, shape: _Shape) -> int:
+        """Query rows of a tile, heads of a group counted apart."""
+        largest = 128 if shape.narrow and shape.dim_block <= 128 else 32
+        if self._batch_invariant:
+            rows = min(64, largest)  # a choice by length could depend on how a prompt is cut into chunks
+        else:
+            rows = min(triton.next_power_of_2(metadata.max_query_len * shape.group), largest)
+        return int(max(16, triton.next_power_of_2(shape.group), rows))
 
     def _tile_list(self, metadata: AttentionMetadata, tokens: int, device: torch.device) -> Tensor:
         """int32 [2, tiles]: sequence and first new token of each tile of `tokens` query tokens, longest K/V first (so
