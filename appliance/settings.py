@@ -86,6 +86,9 @@ class Settings:
     tp_size: int | None = _select(None, "tensor-parallel size", also="NIM_TENSOR_PARALLEL_SIZE", limits=(1, 64))
     pp_size: int | None = _select(None, "pipeline-parallel size", also="NIM_PIPELINE_PARALLEL_SIZE", limits=(1, 64))
     backend: str | None = _select(None, "what computes (cuda, cpu); default: the profile's")
+    on_quality_failure: Literal["fallback", "fail", "ignore"] = _select(
+        "fallback", "when quantization changes a model too much: serve another precision, end, or serve all the same"
+    )
     require_gpu: bool = _select(False, "fail instead of serving on the CPU when no GPU can be used")
 
     max_model_len: int | None = _engine(

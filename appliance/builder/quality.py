@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from appliance import registry
+from appliance.builder.job import Job
 from appliance.builder.quality_text import Prompt, default_prompts
 from appliance.checkpoint import Checkpoint
-from appliance.engines.quality import Quality
+from appliance.engines.key import engine_key
+from appliance.engines.quality import Quality, judge, numbers, remember
+from appliance.errors import EngineQualityError
 from appliance.kernels.deferred_scale import materialize
 from appliance.layers.decoder import Decoder
 from appliance.layers.linear import Linear
@@ -32,6 +35,8 @@ from appliance.runtime.weights import read_tensors
 from appliance.types import ModelConfig, WeightSpec
 
 _POSITIONS = 512  # whose predictions are compared
+_SECONDS = 8.0  # for the comparison, or
+_SHARE = 0.5  # of the time that the build has taken so far, whichever is more
 _LEAST = 32  # a comparison of fewer says little
 _ROWS = 128  # logits computed at a time
 
@@ -49,6 +54,36 @@ class Subject:
     scheme: PrecisionScheme
     dtype: torch.dtype  # the engine's, of what it leaves unquantized
     device: torch.device
+
+
+def check_quality(job: Job, rank_file: Path, engines: Path, report: Callable[[str], None]) -> Quality | None:
+    """Measure a finished weight file beside its engine's tokenizer, and judge it by the limit of the request. None
+    where the engine has the checkpoint's own numbers. EngineQualityError beyond the limit; `engines`, the store's
+    directory, then remembers it."""
+    if job.config.quantization is not None or _same_numbers(job):
+        return None
+    subject = Subject(job.config, job.architecture, job.specs, job.scheme, job.dtype, job.device)
+    seconds = max(_SECONDS, _SHARE * (time.monotonic() - job.started))
+    quality = measure_quality(rank_file, rank_file.parent / "tokenizer", job.checkpoint, subject, seconds)
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    report(f"against the checkpoint: {numbers(quality)}")
+    engine = f"the {job.inputs.precision} engine of {job.checkpoint.path.name}"
+    try:
+        return judge(quality, job.request.max_kl, job.config.vocab_size, engine)
+    except EngineQualityError:
+        remember(engines, engine_key(job.inputs), quality)
+        raise
+
+
+def _same_numbers(job: Job) -> bool:
+    """Whether nothing was rounded: no scheme quantizes, and the checkpoint has the engine's dtype."""
+    linear = [spec for spec in job.specs if spec.kind == "linear"]
+    return all(
+        job.scheme.of(spec.name).facts["name"] == "none"
+        and all(job.checkpoint.info(name).dtype == job.inputs.dtype for name in spec.sources)
+        for spec in linear
+    )
 
 
 def measure_quality(

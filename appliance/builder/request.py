@@ -10,6 +10,7 @@ from msgspec import field
 from appliance import checkpoint
 from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
 from appliance.engines.meter import ProgressFn
+from appliance.engines.published import scheme_of_published
 from appliance.errors import EngineBuildError
 from appliance.types import KvCacheDtype, Precision, Struct
 
@@ -31,6 +32,7 @@ class BuildRequest(Struct, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     attention: str = "auto"
     tactics: bool = True  # time the ways to compute each product on this GPU
+    max_kl: float | None = None  # largest KL divergence to the checkpoint's predictions, nats per token; None: no limit
     scheme: str | None = None  # name of the quantization plug-in; None: the first that serves the precision
     # Those of its parameters that are not as it has them by itself.
     scheme_parameters: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +49,10 @@ def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> 
     digest = request.checkpoint_digest
     if not digest:
         digest = checkpoint.digest(Path(request.checkpoint), cache=Path(request.cache), progress=progress).value
+    scheme, parameters = request.scheme, request.scheme_parameters
+    published = checkpoint.read_model_config(Path(request.checkpoint)).quantization
+    if published is not None:  # what it is decides how it is stored
+        scheme, parameters = scheme_of_published(published, request.precision)
     return make_key_inputs(
         digest,
         request.precision,
@@ -54,8 +60,8 @@ def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> 
         tp_size=request.tp_size,
         pp_size=request.pp_size,
         compute_capability=request.compute_capability,
-        scheme=request.scheme,
-        scheme_parameters=request.scheme_parameters,
+        scheme=scheme,
+        scheme_parameters=parameters,
     )
 
 

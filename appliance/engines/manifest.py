@@ -13,6 +13,7 @@ import msgspec
 
 from appliance.engines.disk import write_atomically
 from appliance.engines.key import KeyInputs
+from appliance.engines.quality import Quality
 from appliance.errors import EngineDamagedError
 from appliance.types import ModelConfig, Precision, Struct
 
@@ -85,6 +86,8 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tactics: tuple[TimedTactic, ...]
     self_check: tuple[SelfCheck, ...]
     build: BuildSummary
+    quality: Quality | None = None  # None: the weights are the checkpoint's own numbers
+    kv_scales: tuple[tuple[float, float], ...] = ()  # of an FP8 KV cache, (K, V) per layer, if the checkpoint has them
     digest: str = ""  # of this manifest with this field empty
 
     @property

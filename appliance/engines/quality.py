@@ -6,10 +6,13 @@ of how it was measured (builder/quality.py).
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 
 import msgspec
 
+from appliance.engines.disk import write_atomically
 from appliance.errors import EngineQualityError
 from appliance.types import Struct
 
@@ -68,3 +71,27 @@ def judge(quality: Quality, limit: float | None, vocab_size: int, engine: str) -
             hint="choose a profile of another precision, for example bf16, or let --on-quality-failure do it",
         )
     return msgspec.structs.replace(quality, limit=limit)
+
+
+# ---------------------------------------------------------------- engines that were refused
+
+
+def remember(engines: Path, key: str, quality: Quality) -> None:
+    """Keep what an engine was refused for, so that the next start need not build it to know. `engines`: the store's
+    directory."""
+    path = _path(engines, key)
+    with contextlib.suppress(OSError):  # it is built once more, then
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, msgspec.json.encode(quality))
+
+
+def recall(engines: Path, key: str) -> Quality | None:
+    """What is known of an engine that was refused; None if nothing is."""
+    try:
+        return msgspec.json.decode(_path(engines, key).read_bytes(), type=Quality)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _path(engines: Path, key: str) -> Path:
+    return engines / ".refused" / f"{key}.json"

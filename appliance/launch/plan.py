@@ -6,6 +6,7 @@ Shared by the start of a server and by the commands that only look (`serve --dry
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -69,9 +70,16 @@ def overrides_of(settings: Settings) -> Overrides:
     )
 
 
-def choose(settings: Settings, hardware: Hardware, model: ModelConfig) -> Selection:
+def choose(
+    settings: Settings, hardware: Hardware, model: ModelConfig, refused: Mapping[str, str] | None = None
+) -> Selection:
     """SettingsError and ProfileError as `profiles.select`; that nothing can run is no error yet."""
-    return profiles.select_here(hardware, model, settings.objective, overrides_of(settings))
+    return profiles.select_here(hardware, model, settings.objective, overrides_of(settings), refused=refused)
+
+
+def max_kl(plan: Plan) -> float | None:
+    """What the engine must keep of its checkpoint's predictions (engines/quality.py); None: no limit."""
+    return None if plan.settings.on_quality_failure == "ignore" else plan.outcome.max_kl
 
 
 def make_plan(settings: Settings, selection: Selection, checkpoint: Path) -> Plan:
@@ -120,6 +128,8 @@ def build_request(plan: Plan, checkpoint_digest: str = "") -> builder.BuildReque
         kv_cache_dtype=cast(KvCacheDtype, outcome.kv_cache),
         attention=plan.settings.attention,
         tactics=plan.settings.tactics,
+        max_kl=max_kl(plan),
+        scheme=outcome.scheme,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from appliance.builder import BuildRequest
 from appliance.errors import SettingsError
 from appliance.launch.report import report_progress
 from appliance.launch.scratch import socket_directory
@@ -29,12 +30,14 @@ def prepare_engine(
     profile: str | None = None,
     cache: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    adapt: Callable[[BuildRequest], BuildRequest] = lambda request: request,
 ) -> EngineOptions:
     """Options that load `model`: an engine directory as it is, anything else (directory, hub id, "builtin") through the
     same steps as a server's start, building the engine if need be.
 
     None leaves a choice to the environment's settings and the selection. `overrides`: names of settings or of fields of
-    EngineOptions. Raises SettingsError for an unknown one, and what the steps raise.
+    EngineOptions. `adapt` may change what is built. Raises SettingsError for an unknown option, and what the steps
+    raise.
     """
     given = {"model": model, "precision": precision, "backend": backend, "profile": profile, "cache": cache}
     flags: dict[str, Any] = {name: str(value) for name, value in given.items() if value}
@@ -48,11 +51,13 @@ def prepare_engine(
             near = nearest(name, [*specs(), *EngineOptions.__struct_fields__])
             raise SettingsError(f"there is no option {name!r}" + (f", did you mean {near!r}?" if near else ""))
     settings = load(flags)
-    return msgspec.structs.replace(prepare(settings), **direct)
+    return msgspec.structs.replace(prepare(settings, adapt=adapt), **direct)
 
 
 def prepare(
-    settings: Settings, watch: Callable[[Lifecycle], Coroutine[Any, Any, None]] = report_progress
+    settings: Settings,
+    watch: Callable[[Lifecycle], Coroutine[Any, Any, None]] = report_progress,
+    adapt: Callable[[BuildRequest], BuildRequest] = lambda request: request,
 ) -> EngineOptions:
     """The start-up sequence in a thread with an event loop: the caller may be inside of one, as in a notebook. `watch`
     shows how far it is, and is cancelled in the end. Raises what the steps raise."""
@@ -62,7 +67,7 @@ def prepare(
     def run() -> None:
         try:
             with socket_directory() as directory:
-                result.append(asyncio.run(_prepare(settings, directory, watch)))
+                result.append(asyncio.run(_prepare(settings, directory, watch, adapt)))
         except BaseException as error:
             failure.append(error)
 
@@ -75,12 +80,15 @@ def prepare(
 
 
 async def _prepare(
-    settings: Settings, directory: Path, watch: Callable[[Lifecycle], Coroutine[Any, Any, None]]
+    settings: Settings,
+    directory: Path,
+    watch: Callable[[Lifecycle], Coroutine[Any, Any, None]],
+    adapt: Callable[[BuildRequest], BuildRequest],
 ) -> EngineOptions:
     state = ServerState((settings.model,))
     reporter = asyncio.create_task(watch(state.lifecycle))
     try:
-        startup = Startup(settings, state, directory)
+        startup = Startup(settings, state, directory, adapt)
         options = await startup.prepare()
         if startup.publication is not None:
             await startup.publication

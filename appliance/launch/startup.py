@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +40,8 @@ from appliance.engines import (
 )
 from appliance.engines.disk import ensure_writable
 from appliance.engines.manifest import MANIFEST_NAME
-from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError
+from appliance.engines.quality import judge
+from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError, EngineQualityError, ProfileError
 from appliance.ipc import Built, Failed, Progress, ToServer
 from appliance.launch.child import Child, error_of
 from appliance.launch.engine import show_progress
@@ -91,9 +92,17 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 class Startup:
-    """`directory` is for the builder's socket."""
+    """`directory` is for the builder's socket. `adapt` may change what is built, as benchmarks of schemes do that no
+    profile names."""
 
-    def __init__(self, settings: Settings, state: ServerState, directory: Path) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: ServerState,
+        directory: Path,
+        adapt: Callable[[BuildRequest], BuildRequest] = lambda request: request,
+    ) -> None:
+        self._adapt = adapt
         self._settings = settings
         self._state = state
         self._life: Lifecycle = state.lifecycle
@@ -116,7 +125,7 @@ class Startup:
             await self._select(machine, early)
         checkpoint = await self._find_checkpoint()
         self._plan = await self._select(machine, checkpoint)
-        engine_dir = await self._obtain_engine()
+        engine_dir = await self._obtain_good_engine(machine, checkpoint)
         await self._load_tokenizer(engine_dir)
         return engine_options(self._plan, engine_dir)
 
@@ -199,10 +208,10 @@ class Startup:
         self._state.license_path = _license_of(path)
         return path
 
-    async def _select(self, machine: Hardware, checkpoint: Path) -> Plan:
+    async def _select(self, machine: Hardware, checkpoint: Path, refused: Mapping[str, str] | None = None) -> Plan:
         self._enter("selecting")
         model = await in_thread(lambda: read_model_config(checkpoint))
-        selection = await in_thread(lambda: choose(self._settings, machine, model))
+        selection = await in_thread(lambda: choose(self._settings, machine, model, refused))
         self._state.selection = profiles.explain_json(selection)
         plan = make_plan(self._settings, selection, checkpoint)
         outcome = plan.outcome
@@ -210,6 +219,28 @@ class Startup:
         self._state.metrics.profile = labels | {"tp_size": str(outcome.tp_size), "backend": outcome.backend}
         log.info("profile %s (id %s); `select --explain` says why", outcome.name, outcome.id[:12])
         return plan
+
+    async def _obtain_good_engine(self, machine: Hardware, checkpoint: Path) -> Path:
+        """The engine of the plan; if its quality is refused and the settings allow it, that of the next profile of
+        another precision, until one is good enough. EngineQualityError if there is none."""
+        refused: dict[str, str] = {}
+        while True:
+            assert self._plan is not None
+            try:
+                return await self._obtain_engine()
+            except EngineQualityError as error:
+                if self._settings.on_quality_failure != "fallback":
+                    raise
+                bad = self._plan.outcome
+                for outcome in self._plan.selection.outcomes:
+                    if (outcome.precision, outcome.backend) == (bad.precision, bad.backend):
+                        refused[outcome.profile] = f"was refused: {error.message}"
+                try:
+                    self._plan = await self._select(machine, checkpoint, refused)
+                except ProfileError:
+                    raise error from None  # nothing else may run: what was asked for is not replaced
+                log.error("QUALITY: %s", error.message)
+                log.error("FALLING BACK from %s to %s", bad.name, self._plan.outcome.name)
 
     async def _open_engine(self, engine_dir: Path, machine: Hardware) -> EngineOptions:
         """An engine directory as the model: nothing to select and nothing to build."""
@@ -229,7 +260,11 @@ class Startup:
         check = plan.settings.offline and plan.settings.verify_digests
         found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, check=check, progress=progress))
         self._digest = found.value
-        return key_of(build_request(plan, found.value))
+        return key_of(self._request())
+
+    def _request(self) -> BuildRequest:
+        assert self._plan is not None
+        return self._adapt(build_request(self._plan, self._digest))
 
     async def _obtain_engine(self) -> Path:
         """The verified engine of the plan: found, fetched or built."""
@@ -274,7 +309,10 @@ class Startup:
             log.warning("%s", damaged)
             await in_thread(partial(self._store.set_aside, damaged))
             return None
-        self._state.manifest = msgspec.to_builtins(checked.manifest)
+        manifest = checked.manifest
+        if manifest.quality is not None:  # of another build, held against another limit perhaps
+            judge(manifest.quality, self._request().max_kl, manifest.model.vocab_size, f"engine {key[:12]}")
+        self._state.manifest = msgspec.to_builtins(manifest)
         return self._store.path_of(key)
 
     async def _fetch(self, url: str, key: str) -> bool:
@@ -305,7 +343,7 @@ class Startup:
         checkpoint = self._plan.checkpoint
         if (checkpoint / "tokenizer.json").is_file():  # what the server could not read is not worth building
             await self._load_tokenizer(checkpoint)
-        request = build_request(self._plan, self._digest)
+        request = self._request()
         built = await run_builder(request, self._settings, self._directory, lambda m: show_progress(self._life, m))
         log.info("engine %s built in %.1f s", key[:12], built.seconds)
 

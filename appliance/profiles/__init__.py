@@ -6,6 +6,7 @@ contains. Never imports torch; knows nothing of how hardware is detected or engi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from appliance.profiles.capabilities import BackendFacts, Capabilities, SchemeFacts, capabilities
@@ -56,6 +57,7 @@ def select_here(
     overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
     *,
     directory: Path | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Selection:
     """`select` with the profiles of `directory` (default: the project's) and what this build contains."""
     return select(
@@ -66,4 +68,5 @@ def select_here(
         overrides,
         capabilities=capabilities(),
         gpu_facts=load_gpu_facts(directory),
+        refused=refused,
     )

@@ -26,6 +26,7 @@ class Outcome(Struct, frozen=True):
     id: str
     profile: str
     precision: str
+    scheme: str | None  # quantization plug-in, where the profile names one
     kv_cache: str
     tp_size: int
     pp_size: int
@@ -47,6 +48,7 @@ class Outcome(Struct, frozen=True):
     roomy: bool = False  # they serve several users at once
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
+    max_kl: float | None = None  # the profile's limit on what quantization may do to the model's predictions
     devices: tuple[str, ...] = ()  # UUIDs, one per rank; empty on the CPU
     gpu_indices: tuple[int, ...] = ()
 
@@ -62,6 +64,7 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         id=candidate.id,
         profile=profile.name,
         precision=profile.precision,
+        scheme=profile.scheme,
         kv_cache=kv_cache,
         tp_size=candidate.tp_size,
         pp_size=candidate.pp_size,
@@ -73,12 +76,14 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         priority=profile.priority_on(None if on_cpu else place.compute_capability),
         max_num_seqs=asked.max_num_seqs or profile.batching[objective].max_num_seqs,
         max_num_batched_tokens=asked.max_num_batched_tokens or profile.batching[objective].max_num_batched_tokens,
+        max_kl=profile.quality.max_kl if profile.quality is not None else None,
     )
     if draft.reason is not None:
         return draft
+    stored = _stored(candidate, place, question)
     need = predict.memory(
         question.model,
-        precision=draft.precision,
+        stored=stored,
         kv_cache=draft.kv_cache,
         tp_size=draft.tp_size,
         pp_size=draft.pp_size,
@@ -109,7 +114,19 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         devices=tuple(gpu.uuid for gpu in team),
         gpu_indices=tuple(gpu.index for gpu in team),
     )
-    return _with_speed(draft, need, place, team, tokens, question, objective)
+    return _with_speed(draft, need, stored, place, team, tokens, question, objective)
+
+
+def _stored(candidate: Candidate, place: Place, question: Question) -> predict.Stored:
+    """How its weights lie in memory there; of a scheme that this build does not contain, all alike."""
+    profile, build = candidate.profile, question.capabilities
+    scheme, backend = build.scheme_of(profile.precision, profile.scheme), build.backends.get(profile.backend)
+    return predict.stored_as(
+        profile.precision,
+        on_cpu=profile.backend == "cpu",
+        head=scheme.head_on(place.compute_capability) if scheme is not None else None,
+        packed=backend.packed if backend is not None else (),
+    )
 
 
 def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
@@ -145,6 +162,7 @@ def _too_big(
 def _with_speed(
     draft: Outcome,
     need: predict.Memory,
+    stored: predict.Stored,
     place: Place,
     team: tuple[Gpu, ...],
     tokens: int,
@@ -161,10 +179,9 @@ def _with_speed(
             question.model,
             device,
             need,
-            precision=draft.precision,
+            stored=stored,
             tp_size=draft.tp_size,
             num_seqs=num_seqs,
-            on_cpu=place.is_cpu,
         )
         for num_seqs in (1, batch)
     )

@@ -31,6 +31,12 @@ class Batching(Struct, frozen=True):
     max_num_batched_tokens: int
 
 
+class QualityLimits(Struct, frozen=True):
+    """What an engine of the profile must keep of its checkpoint's predictions to be served; see engines/quality.py."""
+
+    max_kl: float  # KL divergence to the checkpoint, nats per token
+
+
 class Profile(Struct, frozen=True):
     """One file of `profiles/`. Its candidates are itself with each of `tp_sizes`."""
 
@@ -41,9 +47,11 @@ class Profile(Struct, frozen=True):
     batching: dict[Objective, Batching]
     # Higher is tried first. Keys: a compute capability ("9.0"), a major version ("9"), "cpu", and "default".
     priority: dict[str, int]
+    scheme: str | None = None  # quantization plug-in; None: the first that serves the precision
     kv_cache: KvCacheDtype = "auto"
     tp_sizes: tuple[int, ...] = (1,)
     requires: Requires = Requires()
+    quality: QualityLimits | None = None  # None: whatever comes out is served
 
     def priority_on(self, compute_capability: tuple[int, int] | None) -> int:
         """Priority on a GPU, or on the CPU for None; the most exact key wins."""
@@ -120,7 +128,7 @@ def _load_all(directory: Path, kind: type[T], what: str, check: Any) -> tuple[T,
 
 def _decode(raw: Any, kind: type[T], where: str) -> T:
     check_keys(raw, kind.__struct_fields__, where)
-    nested: dict[str, type[Struct]] = {"requires": Requires, "match": Match}
+    nested: dict[str, type[Struct]] = {"requires": Requires, "match": Match, "quality": QualityLimits}
     for key, inner in nested.items():
         if key in raw and key in kind.__struct_fields__:
             check_keys(raw[key], inner.__struct_fields__, key)
@@ -138,6 +146,8 @@ def _check_profile(profile: Profile) -> None:
     _positive("batching", (n for b in profile.batching.values() for n in (b.max_num_seqs, b.max_num_batched_tokens)))
     _positive("requires.dimension_multiple", [profile.requires.dimension_multiple])
     _positive("tp_sizes", profile.tp_sizes)
+    if profile.quality is not None:
+        _positive("quality.max_kl", [profile.quality.max_kl])
     if not profile.tp_sizes:
         raise ValueError("tp_sizes is empty")
     if "default" not in profile.priority:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from appliance.profiles.capabilities import Capabilities
 from appliance.profiles.load import parse_capability
 from appliance.profiles.names import Candidate, Named
@@ -34,6 +36,7 @@ class Question(Struct, frozen=True):
     capabilities: Capabilities
     overrides: Overrides
     named: Named | None
+    refused: dict[str, str] = msgspec.field(default_factory=dict)  # profiles that were tried and failed -> why
 
     @property
     def cpu_asked_for(self) -> bool:
@@ -48,6 +51,8 @@ def reject(candidate: Candidate, place: Place, question: Question, kv_cache: str
     if reason := _wrong_device(candidate, place, question):
         hint = "serve where there is a GPU, or leave out the profile, backend or precision that needs one"
         return Rejection(reason, 1, "backend", hint)
+    if reason := question.refused.get(candidate.profile.name):
+        return Rejection(reason, 2)
     if reason := _quantized_otherwise(candidate, question):
         return Rejection(reason, 2, "precision", _NOT_TWICE)
     if reason := _gpu_lacks(candidate, place, question):
@@ -80,6 +85,8 @@ def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> 
         known = " or ".join(capabilities.backends)
         return missing(f"the {profile.backend} backend is not built yet", "backend", known)
     precisions = " or ".join(p for p in backend.precisions if p in capabilities.schemes)
+    if profile.scheme is not None and profile.scheme not in capabilities.named and profile.precision in precisions:
+        return missing(f"the scheme {profile.scheme} is not built yet", "precision", precisions)
     if profile.precision not in capabilities.schemes:
         return missing(f"{profile.precision} is not built yet", "precision", precisions)
     if profile.precision not in backend.precisions:
@@ -148,7 +155,7 @@ def _gpu_lacks(candidate: Candidate, place: Place, question: Question) -> str | 
     if have is None or facts is None:
         return None
     precision = candidate.profile.precision
-    scheme = question.capabilities.schemes.get(precision)
+    scheme = question.capabilities.scheme_of(precision, candidate.profile.scheme)
     backend = question.capabilities.backends.get(candidate.profile.backend)
     need = max(
         parse_capability(candidate.profile.requires.compute_capability),
@@ -199,7 +206,7 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     if candidate.pp_size > model.num_hidden_layers:
         reason = f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"
         return Rejection(reason, 4, "pp_size", f"choose {model.num_hidden_layers} or less for --pp-size")
-    scheme = question.capabilities.schemes.get(candidate.profile.precision)
+    scheme = question.capabilities.scheme_of(candidate.profile.precision, candidate.profile.scheme)
     for multiple in (candidate.profile.requires.dimension_multiple, scheme.dimension_multiple if scheme else 1):
         for name, size in (
             ("hidden_size", model.hidden_size),

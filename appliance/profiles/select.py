@@ -15,7 +15,7 @@ what lacks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -53,14 +53,16 @@ def select(
     *,
     capabilities: Capabilities,
     gpu_facts: Sequence[GpuFacts],
+    refused: Mapping[str, str] | None = None,
 ) -> Selection:
-    """Judge every candidate and choose. The order of `profiles` does not matter.
+    """Judge every candidate and choose. The order of `profiles` does not matter. `refused`: profiles that were tried
+    and failed, with the reason; another one is chosen.
 
     SettingsError for an override with a wrong value, ProfileError for a profile that does not exist. That nothing can
     run is no error here: `selected` is None and `explain.require` raises.
     """
     asked, named = normalize(overrides, profiles, model, tuple(capabilities.backends))
-    question = Question(hardware, model, capabilities, asked, named)
+    question = Question(hardware, model, capabilities, asked, named, dict(refused or {}))
     where = places(hardware, gpu_facts)
     tp_size = named.tp_size if named is not None and named.tp_size is not None else asked.tp_size
     pp_size = named.pp_size if named is not None and named.pp_size is not None else asked.pp_size
