@@ -54,7 +54,7 @@ def engine_tensors(
         if spec.kind == "plain":
             yield spec.name, weight
             continue
-        for suffix, tensor in scheme.quantize(weight).items():
+        for suffix, tensor in scheme.of(spec.name).quantize(weight).items():
             yield f"{spec.name}.{suffix}", tensor
         if spec.bias_sources:
             yield f"{spec.name}.bias", torch.cat([checkpoint[s] for s in spec.bias_sources]).to(dtype)

@@ -129,8 +129,7 @@ def test_every_config_gives_exact_sums_on_real_shapes(m: int, n: int, k: int) ->
     values, weight = whole(m, k, seed=0), whole(n, k, seed=1)
     expected = int8.int8_sums_reference(values, weight)
     assert torch.equal(int8.int8_sums(values, weight), expected)
-    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    for tile in int8.tiles_for(m, shared):
+    for tile in int8.tiles_for(m, skinny.shared_memory(values.device)):
         got = int8.int8_linear_triton(values, None, weight, None, None, torch.int32, tile)
         assert torch.equal(got, expected), tile
     if m <= skinny.MAX_ROWS:

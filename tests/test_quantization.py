@@ -12,7 +12,7 @@ from model_helpers import PagedRunner, PagedSequence, load_model, make_checkpoin
 from transformers import Qwen2Config
 
 from appliance import registry
-from appliance.kernels.fp8_linear import quantize_rows_reference
+from appliance.kernels.row_quantization import FP8, quantize_rows_reference
 from appliance.layers.linear import Linear
 from appliance.quantization.scheme import PrecisionScheme
 
@@ -113,30 +113,32 @@ PROMPT = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1)
 
 
 @torch.no_grad()
-def hugging_face_with_fp8_products(hf_model: Any, tokens: list[int]) -> torch.Tensor:
-    """Logits of the `transformers` model with each product's weight and input replaced by quantized ones."""
+def hugging_face_with_quantized_products(hf_model: Any, tokens: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the `transformers` model with each product's weight and input replaced by quantized ones; but for the
+    last product if `dtype` is int8, whose scheme stores the head plain."""
 
     def quantized(x: torch.Tensor) -> torch.Tensor:
-        values, scales = quantize_rows_reference(x.flatten(0, -2))
+        values, scales = quantize_rows_reference(x.flatten(0, -2), dtype)
         return (values.float() * scales).view(x.shape)
 
-    for module in hf_model.modules():
-        if isinstance(module, torch.nn.Linear):
+    for name, module in hf_model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (dtype == FP8 or name != "lm_head"):
             module.weight = torch.nn.Parameter(quantized(module.weight))
             module.register_forward_pre_hook(lambda _, inputs: (quantized(inputs[0]), *inputs[1:]))
     return hf_model(torch.tensor([tokens])).logits[0]
 
 
-def test_fp8_model_on_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", FP8), ("int8_smoothquant", torch.int8)])
+def test_model_in_eight_bits_on_the_cpu(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Equal to `transformers` with quantized products, and near the float32 model."""
     hf_model = make_checkpoint(tmp_path, CONFIG)
-    runner = PagedRunner(load_model(tmp_path, scheme="fp8"))
+    runner = PagedRunner(load_model(tmp_path, scheme=name))
     got = runner.step([(PagedSequence(), PROMPT)])[0]
     exact = PagedRunner(load_model(tmp_path)).step([(PagedSequence(), PROMPT)])[0]
-    expected = hugging_face_with_fp8_products(hf_model, PROMPT)
-    # Now and then the last bit of a float32 sum decides an FP8 rounding, so single logits may differ a little.
+    expected = hugging_face_with_quantized_products(hf_model, PROMPT, dtype)
+    # Now and then the last bit of a float32 sum decides a rounding, so single logits may differ a little.
     assert (got - expected).norm() / expected.norm() < 0.02
-    assert 0.005 < (got - exact).norm() / exact.norm() < 0.3
+    assert 0.002 < (got - exact).norm() / exact.norm() < 0.3
     assert (got.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
 

@@ -19,6 +19,7 @@ a ring that only comes round after thousands of launches; launches captured in C
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -314,6 +315,12 @@ def multiprocessors(device: torch.device) -> int:
         gpu = device.type == "cuda"
         _sms[device] = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 4
     return _sms[device]
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a GPU."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def skinny_linear(

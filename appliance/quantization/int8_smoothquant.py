@@ -27,7 +27,7 @@ from appliance.kernels.int8_linear import (
 )
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.row_quantization import quantize_rows
-from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
+from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, shared_memory, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
 from appliance.quantization.calibration import smoothquant
 from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
@@ -109,8 +109,7 @@ class Scheme(PrecisionScheme):
         if 0 < rows <= MAX_ROWS:
             for config in likely(out_features, in_features, rows, multiprocessors(device)):
                 skinny[f"skinny {config.name}"] = functools.partial(_skinny, config=config)
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        for tile in tiles_for(rows, shared):
+        for tile in tiles_for(rows, shared_memory(device)):
             found[f"tiled {tile.name}"] = functools.partial(_tiled, config=tile)
         return skinny | found
 
