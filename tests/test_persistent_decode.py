@@ -16,6 +16,7 @@ from appliance.kernels.persistent.kernel import DecodeShape
 from appliance.layers.attention import Attention
 from appliance.layers.decoder import Decoder
 from appliance.layers.linear import Linear
+from appliance.quantization.int4_storage import from_stored
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.loading import build_model
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
@@ -54,13 +55,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(scheme: str, **shape: object) -> Decoder:
-    """A decoder on the GPU whose activations keep a sensible size."""
+def random_model(scheme: str, parameters: dict[str, Any] | None = None, **shape: object) -> Decoder:
+    """A decoder on the GPU whose activations keep a sensible size. `parameters`: of the scheme."""
     config = ModelConfig(**(BASE | shape))  # type: ignore[arg-type]
-    model = build_model(config, scheme, torch.bfloat16)
+    model = build_model(config, scheme, torch.bfloat16, parameters)
     generator = torch.Generator("cuda").manual_seed(3)
     plain = build_model(config, "none", torch.bfloat16)
-    quantizer = model.lm_head._scheme
+    schemes = {name: module.scheme for name, module in model.named_modules() if isinstance(module, Linear)}
     tensors = []
     for name, parameter in plain.named_parameters():
         value = torch.randn(parameter.shape, generator=generator, device="cuda")
@@ -71,7 +72,8 @@ def random_model(scheme: str, **shape: object) -> Decoder:
         value = value.to(torch.bfloat16)
         if value.dim() == 2 and "embedding" not in name:
             stem = name.removesuffix("weight")
-            tensors += [(stem + suffix, tensor) for suffix, tensor in quantizer.quantize(value).items()]
+            stored = schemes[stem.removesuffix(".")].quantize(value)
+            tensors += [(stem + suffix, tensor) for suffix, tensor in stored.items()]
         else:
             tensors.append((name, value))
     model.load(tensors, "cuda")
@@ -130,6 +132,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
+def dequantized(linear: Linear) -> torch.Tensor:
+    tensors = linear.prepared
+    if "scale_zero" in tensors:
+        return from_stored(tensors).dequantize()
+    value = tensors["weight"].float()
+    return value * tensors["weight_scale"].view(-1, 1) if "weight_scale" in tensors else value
+
+
 def exact(step: Step, rows: int) -> torch.Tensor:
     """The step in float32, with the weights that the engine's numbers stand for and no rounding of activations."""
     config = step.model.config
@@ -142,10 +152,7 @@ def exact(step: Step, rows: int) -> torch.Tensor:
         if linear is None:
             tensors.append((name, plain[name].float()))
             continue
-        value = linear.prepared["weight"].float()
-        if "weight_scale" in linear.prepared:
-            value *= linear.prepared["weight_scale"].view(-1, 1)
-        tensors.append((name, value[: linear.out_features]))
+        tensors.append((name, dequantized(linear)[: linear.out_features]))
     model.load(tensors, "cuda")
     model.prepare(config.max_position_embeddings)
     attention = [module for module in step.model.modules() if isinstance(module, Attention)]
@@ -186,6 +193,30 @@ def test_agrees_with_the_layers(name: str, scheme: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("head", ["fp8", "bf16"])
+def test_int4_agrees_with_the_layers(name: str, head: str) -> None:
+    model = random_model("int4_awq", {"head": head}, **SHAPES[name])
+    for rows, lengths in ((1, [300]), (2, [64, 65]), (4, [1, 33, 1000])):
+        check(Step(model, lengths), rows)
+
+
+@pytest.mark.gpu
+def test_an_unquantized_head_beside_fp8_layers() -> None:
+    model = random_model("fp8", {"unquantized": ["lm_head"]})
+    for rows, lengths in ((1, [300]), (4, [1, 33, 1000])):
+        check(Step(model, lengths), rows)
+
+
+@pytest.mark.gpu
+def test_int4_weights_that_the_kernel_does_not_take() -> None:
+    for parameters, words in (({"group_size": 64}, "groups of 128"), ({"act_order": True}, "groups of 128")):
+        model = random_model("int4_awq", parameters)
+        reason = refusal(model, Step(model, [5]).caches)
+        assert reason is not None and words in reason
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[1], [16, 17], [4000], [5, 700, 31, 32, 33, 1, 8000, 64]], ids=str)
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
 def test_lengths_and_cache_formats(lengths: list[int], kv_dtype: torch.dtype) -> None:
@@ -194,8 +225,9 @@ def test_lengths_and_cache_formats(lengths: list[int], kv_dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-def test_repeats_bit_for_bit_and_from_a_graph() -> None:
-    model = random_model("fp8", **SHAPES["large"])
+@pytest.mark.parametrize("scheme", ["fp8", "int4_awq"])
+def test_repeats_bit_for_bit_and_from_a_graph(scheme: str) -> None:
+    model = random_model(scheme, **SHAPES["large"])
     step = Step(model, [2000, 3, 77])
     decode = step.persistent(4)
     with torch.inference_mode():
@@ -225,7 +257,8 @@ def test_rows_do_not_depend_on_each_other() -> None:
 def shape(**changes: Any) -> DecodeShape:
     llama = DecodeShape(
         rows=1,
-        fp8=True,
+        weights="fp8",
+        head="fp8",
         kv_fp8=False,
         layers=32,
         hidden=4096,
@@ -244,8 +277,12 @@ def shape(**changes: Any) -> DecodeShape:
 def test_shapes_that_fit() -> None:
     for rows in (1, 2, 4, 8, 16):
         assert shape(rows=rows).refused() is None
-        assert shape(rows=rows, fp8=False).refused() is None
+        assert shape(rows=rows, weights="bf16", head="bf16").refused() is None
+        assert shape(rows=rows, head="bf16").refused() is None
         assert shape(rows=rows).slots >= 3
+    for rows in (1, 2, 4):
+        assert shape(rows=rows, weights="int4").refused() is None
+        assert shape(rows=rows, weights="int4", head="bf16").slots >= 4
     assert shape(layers=64, hidden=5120, ffn=27648, heads=40).refused() is None
 
 
@@ -259,6 +296,10 @@ def test_shapes_that_fit() -> None:
         ({"hidden": 16384}, "up to 8192"),
         ({"rows": 6}, "powers of two"),
         ({"layers": 1200}, "too little shared memory"),
+        ({"weights": "int4", "rows": 8}, "1 to 4 with int4"),
+        ({"weights": "int4", "hidden": 4032}, "multiples of 128"),
+        ({"weights": "int4", "head": "int4"}, "head in int4"),
+        ({"weights": "int4", "head": "bf16", "hidden": 16384}, "up to 8192"),
     ],
 )
 def test_shapes_that_do_not_fit_say_why(changes: dict[str, object], words: str) -> None:

@@ -10,9 +10,11 @@ import struct
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.int4_layout import PER_WORD
 from appliance.kernels.persistent.kernel import DecodeKernel, DecodeShape, compile_all, unavailable
 from appliance.layers.attention import Attention
 from appliance.layers.decoder import Decoder, DecoderLayer
@@ -27,7 +29,8 @@ def shape_of(model: Decoder, kv_cache: Tensor, rows: int) -> DecodeShape:
     config = model.config
     return DecodeShape(
         rows=rows,
-        fp8=_linears(model)[0].prepared["weight"].dtype == FP8,
+        weights=_format(_layers(model)[0].attention.qkv),
+        head=_format(model.lm_head),
         kv_fp8=kv_cache.dtype == FP8,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -53,9 +56,11 @@ def refusal(model: Decoder, kv_caches: Sequence[Tensor]) -> str | None:
         return "ranks have to add up their results within a layer"
     if model.dtype != torch.bfloat16:
         return f"the model computes in {str(model.dtype).removeprefix('torch.')}, the kernel in bfloat16"
-    formats = {_format(linear) for linear in _linears(model)}
-    if formats not in ({"fp8"}, {"bf16"}):
-        return "weights are neither all FP8 with a scale per row nor all bfloat16"
+    formats = {_format(linear) for linear in _linears(model) if linear is not model.lm_head}
+    if formats not in ({"fp8"}, {"bf16"}, {"int4"}):
+        return "weights of layers are neither all FP8 with a scale per row, nor INT4 in groups of 128, nor bfloat16"
+    if _format(model.lm_head) not in ("fp8", "bf16"):
+        return "weights of the head are neither FP8 with a scale per row nor bfloat16"
     if kv_caches[0].dtype not in (torch.bfloat16, FP8):
         return f"the KV cache is {kv_caches[0].dtype}"
     return shape_of(model, kv_caches[0], 1).refused()
@@ -122,11 +127,17 @@ class PersistentDecode:
         linears = [attention.qkv, attention.o, layer.mlp.gate_up, layer.mlp.down]
         norms = [layer.input_norm, layer.post_attention_norm, attention.q_norm, attention.k_norm]
         addresses = [self._address(linear.prepared["weight"]) for linear in linears]
-        addresses += [self._address(linear.prepared.get("weight_scale")) for linear in linears]
+        addresses += [self._address(self._scales(linear, halves=linear is layer.mlp.gate_up)) for linear in linears]
         addresses += [self._address(linear.bias) for linear in linears]
         addresses += [self._address(None if norm is None else norm.weight) for norm in norms]
         addresses += [self._address(cache), attention.window or 0]
         return struct.pack("<18q2d", *addresses, attention.kv_scales.k, attention.kv_scales.v)
+
+    @staticmethod
+    def _scales(linear: Linear, *, halves: bool) -> Tensor | None:
+        if "scale_zero" in linear.prepared:
+            return scale_tiles(linear.prepared["scale_zero"], halves=halves)
+        return linear.prepared.get("weight_scale")
 
     def _model_table(self, model: Decoder, shape: DecodeShape, batch: InputBatch, device: torch.device) -> Tensor:
         def scratch(*size: int, dtype: torch.dtype) -> int:
@@ -162,6 +173,24 @@ def _table(data: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int64).to(device)
 
 
+def scale_tiles(scale_zero: Tensor, *, halves: bool) -> Tensor:
+    """Scales and zero points of an INT4 weight, float16 [out, groups, 2], in the order in which the ring passes
+    them: [tiles, pairs of groups, 8, 2, 2, 2], the last four being the row within half a tile, the group of the pair,
+    the half of the tile, and scale or zero point. A tile is 16 rows, or with `halves` (gate and up) 8 of the first half
+    of the weight and the 8 that belong to them of the second. A copy, padded with zeros: 6% of the weight."""
+    out, groups, _ = scale_zero.shape
+    tiles, pairs = -(-out // 16), -(-groups // 2)
+    parts = 2 if halves else 1
+    rows = scale_zero.reshape(parts, out // parts, groups * 2)
+    rows = F.pad(rows, (0, pairs * 4 - groups * 2, 0, tiles * 16 // parts - out // parts))
+    rows = rows.view(2, tiles, 8, -1).transpose(0, 1) if halves else rows.view(tiles, 2, 8, -1)
+    return rows.unflatten(-1, (pairs, 2, 2)).permute(0, 3, 2, 4, 1, 5).contiguous()
+
+
+def _layers(model: Decoder) -> list[DecoderLayer]:
+    return [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+
+
 def _linears(model: Decoder) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear)]
 
@@ -173,4 +202,7 @@ def _format(linear: Linear) -> str:
         return "fp8"
     if dtype == torch.bfloat16 and set(tensors) == {"weight"}:
         return "bf16"
+    if dtype == torch.int32 and set(tensors) == {"weight", "scale_zero"}:
+        groups, inner = tensors["scale_zero"].shape[1], tensors["weight"].shape[1] * PER_WORD
+        return "int4" if inner == groups * 128 else "other"
     return "other"

@@ -339,11 +339,10 @@ __device__ inline void finish_item(AttentionScratch& s, const Item& item, int nu
     const int head = kv_head * kQueriesPerKv + sub * kGroupHeads + g;
     task.out[(item.row * HEADS + head) * HEAD_DIM + d] = bf16_bits(value);
   }
-#if FP8
+  if (kLayerFormat != kFp8) return;
   value = fabsf(value);
   for (int off = 16; off; off /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, off));
   if (tid % 32 == 0 && value > 0.f) atomic_max(task.amax + item.row, value);
-#endif
 }
 
 // q of the item's heads, and the new token's K and V where the item ends with it, into scratch; a warp each.

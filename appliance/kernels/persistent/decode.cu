@@ -28,9 +28,9 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
   barrier.wait_all();
   Input<P> in;
   Loaded<P> loaded;
-  float inverse_scale[kRowSlots];
+  float inverse_scale[P::kRowSlots];
   loaded.load(x, 0);
-  find_scales(amax, inverse_scale);
+  find_scales<P>(amax, inverse_scale);
   if constexpr (P::kPasses == 1) {
     take_plain(in, loaded, inverse_scale);
     ring = product<P>(ring, in, out);
@@ -56,7 +56,7 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
     for (int i = 0; i < P::kTilesPerBlock; i++) {
       const int tile = blockIdx.x + i * GRID;
       if (tile >= P::kTiles) continue;
-      store_sums(s.sums[i % 2][threadIdx.x / 32], sums[i]);
+      store_sums<P>(s.sums[i % 2][threadIdx.x / 32], sums[i]);
       consumers_sync();
       write_results<P>(out, tile, i);
     }
@@ -115,7 +115,7 @@ __device__ inline void consume_step() {
     barrier.arrive();
     ring = normed_phase<GateUpProduct>(ring, barrier, layer.post_norm, {layer.gate_up_scale, layer.gate_up_bias, model.gated, nullptr});
     consumers_sync();
-    if (FP8 && threadIdx.x < ROWS) atomic_max(model.amax + (l * 2 + 1) * ROWS + threadIdx.x, __int_as_float(s.gated_amax[threadIdx.x]));
+    if (kLayerFormat == kFp8 && threadIdx.x < ROWS) atomic_max(model.amax + (l * 2 + 1) * ROWS + threadIdx.x, __int_as_float(s.gated_amax[threadIdx.x]));
     barrier.arrive();
     ring = plain_phase<DownProduct>(ring, barrier, model.gated, amax + ROWS, {layer.down_scale, layer.down_bias, model.hidden, nullptr});
     barrier.arrive();
@@ -145,6 +145,7 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
   if (tid == 0) {
     s.logits = logits;
     s.step.window = -1;
+    s.awaited = -1;
     for (int i = 0; i < SLOTS; i++) {
       mbarrier_init(shared_address(&s.full[i]), 1);
       mbarrier_init(shared_address(&s.empty[i]), 1);
@@ -154,7 +155,14 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
   __syncthreads();
   if (tid >= kConsumers) {
     few_registers();
-    if (tid < kConsumers + 32) Producer().step();
+    if (tid < kConsumers + 32) {
+      Producer producer;
+      pass_weights(producer);
+      producer.end();
+    } else if (kPrefetchSlots > 0 && tid < kConsumers + 64) {
+      Prefetcher prefetcher;
+      pass_weights(prefetcher);
+    }
   } else {
     many_registers();
     consume_step();

@@ -1,11 +1,17 @@
-// A product's input: from global memory, normed or plain, quantized where weights are FP8, to the registers of the consumers.
+// A product's input: from global memory, normed or plain, quantized where weights are FP8, in fixed point where they are INT4,
+// to the registers of the consumers.
 
 // x as the tensor cores take it: for each 64 bytes of a weight row and each column tile, the elements of row lane / 4 that
 // stand opposite to this thread's 16 bytes of weight. FP8 numbers are held as the float16 that they are exactly: Hopper has
 // no mma on FP8 registers, weights are widened too, and x is widened once.
+//
+// With INT4 weights x is in fixed point, 15 bits and a scale for each row and group, a power of two: numbers above 1/64 of
+// the group's largest are exact, and the error of a product is far below that of rounding to bf16. An upper and a lower byte,
+// both signed, are columns of their own, so a product of integers serves up to four rows, its sums are exact, and a register
+// holds four elements: half of what 16-bit floats take.
 template <class P>
 struct Input {
-  uint32_t b[P::kChunksPerPass * 2][kColumnTiles][kWindowRegisters];
+  uint32_t b[P::kChunksPerPass * 2][kColumnTiles][P::kWindowRegisters];
 };
 
 // Two f16 registers of four e4m3 numbers: bytes 0 and 1, 2 and 3; exact.
@@ -14,37 +20,32 @@ __device__ __forceinline__ void widen(uint32_t word, uint32_t& first, uint32_t& 
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"((uint16_t)(word >> 16)));
 }
 
-// Vectors of 8 elements of x, dealt to all consumer threads: chunk by chunk, in a chunk row by row.
-constexpr int kVectorsPerRow = kChunkElements / 8;
-constexpr int kRowsPerSweep = kConsumers / kVectorsPerRow;  // rows that all threads together cover with a vector each
-constexpr int kRowSlots = ROWS > kRowsPerSweep ? ROWS / kRowsPerSweep : 1;  // rows that a thread has vectors of
-static_assert((ROWS & (ROWS - 1)) == 0, "rows are dealt in powers of two");
-
+template <class S>
 struct Place {
   int chunk, row, element;  // element of the whole row, chunk of the pass
 
   __device__ __forceinline__ explicit Place(int v) {
     const int at = threadIdx.x + v * kConsumers;
-    chunk = at / (ROWS * kVectorsPerRow);
-    row = at / kVectorsPerRow % ROWS;
-    element = chunk * kChunkElements + at % kVectorsPerRow * 8;
+    chunk = at / (ROWS * S::kVectorsPerRow);
+    row = at / S::kVectorsPerRow % ROWS;
+    element = chunk * S::kChunkElements + at % S::kVectorsPerRow * 8;
   }
 };
 
 template <class P>
 struct Loaded {
-  static constexpr int kVectors = (P::kChunksPerPass * ROWS * kVectorsPerRow + kConsumers - 1) / kConsumers;
+  static constexpr int kVectors = (P::kChunksPerPass * ROWS * P::kVectorsPerRow + kConsumers - 1) / kConsumers;
   uint4 v[kVectors];
 
-  static __device__ __forceinline__ bool inside(const Place& p, int pass) {
-    return p.chunk < P::kChunksPerPass && p.element + pass * P::kChunksPerPass * kChunkElements < P::K;
+  static __device__ __forceinline__ bool inside(const Place<P>& p, int pass) {
+    return p.chunk < P::kChunksPerPass && p.element + pass * P::kChunksPerPass * P::kChunkElements < P::K;
   }
 
   __device__ __forceinline__ void load(const uint16_t* x, int pass) {
 #pragma unroll
     for (int i = 0; i < kVectors; i++) {
-      const Place p(i);
-      v[i] = inside(p, pass) ? load_shared_state16(x + p.row * P::K + pass * P::kChunksPerPass * kChunkElements + p.element) : uint4();
+      const Place<P> p(i);
+      v[i] = inside(p, pass) ? load_shared_state16(x + p.row * P::K + pass * P::kChunksPerPass * P::kChunkElements + p.element) : uint4();
     }
   }
 };
@@ -55,15 +56,51 @@ __device__ __forceinline__ void unpack_bf16(const uint4& v, float* out) {
 }
 
 // Eight numbers as x is staged: bf16, or the float16 of the FP8 of them divided by the row's scale.
+template <Format F>
 __device__ __forceinline__ uint4 staged(const float* x, float inverse_scale) {
-#if FP8
-  uint4 out;
-  widen(e4m3_quad(x[0] * inverse_scale, x[1] * inverse_scale, x[2] * inverse_scale, x[3] * inverse_scale), out.x, out.y);
-  widen(e4m3_quad(x[4] * inverse_scale, x[5] * inverse_scale, x[6] * inverse_scale, x[7] * inverse_scale), out.z, out.w);
-  return out;
-#else
-  return make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-#endif
+  if constexpr (F == kFp8) {
+    uint4 out;
+    widen(e4m3_quad(x[0] * inverse_scale, x[1] * inverse_scale, x[2] * inverse_scale, x[3] * inverse_scale), out.x, out.y);
+    widen(e4m3_quad(x[4] * inverse_scale, x[5] * inverse_scale, x[6] * inverse_scale, x[7] * inverse_scale), out.z, out.w);
+    return out;
+  } else {
+    return make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+  }
+}
+
+// Bytes `which` of four words.
+__device__ __forceinline__ uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t which) {
+  return __byte_perm(__byte_perm(a, b, which | (4 + which) << 4), __byte_perm(c, d, which | (4 + which) << 4), 0x5410);
+}
+
+// Eight numbers in fixed point, by 16 threads in a row for their group of 128: `to` is their place in the plane of upper
+// bytes. Bytes lie as the nibbles of a weight word do: even ones, then odd ones. Leaves the group's scale and its sum.
+template <class P>
+__device__ __forceinline__ void stage_fixed_point(const float* x, const Place<P>& place, uint8_t* to) {
+  uint32_t largest = 0;  // as bits: a number that is none is larger than all
+#pragma unroll
+  for (int e = 0; e < 8; e++) largest = max(largest, __float_as_uint(x[e]) & 0x7fffffffu);
+#pragma unroll
+  for (int off = 8; off; off /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, off));
+  constexpr int kBits = 13;  // the largest is 2^13 to 2^14
+  const int exponent = max((int)(largest >> 23), kBits + 1);
+  const float inverse_scale = __uint_as_float((uint32_t)(254 + kBits - exponent) << 23);
+  const float scale = exponent == 255 ? __uint_as_float(0x7f800000) : __uint_as_float((uint32_t)(exponent - kBits) << 23);
+  int fixed[8], sum = 0;
+  uint32_t upper[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) {
+    fixed[e] = __float2int_rn(x[e] * inverse_scale);
+    upper[e] = (uint32_t)(fixed[e] + 128);
+    sum += fixed[e];
+  }
+#pragma unroll
+  for (int off = 8; off; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
+  *(uint2*)to = make_uint2(bytes_of(upper[0], upper[4], upper[1], upper[5], 1), bytes_of(upper[2], upper[6], upper[3], upper[7], 1));
+  *(uint2*)(to + P::kXPlane) = make_uint2(bytes_of(fixed[0], fixed[4], fixed[1], fixed[5], 0), bytes_of(fixed[2], fixed[6], fixed[3], fixed[7], 0));
+  const int group = place.element % P::kChunkElements / kGroup;
+  if (threadIdx.x % 16 == 0)
+    ((float2*)shared().x_groups)[((place.chunk * kConsumerWarps + group / 2) * ROWS + place.row) * 2 + group % 2] = make_float2(scale, scale * sum);
 }
 
 // Registers of x from the staging area, for chunks [first, first + kStageChunks) of a pass.
@@ -71,19 +108,20 @@ template <class P>
 __device__ __forceinline__ void take_staged(Input<P>& in, int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int c = 0; c < kStageChunks; c++) {
+  for (int c = 0; c < P::kStageChunks; c++) {
     if (first + c >= P::kChunksPerPass) break;
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
       for (int t = 0; t < kColumnTiles; t++) {
-        uint32_t(&b)[kWindowRegisters] = in.b[(first + c) * 2 + half][t];
-        const int row = t * 8 + lane / 4;
-        const uint8_t* from = (const uint8_t*)shared().x + (c * ROWS + row) * kXPitch;
-        if (row >= ROWS) {
+        uint32_t(&b)[P::kWindowRegisters] = in.b[(first + c) * 2 + half][t];
+        const int plane = t * 8 + lane / 4;  // a row, or half of one
+        constexpr int kPlanes = P::kXPitch / P::kXPlane * ROWS;
+        const uint8_t* from = (const uint8_t*)shared().x + (c * kPlanes + plane) * P::kXPlane;
+        if (plane >= kPlanes) {
 #pragma unroll
-          for (int i = 0; i < kWindowRegisters; i++) b[i] = 0;
-        } else if (FP8) {
+          for (int i = 0; i < P::kWindowRegisters; i++) b[i] = 0;
+        } else if constexpr (P::kFormat != kBf16) {
           const int at = (warp * 128 + half * 64 + lane % 4 * 16) * 2;
           const uint4 low = *(const uint4*)(from + at), high = *(const uint4*)(from + at + 16);
           b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
@@ -96,17 +134,18 @@ __device__ __forceinline__ void take_staged(Input<P>& in, int first) {
   }
 }
 
-// All chunks of a pass through the staging area; `element(v, i)` is element i of the thread's vector v, as float.
+// All chunks of a pass through the staging area; `stage(v, place, to)` writes the thread's vector v, its row of a chunk being
+// at `to`. INT4: whole groups of lanes are here at a time, as all threads have vectors of the same row and chunk.
 template <class P, class F>
 __device__ __forceinline__ void distribute(Input<P>& in, F stage) {
 #pragma unroll
-  for (int first = 0; first < P::kChunksPerPass; first += kStageChunks) {
+  for (int first = 0; first < P::kChunksPerPass; first += P::kStageChunks) {
     if (first > 0) consumers_sync();
 #pragma unroll
     for (int i = 0; i < Loaded<P>::kVectors; i++) {
-      const Place p(i);
-      if (p.chunk >= first && p.chunk < min(first + kStageChunks, P::kChunksPerPass))
-        *(uint4*)((uint8_t*)shared().x + ((p.chunk - first) * ROWS + p.row) * kXPitch + p.element % kChunkElements * 2) = stage(i, p);
+      const Place<P> p(i);
+      if (p.chunk >= first && p.chunk < min(first + P::kStageChunks, P::kChunksPerPass))
+        stage(i, p, (uint8_t*)shared().x + ((p.chunk - first) * ROWS + p.row) * P::kXPitch);
     }
     consumers_sync();
     take_staged<P>(in, first);
@@ -114,17 +153,29 @@ __device__ __forceinline__ void distribute(Input<P>& in, F stage) {
   consumers_sync();  // the staging area is free
 }
 
+// By all threads, between barriers of the block: of the rows whose squares' sums the warps left, the factors of the norm.
+__device__ __forceinline__ void find_norms() {
+  Shared& s = shared();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= ROWS) return;
+  float sum = lane < kConsumerWarps ? s.squares[lane][warp] : 0.f;
+#pragma unroll
+  for (int off = kConsumerWarps / 2; off; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
+  if (lane == 0) s.x_scale[warp] = rsqrtf(sum / HIDDEN + EPS);
+}
+
 // x = RMS norm of the residual stream times `norm`, once all blocks have arrived. Leaves the rows' scales in shared memory.
+// INT4 has scales of groups: what the whole row decides, the norm's factor, is left to the epilogues in their stead.
 template <class P>
 __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, GridBarrier barrier) {
   static_assert(P::kPasses == 1, "the norm needs whole rows");
-  constexpr int kVectors = Loaded<P>::kVectors;
+  constexpr int kVectors = Loaded<P>::kVectors, kRowSlots = P::kRowSlots;
   Shared& s = shared();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint4 weight[kVectors / kRowSlots > 0 ? kVectors / kRowSlots : 1];
 #pragma unroll
   for (int i = 0; i < kVectors; i += kRowSlots) {
-    const Place p(i);
+    const Place<P> p(i);
     weight[i / kRowSlots] = Loaded<P>::inside(p, 0) ? *(const uint4*)(norm + p.element) : uint4();
   }
   barrier.wait_all();
@@ -151,13 +202,25 @@ __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, 
     }
     if (lane == 0) s.squares[warp][r] = squares[r], s.largest[warp][r] = largest[r];
   }
+  if constexpr (P::kFormat == kInt4) {
+    distribute<P>(in, [&](int i, const Place<P>& p, uint8_t* to) {
+      float x[8], w[8];
+      unpack_bf16(loaded.v[i], x);
+      unpack_bf16(weight[i / kRowSlots], w);
+#pragma unroll
+      for (int e = 0; e < 8; e++) x[e] *= w[e];
+      stage_fixed_point<P>(x, p, to + p.element % P::kChunkElements);
+    });
+    find_norms();
+    return;
+  }
   consumers_sync();
   float rstd[kRowSlots], inverse_scale[kRowSlots];
 #pragma unroll
   for (int r = 0; r < kRowSlots; r++) {
     // The warps that hold parts of the same row: all with ROWS = 1, else those as far into a sweep as this one.
-    constexpr int kWarpsPerRow = kVectorsPerRow / 32;
-    constexpr int kRowsShared = ROWS < kRowsPerSweep ? ROWS : kRowsPerSweep;
+    constexpr int kWarpsPerRow = P::kVectorsPerRow / 32;
+    constexpr int kRowsShared = ROWS < P::kRowsPerSweep ? ROWS : P::kRowsPerSweep;
     float sum = 0.f, highest = 0.f;
 #pragma unroll
     for (int w = 0; w < kConsumerWarps; w++)
@@ -165,39 +228,44 @@ __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, 
     rstd[r] = rsqrtf(sum / HIDDEN + EPS);
     const float scale = fmaxf(highest * rstd[r], kSmallestAmax) / kFp8Max;
     inverse_scale[r] = 1.f / scale;
-    if (lane == 0) s.x_scale[Place(r).row] = scale;
+    if (lane == 0) s.x_scale[Place<P>(r).row] = scale;
   }
-  distribute<P>(in, [&](int i, const Place&) {
+  distribute<P>(in, [&](int i, const Place<P>& p, uint8_t* to) {
     float x[8], w[8];
     unpack_bf16(loaded.v[i], x);
     unpack_bf16(weight[i / kRowSlots], w);
 #pragma unroll
     for (int e = 0; e < 8; e++) x[e] = x[e] * rstd[i % kRowSlots] * w[e];
-    return staged(x, inverse_scale[i % kRowSlots]);
+    *(uint4*)(to + p.element % P::kChunkElements * 2) = staged<P::kFormat>(x, inverse_scale[i % kRowSlots]);
   });
 }
 
 // 1 / scale of the rows of a bf16 tensor whose largest magnitudes are known; leaves the scales in shared memory.
-__device__ __forceinline__ void find_scales(const float* amax, float (&inverse_scale)[kRowSlots]) {
+template <class P>
+__device__ __forceinline__ void find_scales(const float* amax, float (&inverse_scale)[P::kRowSlots]) {
 #pragma unroll
-  for (int r = 0; r < kRowSlots; r++) {
-    const int row = Place(r).row;
-    const float scale = FP8 ? fmaxf(load_shared_state(amax + row), kSmallestAmax) / kFp8Max : 1.f;
+  for (int r = 0; r < P::kRowSlots; r++) {
+    const int row = Place<P>(r).row;
+    if (P::kFormat == kInt4) return;  // groups have scales
+    const float scale = P::kFormat == kFp8 ? fmaxf(load_shared_state(amax + row), kSmallestAmax) / kFp8Max : 1.f;
     inverse_scale[r] = 1.f / scale;
     if (threadIdx.x % 32 == 0) shared().x_scale[row] = scale;
   }
 }
 
 template <class P>
-__device__ __forceinline__ void take_plain(Input<P>& in, const Loaded<P>& loaded, const float (&inverse_scale)[kRowSlots]) {
-  distribute<P>(in, [&](int i, const Place&) {
-#if FP8
+__device__ __forceinline__ void take_plain(Input<P>& in, const Loaded<P>& loaded, const float (&inverse_scale)[P::kRowSlots]) {
+  distribute<P>(in, [&](int i, const Place<P>& p, uint8_t* to) {
+    const int at = p.element % P::kChunkElements;
     float x[8];
     unpack_bf16(loaded.v[i], x);
-    return staged(x, inverse_scale[i % kRowSlots]);
-#else
-    return loaded.v[i];
-#endif
+    if constexpr (P::kFormat == kInt4) {
+      stage_fixed_point<P>(x, p, to + at);
+    } else if constexpr (P::kFormat == kFp8) {
+      *(uint4*)(to + at * 2) = staged<P::kFormat>(x, inverse_scale[i % P::kRowSlots]);
+    } else {
+      *(uint4*)(to + at * 2) = loaded.v[i];
+    }
   });
 }
 

@@ -24,9 +24,28 @@ THREADS = 640
 MAX_ROWS = 16
 _SOURCES = ("ring.cuh", "attention.cuh", "tables.cuh", "input.cuh", "product.cuh", "decode.cu")
 _CHUNK = 2048  # bytes of a weight row per copy, as in ring.cuh
-_SLOT = 16 * (_CHUNK + 64)
 _WARPS = 16
 _LAYER_BYTES = 160
+_SCALE_GROUP = 128  # elements of an INT4 weight's row that share a scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How weights are stored, as in `Sizes` of tables.cuh."""
+
+    number: int
+    elements: int  # of a row, in a chunk
+    multiple: int  # that rows are of
+    held_chunks: int  # of x that registers hold, of up to 8 rows
+    staged_row: int  # bytes of a row's chunk of x in the staging area
+    max_rows: int
+
+
+FORMATS = {
+    "bf16": _Format(0, _CHUNK // 2, 32, 8, 2048 + 64, MAX_ROWS),
+    "fp8": _Format(1, _CHUNK, 64, 4, 4096 + 16, MAX_ROWS),  # activations too
+    "int4": _Format(2, _CHUNK * 2, _SCALE_GROUP, 4, 2 * (4096 + 16), 4),  # in groups of 128
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +53,8 @@ class DecodeShape:
     """What a kernel is compiled for. `rows`: sequences of a step, each with one token."""
 
     rows: int
-    fp8: bool  # weights and activations of products; else bfloat16
+    weights: str  # of the layers, a name in FORMATS
+    head: str  # weights of the head: bf16 or fp8
     kv_fp8: bool
     layers: int
     hidden: int
@@ -61,12 +81,16 @@ class DecodeShape:
         """Slots of the ring: what shared memory has left."""
         attention = 4 * (_WARPS * 4 * self.head_dim + 2 * _WARPS * 4 + 6 * self.head_dim + 1)
         sums = 4 * 2 * _WARPS * self.rows * 20
-        row = 4096 + 16 if self.fp8 else 2048 + 64  # of the staging area
-        staged = max(36864 // (self.rows * row), 1) * self.rows * row
+        row = [self.rows * FORMATS[name].staged_row for name in (self.weights, self.head)]
+        staged = max(max(36864 // size, 1) * size for size in row)
         tiles = max(self._tiles(n) for n in (self.vocab, 2 * self.ffn, self.qkv_rows))
         epilogues = 16 * (8 * tiles + 2 * self.rows * self._tiles(self.hidden))
         others = self.layers * _LAYER_BYTES + self.rows * (40 + 8 * _WARPS) + 1024 + epilogues
-        return (SHARED_BYTES - max(attention, sums, staged) - others) // _SLOT
+        slot = 16 * (_CHUNK + 64)
+        if self.weights == "int4":
+            others += FORMATS["int4"].held_chunks * _WARPS * self.rows * 16
+            slot += _CHUNK
+        return (SHARED_BYTES - max(attention, sums, staged) - others) // slot
 
     def _tiles(self, rows: int) -> int:
         """Tiles of a weight of so many rows that a block has, at most."""
@@ -75,10 +99,12 @@ class DecodeShape:
 
     def refused(self) -> str | None:
         """Why no kernel can be made for this shape, or None."""
-        size = 1 if self.fp8 else 2
+        weights, head = FORMATS[self.weights], FORMATS[self.head]
         tiles = 1 if self.rows <= 8 else 2
-        if not 1 <= self.rows <= MAX_ROWS:
-            return f"steps of {self.rows} rows; the kernel takes 1 to {MAX_ROWS}"
+        if not 1 <= self.rows <= weights.max_rows:
+            return f"steps of {self.rows} rows; the kernel takes 1 to {weights.max_rows} with {self.weights} weights"
+        if self.head == "int4":
+            return "a head in int4; the kernel takes it in fp8 and bf16"
         if self.head_dim not in (32, 64, 128):
             return f"heads of size {self.head_dim}; the kernel takes 32, 64 and 128"
         for name, k in (
@@ -86,14 +112,16 @@ class DecodeShape:
             ("feed-forward size", self.ffn),
             ("heads", self.heads * self.head_dim),
         ):
-            if k * size % 64:
-                return f"{name} of {k} elements; the kernel takes multiples of {64 // size}"
+            if k % weights.multiple:
+                return f"{name} of {k} elements; the kernel takes multiples of {weights.multiple}"
         if self.rows & (self.rows - 1):
             return f"steps of {self.rows} rows; the kernel takes powers of two"
-        whole = (4 if self.fp8 else 8) // tiles * _CHUNK // size  # elements of a row that registers hold at a time
-        if self.hidden > whole:
-            return f"hidden size {self.hidden}; the kernel takes up to {whole} with {self.rows} rows"
-        plain = whole // 2 if self.rows >= 4 else whole * 3 // 4
+        # Elements of a row that registers hold at a time; the norm needs whole rows.
+        whole, of_head = (form.held_chunks // tiles * form.elements for form in (weights, head))
+        if self.hidden > min(whole, of_head):
+            return f"hidden size {self.hidden}; the kernel takes up to {min(whole, of_head)} with {self.rows} rows"
+        few = self.rows == 1 if self.weights == "int4" else self.rows < 4
+        plain = whole // 2 if not few else whole if self.weights == "int4" else whole * 3 // 4
         widest = max(self.ffn, self.heads * self.head_dim)
         if widest > plain and -(-self.hidden // 16) > 8 * self.blocks:
             return f"hidden size {self.hidden} is too large for the {self.blocks} multiprocessors"
@@ -104,7 +132,8 @@ class DecodeShape:
     def macros(self) -> dict[str, str]:
         return {
             "ROWS": str(self.rows),
-            "FP8": str(int(self.fp8)),
+            "WEIGHTS": str(FORMATS[self.weights].number),
+            "HEAD_WEIGHTS": str(FORMATS[self.head].number),
             "KV_FP8": str(int(self.kv_fp8)),
             "KV_BYTES": "1" if self.kv_fp8 else "2",
             "LAYERS": str(self.layers),

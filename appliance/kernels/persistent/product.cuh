@@ -17,25 +17,45 @@ struct Sums {
 };
 
 // 16 bytes of weight rows `lane / 4` and 8 more, by the registers of x that stand opposite.
-__device__ __forceinline__ void multiply_window(const uint4& low, const uint4& high, const uint32_t (&b)[kColumnTiles][kWindowRegisters],
+template <class P>
+__device__ __forceinline__ void multiply_window(const uint4& low, const uint4& high, const uint32_t (&b)[kColumnTiles][P::kWindowRegisters],
                                                 int half, Sums& sums) {
   const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
-#if FP8
+  if constexpr (P::kFormat == kFp8) {
 #pragma unroll
-  for (int w = 0; w < 4; w++) {
-    uint32_t a[4];
-    widen(lows[w], a[0], a[2]);
-    widen(highs[w], a[1], a[3]);
+    for (int w = 0; w < 4; w++) {
+      uint32_t a[4];
+      widen(lows[w], a[0], a[2]);
+      widen(highs[w], a[1], a[3]);
 #pragma unroll
-    for (int t = 0; t < kColumnTiles; t++) mma(sums.part[w % Sums::kParts][t], a[0], a[1], a[2], a[3], b[t][w * 2], b[t][w * 2 + 1]);
+      for (int t = 0; t < kColumnTiles; t++) mma<kFp8>(sums.part[w % Sums::kParts][t], a[0], a[1], a[2], a[3], b[t][w * 2], b[t][w * 2 + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int w = 0; w < 4; w += 2)
+#pragma unroll
+      for (int t = 0; t < kColumnTiles; t++)
+        mma<kBf16>(sums.part[(w / 2 + half * 2) % Sums::kParts][t], lows[w], highs[w], lows[w + 1], highs[w + 1], b[t][w], b[t][w + 1]);
   }
-#else
+}
+
+// INT4: a group of 128 of weight rows `lane / 4` and 8 more, by x. The even nibbles of a word are one register of the tensor
+// cores and the odd ones another. total += weight's scale * x's scale * (sum of value * x - zero point * sum of x), of the row
+// of x whose two columns of sums this thread has: `x` is its scale and scale times sum, `w` scale and zero point of both rows.
+__device__ __forceinline__ void multiply_group(const uint4& low, const uint4& high, const uint32_t (&b)[8], float2 x, const uint32_t (&w)[2],
+                                               float (&total)[4]) {
+  const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+  constexpr uint32_t kEven = 0x0f0f0f0f;
+  int sums[4] = {};
 #pragma unroll
-  for (int w = 0; w < 4; w += 2)
+  for (int i = 0; i < 4; i++)
+    mma_integer(sums, lows[i] & kEven, highs[i] & kEven, lows[i] >> 4 & kEven, highs[i] >> 4 & kEven, b[i * 2], b[i * 2 + 1]);
 #pragma unroll
-    for (int t = 0; t < kColumnTiles; t++) 
-      mma(sums.part[(w / 2 + half * 2) % Sums::kParts][t], lows[w], highs[w], lows[w + 1], highs[w + 1], b[t][w], b[t][w + 1]);
-#endif
+  for (int r = 0; r < 2; r++) {
+    const float2 scale_zero = f16_values(w[r]);
+    const float product = (float)(sums[r * 2] * 256 + sums[r * 2 + 1]);
+    total[r * 2] += scale_zero.x * (product * x.x - scale_zero.y * x.y);
+  }
 }
 
 // Gives slots back to the producer, after a barrier of the block: an arrival of every warp at every slot would cost more
@@ -51,7 +71,7 @@ template <class P>
 __device__ __forceinline__ void multiply(Ring& ring, Ring& held, const Input<P>& in, int pass, float (&total)[kColumnTiles][4]) {
   constexpr int kHeldSlots = 2;
   static_assert(SLOTS > kHeldSlots, "a ring without free slots does not move");
-  Sums sums;
+  [[maybe_unused]] Sums sums;
   held = ring;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint8_t* data = dynamic_shared + lane / 4 * kPitch + warp * 128 + lane % 4 * 16;
@@ -65,13 +85,23 @@ __device__ __forceinline__ void multiply(Ring& ring, Ring& held, const Input<P>&
     }
     mbarrier_wait(ring.full(), ring.parity);
     const uint8_t* slot = data + ring.slot * kSlotBytes;
-    ring.next();
+    if constexpr (P::kFormat == kInt4) {
+      if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 < P::kRowBytes) {
+        const uint4 w = *(const uint4*)(dynamic_shared + ring.slot * kSlotBytes + kTileRows * kPitch + warp * 128 + lane / 4 * 16);
+        const float4 x = shared().x_groups[(c * kConsumerWarps + warp) * ROWS + min(lane % 4, ROWS - 1)];
+        multiply_group(*(const uint4*)slot, *(const uint4*)(slot + 8 * kPitch), in.b[c * 2][0], make_float2(x.x, x.y), {w.x, w.y}, total[0]);
+        if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + 64 < P::kRowBytes)
+          multiply_group(*(const uint4*)(slot + 64), *(const uint4*)(slot + 8 * kPitch + 64), in.b[c * 2 + 1][0], make_float2(x.z, x.w), {w.z, w.w}, total[0]);
+      }
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + half * 64 < P::kRowBytes)
-        multiply_window(*(const uint4*)(slot + half * 64), *(const uint4*)(slot + 8 * kPitch + half * 64), in.b[c * 2 + half], half, sums);
+      for (int half = 0; half < 2; half++)
+        if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + half * 64 < P::kRowBytes)
+          multiply_window<P>(*(const uint4*)(slot + half * 64), *(const uint4*)(slot + 8 * kPitch + half * 64), in.b[c * 2 + half], half, sums);
+    }
+    ring.next();
   }
-  sums.add_to(total);
+  if constexpr (P::kFormat != kInt4) sums.add_to(total);
 }
 
 struct Output {
@@ -87,7 +117,7 @@ __device__ __forceinline__ void fetch_for_epilogues(const Output& out) {
   Shared& s = shared();
   for (int i = threadIdx.x; i < P::kTilesPerBlock * 16; i += kConsumers) {
     const int row = min(P::first_row(blockIdx.x + i / 16 * GRID, i / 8 % 2) + i % 8, P::N - 1);
-    if (FP8) s.weight_scale[i] = out.scale[row];
+    if (P::kFormat == kFp8) s.weight_scale[i] = out.scale[row];
     s.bias[i] = out.bias == nullptr ? 0.f : bf16_value(out.bias[row]);
   }
   if (P::kKind == kO || P::kKind == kDown) {
@@ -120,14 +150,15 @@ __device__ __forceinline__ void write_results(const Output& out, int tile, int t
 #pragma unroll
   for (int i = 0; i < (KIND == kGateUp ? 2 : 1); i++) {
     const int local = turn * 16 + in_tile + i * 8;
-    if (FP8) v[i] *= s.x_scale[row] * s.weight_scale[local];
+    if (P::kFormat == kFp8) v[i] *= s.x_scale[row] * s.weight_scale[local];
+    if (P::kFormat == kInt4 && P::kKind != kO && P::kKind != kDown) v[i] *= s.x_scale[row];
     v[i] += s.bias[local];
   }
   if (KIND == kGateUp) {
     const float gate = bf16_round(v[0]), up = bf16_round(v[1]);
     const float y = bf16_round(gate / (1.f + __expf(-gate)) * up);
     out.to[row * (N / 2) + weight_row] = bf16_bits(y);
-    if (FP8) atomicMax(&s.gated_amax[row], __float_as_int(fabsf(y)));
+    if (P::kFormat == kFp8) atomicMax(&s.gated_amax[row], __float_as_int(fabsf(y)));
   } else if (KIND == kO || KIND == kDown) {
     out.to[row * N + weight_row] = bf16_bits(bf16_value(s.residual[row][turn * 16 + in_tile]) + bf16_round(v[0]));
   } else if (KIND == kQkv) {
@@ -137,15 +168,22 @@ __device__ __forceinline__ void write_results(const Output& out, int tile, int t
   }
 }
 
+template <class P>
 __device__ __forceinline__ void store_sums(float* to, const float (&sums)[kColumnTiles][4]) {
   const int lane = threadIdx.x % 32;
+  if constexpr (P::kFormat == kInt4) {
+    if (lane % 4 >= ROWS) return;
+    to[lane % 4 * kColumnPitch + lane / 4] = sums[0][0];
+    to[lane % 4 * kColumnPitch + lane / 4 + 8] = sums[0][2];
+  } else {
 #pragma unroll
-  for (int t = 0; t < kColumnTiles; t++)
+    for (int t = 0; t < kColumnTiles; t++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int column = t * 8 + lane % 4 * 2 + i % 2;
-      if (column < ROWS) to[column * kColumnPitch + lane / 4 + i / 2 * 8] = sums[t][i];
-    }
+      for (int i = 0; i < 4; i++) {
+        const int column = t * 8 + lane % 4 * 2 + i % 2;
+        if (column < ROWS) to[column * kColumnPitch + lane / 4 + i / 2 * 8] = sums[t][i];
+      }
+  }
 }
 
 // All tiles of this block in one pass over x: `in` is loaded.
@@ -159,7 +197,7 @@ __device__ __forceinline__ Ring product(Ring ring, const Input<P>& in, const Out
     float sums[kColumnTiles][4] = {};
     Ring held;
     multiply<P>(ring, held, in, 0, sums);
-    store_sums(s.sums[turn % 2][threadIdx.x / 32], sums);
+    store_sums<P>(s.sums[turn % 2][threadIdx.x / 32], sums);
     consumers_sync();
     release(held, ring);
     write_results<P>(out, tile, turn);

@@ -19,10 +19,17 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kChunk = 2048;               // bytes of a weight row per copy: 1 KiB copies reach 3.8 TB/s, these 4.5
 constexpr int kPitch = kChunk + 64;        // rows 64 bytes apart modulo 128: 16-byte reads of 8 rows meet no bank twice
 constexpr int kTileRows = 16;              // weight rows of a slot, and of a product's tile
-constexpr int kSlotBytes = kTileRows * kPitch;
+// How weights are stored. INT4: two per byte (kernels/int4_layout.py), a scale and a zero point for every 128 of a row.
+enum Format { kBf16, kFp8, kInt4 };
+constexpr Format kLayerFormat = (Format)WEIGHTS, kHeadFormat = (Format)HEAD_WEIGHTS;
+[[maybe_unused]] constexpr int kGroup = 128;  // INT4: elements of a row that share a scale; 64 bytes
+// INT4: scales and zero points of a slot's weights lie behind them, as large as one weight row: 4 bytes for 64 of 16 rows.
+constexpr int kSlotBytes = kTileRows * kPitch + (kLayerFormat == kInt4 ? kChunk : 0);
 // Copies that have been issued and have not arrived: 64 KiB a block keep the memory busy. More of them would make everybody's
 // small accesses, and with them the barriers, wait longer.
 constexpr int kSlotsInFlight = 2;
+// While the ring is full, weights of so many slots more are fetched into L2, one slot's every so many cycles: 0: none.
+constexpr int kPrefetchSlots = 0, kPrefetchPace = 1800;
 constexpr int kConsumerBarrier = 1;  // named barrier of the consumer warps; 0 is __syncthreads
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -52,6 +59,15 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
       "over:\n"
       "}" ::"r"(bar), "r"(parity)
       : "memory");
+}
+
+__device__ __forceinline__ bool mbarrier_done(uint32_t bar, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
+  return done != 0;
 }
 
 // Weights are read once: they should not push activations and KV cache out of L2.
@@ -102,6 +118,11 @@ __device__ __forceinline__ uint16_t load_shared_state(const uint16_t* p) {
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+__device__ __forceinline__ void bulk_prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 
 // Non-negative floats order like their bits.
 __device__ __forceinline__ void atomic_max(float* p, float v) { atomicMax((int*)p, __float_as_int(v)); }
@@ -172,12 +193,29 @@ __device__ __forceinline__ void e4m3_values(uint32_t quad, float* out) {
 
 // c [16 rows of weight, 8 rows of x] += a * b. A thread's registers of a and b hold the same positions of the inner
 // dimension, whichever they are: the sum over them is the same.
+template <Format F>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#if FP8  // widened to float16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+  if constexpr (F == kFp8) {  // widened to float16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// The same in integers: unsigned weights, signed x, 32 of the inner dimension.
+__device__ __forceinline__ void mma_integer(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two float16 in a word, as floats.
+__device__ __forceinline__ float2 f16_values(uint32_t pair) {
+  float2 v;
+  asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
+  return v;
 }
