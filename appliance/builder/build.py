@@ -15,6 +15,8 @@ from appliance.builder.convert import StoredTensors, convert, plan_tensors
 from appliance.builder.job import Job, LoadPlugin, for_gpu
 from appliance.builder.plain import PlainTensors
 from appliance.builder.progress import SendFn, sender
+from appliance.builder.published import PublishedTensors, check_tensors, kv_scales_of
+from appliance.builder.quality import check_quality
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
 from appliance.builder.tokenizer import copy_tokenizer
@@ -34,9 +36,9 @@ from appliance.engines.manifest import (
     write_manifest,
 )
 from appliance.engines.meter import ByteMeter
+from appliance.engines.quality import Quality, judge, recall
 from appliance.engines.store import EngineStore, LockHolder
 from appliance.engines.verify import DamagedFileError, verify_engine
-from appliance.errors import CheckpointError
 from appliance.ipc import Progress
 from appliance.types import ModelConfig
 
@@ -55,17 +57,12 @@ def build(
     """The directory of the engine that `request` asks for; built unless it is in the store. If another process is
     building it, waits and takes its result. `store` and `load_plugin` are seams for tests.
 
-    `progress` is called at least every second from a thread of its own. Raises CheckpointError, EngineBuildError,
-    NoSpaceError (before writing), CacheNotWritableError.
+    `progress` is called at least every second from a thread of its own. Raises CheckpointError, EngineBuildError
+    (EngineQualityError beyond `request.max_kl`), NoSpaceError (before writing), CacheNotWritableError.
     """
     send: SendFn = progress or (lambda message: None)
     source = Path(request.checkpoint)
     config = read_model_config(source)
-    if config.quantization is not None:
-        raise CheckpointError(
-            f"{source} is already quantized ({config.quantization}), which cannot be built from",
-            hint="use the unquantized checkpoint; the appliance quantizes it itself",
-        )
     require_tokenizer(source)
     store = store or EngineStore(Path(request.cache))
     with disk.full_disk_explained(store.engines, f"the {request.precision} engine of {source.name}"):
@@ -79,7 +76,7 @@ def _build(
     disk.ensure_writable(store.engines)
     with Checkpoint(source) as checkpoint:  # what the headers show comes before the minutes of hashing
         specs = load_plugin("models", registry.architectures()[config.architecture].name).weight_specs(config)
-        checkpoint.check(specs)
+        check_tensors(checkpoint, config, specs)
     inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)
 
@@ -94,18 +91,20 @@ def _build(
                 return present
             except DamagedFileError as error:
                 store.set_aside(error)
+        if (refused := recall(store.engines, key)) is not None:
+            judge(refused, request.max_kl, config.vocab_size, f"the {request.precision} engine of {source.name}")
         with Checkpoint(source) as checkpoint:
             job = Job.start(request, inputs, config, checkpoint, load_plugin)
             weights = _source(job)
             _reserve(job, store)
             with store.staging(key) as staging:
-                _write_engine(job, weights, staging, send)
+                _write_engine(job, weights, staging, store, send)
                 return store.publish(key, staging)
 
 
 def _source(job: Job) -> StoredTensors:
     """Where this engine's tensors come from. Raises what making the source raises."""
-    return PlainTensors(job)
+    return PlainTensors(job) if job.config.quantization is None else PublishedTensors(job)
 
 
 def _reserve(job: Job, store: EngineStore) -> None:
@@ -117,7 +116,7 @@ def _reserve(job: Job, store: EngineStore) -> None:
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
 
 
-def _write_engine(job: Job, weights: StoredTensors, staging: Path, send: SendFn) -> None:
+def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: EngineStore, send: SendFn) -> None:
     """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
     last."""
     source = job.checkpoint.path
@@ -140,14 +139,15 @@ def _write_engine(job: Job, weights: StoredTensors, staging: Path, send: SendFn)
         meter.advance(0, "checking the built engine")
         with torch.inference_mode():
             checks = self_check(job, weights, staging / _RANK_FILE)
+        quality = check_quality(job, staging / _RANK_FILE, store.engines, report)
     rank_file = EngineFile(name=_RANK_FILE, size=size, digest=digest)
     notes = (f"torch {torch.__version__}", *([note] if note else []))
     # Loading reads the manifest, so there is one before the kernels that loading makes known.
-    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, WarmedUp(), notes))
+    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, quality, total, WarmedUp(), notes))
     wait_for_compilers()
     warmed = warm_up(staging, job.request, report)
     notes = (*notes, *([warmed.note] if warmed.note else []))
-    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, total, warmed, notes))
+    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, quality, total, warmed, notes))
 
 
 def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
@@ -164,6 +164,7 @@ def _manifest(
     job: Job,
     files: tuple[EngineFile, ...],
     checks: tuple[SelfCheck, ...],
+    quality: Quality | None,
     source_size: int,
     warmed: WarmedUp,
     notes: tuple[str, ...],
@@ -188,6 +189,8 @@ def _manifest(
         kernels=warmed.kernels,
         tactics=warmed.tactics,
         self_check=checks,
+        quality=quality,
+        kv_scales=kv_scales_of(job),
         build=BuildSummary(
             seconds=round(time.monotonic() - job.started, 3),
             source=job.checkpoint.path.resolve().name,

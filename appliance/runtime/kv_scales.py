@@ -1,4 +1,5 @@
-"""Scales of an FP8 KV cache, measured when an engine is loaded: how large are the K and V that its model writes?
+"""Scales of an FP8 KV cache: those that a checkpoint brought (the engine's manifest has them), else measured when an
+engine is loaded: how large are the K and V that its model writes?
 
 e4m3 keeps three bits after the point over fifteen powers of two, so a scale has to bring a layer's numbers into that
 range and need not be exact: it is a power of two, which costs no accuracy of its own, and it is 1 unless numbers would
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from appliance.engines.manifest import MANIFEST_NAME, read_manifest
 from appliance.kernels.attention import KvScales
 from appliance.kernels.fp8_linear import FP8_MAX
 from appliance.layers.attention import Attention
@@ -29,18 +31,30 @@ _SMALLEST_RMS = 2.0**-5  # e4m3 has fewer than three bits below 2**-6
 
 
 def set_kv_scales(model: Decoder, engine_dir: str) -> list[KvScales]:
-    """Measure each layer's scales over the first tokens of a sample text, give them to the layers and return them.
+    """Give the layers their scales and return them: the checkpoint's own, or measured over the first tokens of a sample
+    text.
 
     After `Decoder.prepare`; runs one eager pass of at most 512 tokens. `engine_dir` without a tokenizer ("" or a
     directory without tokenizer.json): over token ids spread across the vocabulary.
     """
-    ids = sample_token_ids(engine_dir, model.config.vocab_size)[: min(_TOKENS, len(model.rotary.cos_sin))]
-    _, caches = run_prompt(model, torch.tensor(ids, device=model.embedding.weight.device))
-    found = [KvScales(k=_scale_of(cache[0]), v=_scale_of(cache[1])) for cache in caches]
+    found = _of_checkpoint(engine_dir) or _measured(model, engine_dir)
     for layer in model.modules():
         if isinstance(layer, Attention):
             layer.kv_scales = found[layer.index]
     return found
+
+
+def _of_checkpoint(engine_dir: str) -> list[KvScales]:
+    """Empty if there are none."""
+    if not engine_dir or not (Path(engine_dir) / MANIFEST_NAME).is_file():
+        return []
+    return [KvScales(k=k, v=v) for k, v in read_manifest(Path(engine_dir)).kv_scales]
+
+
+def _measured(model: Decoder, engine_dir: str) -> list[KvScales]:
+    ids = sample_token_ids(engine_dir, model.config.vocab_size)[: min(_TOKENS, len(model.rotary.cos_sin))]
+    _, caches = run_prompt(model, torch.tensor(ids, device=model.embedding.weight.device))
+    return [KvScales(k=_scale_of(cache[0]), v=_scale_of(cache[1])) for cache in caches]
 
 
 def sample_token_ids(engine_dir: str, vocab_size: int) -> list[int]:

@@ -205,7 +205,7 @@ def _read_int4(layer: Layer, facts: Quantization) -> QuantizedWeight:
         raise layer.wrong("weight_shape", f"is {layer['weight_shape'].tolist()}, not that of the layer")
     values = nibbles(layer["weight_packed"]).flatten(1)
     scales = float16_scales(layer, "weight_scale", layer["weight_scale"])
-    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=scales.device)
     if not facts.symmetric:
         packed = nibbles(layer["weight_zero_point"]).transpose(1, 2)  # [out / 8, 8, groups]
         zeros = packed.flatten(0, 1)[: layer.out_features]

@@ -51,7 +51,7 @@ class Layer:
         self.present = present  # suffixes
 
     def __getitem__(self, suffix: str) -> Tensor:
-        """[…], as stored; a view of the file. Raises CheckpointError if there is none."""
+        """[…], as stored; on the CPU a view of the file. Raises CheckpointError if there is none."""
         return self._read(f"{self.name}.{suffix}")
 
     def __contains__(self, suffix: str) -> bool:

@@ -17,6 +17,7 @@ from appliance.errors import CheckpointError
 from appliance.types import Quantization, WeightSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from appliance.quantization.weights import QuantizedWeight
@@ -90,14 +91,14 @@ class QuantizedTensors:
 
     # ------------------------------------------------------------ reading
 
-    def read(self, spec: WeightSpec) -> QuantizedWeight:
-        """An entry's weight, its sources on top of each other, on the CPU. CheckpointError for values that no layer has
-        and for parts whose inputs are grouped differently."""
+    def read(self, spec: WeightSpec, device: torch.device | str = "cpu") -> QuantizedWeight:
+        """An entry's weight, its sources on top of each other, on `device`. CheckpointError for values that no layer
+        has and for parts whose inputs are grouped differently."""
         import torch
 
         from appliance.quantization.weights import GroupedWeight, check, concatenate
 
-        layers = self._layers(spec)
+        layers = self._layers(spec, device)
         parts = [self._layout.read(layer, self.facts) for layer in layers]
         for layer, part in zip(layers, parts):
             check(part, layer.name)
@@ -149,16 +150,16 @@ class QuantizedTensors:
             found.setdefault(module, set()).add(suffix)
         return {module: frozenset(suffixes) for module, suffixes in found.items()}
 
-    def _layers(self, spec: WeightSpec) -> list[Layer]:
+    def _layers(self, spec: WeightSpec, device: torch.device | str = "cpu") -> list[Layer]:
+        def read(name: str) -> Tensor:
+            return self.checkpoint.read(name).to(device)
+
         layers = []
         for source, (out_features, in_features) in zip(spec.sources, spec.shapes):
             module = source.removesuffix(_WEIGHT)
             present = self._suffixes.get(module, frozenset()) - {"bias"}
-            layers.append(Layer(module, (out_features, in_features), self._read, present))
+            layers.append(Layer(module, (out_features, in_features), read, present))
         return layers
-
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
 
 
 def _check_scale(layer: Layer, suffix: str) -> None:

@@ -41,12 +41,14 @@ def grouped_weight(
         scales, zeros = (tensor.expand(-1, groups) for tensor in (scales, zeros))
     order = None
     if facts.act_order:
-        identity = one_for_all or group_index is None
-        order = torch.arange(layer.in_features) if identity else _order(layer, group_index, facts.group_size)  # type: ignore[arg-type]
+        if one_for_all or group_index is None:
+            order = torch.arange(layer.in_features, device=values.device)
+        else:
+            order = _order(layer, group_index, facts.group_size)
         values = values[:, order]
         order = order.to(torch.int32)
     elif group_index is not None and not one_for_all:
-        expected = torch.arange(layer.in_features, dtype=torch.int32) // facts.group_size
+        expected = torch.arange(layer.in_features, dtype=torch.int32, device=group_index.device) // facts.group_size
         if not torch.equal(group_index.to(torch.int32), expected):
             raise layer.wrong("g_idx", "inputs are not grouped in order, but the configuration says that they are")
     return GroupedWeight(values.contiguous(), scales.contiguous(), zeros.contiguous(), order)

@@ -1,0 +1,112 @@
+"""The source of an engine whose checkpoint others quantized: weights are read as they are, and stored by the scheme
+that holds them. Nothing is rounded; what they left alone is stored plain."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from appliance.builder.convert import join, source_bytes
+from appliance.builder.job import Job
+from appliance.checkpoint import Checkpoint
+from appliance.checkpoint.quantized.source import QuantizedTensors
+from appliance.engines.manifest import SelfCheck
+from appliance.engines.meter import ByteMeter
+from appliance.errors import EngineBuildError
+from appliance.types import ModelConfig, WeightSpec
+
+_AHEAD = 2  # specs read ahead
+
+
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[WeightSpec]) -> None:
+    """What can be known of a checkpoint without reading its weights: their shapes and dtypes, and, of a quantized one,
+    that its scales are numbers. Raises CheckpointError."""
+    if config.quantization is None:
+        checkpoint.check(specs)
+        return
+    tensors = QuantizedTensors(checkpoint, config.quantization)
+    tensors.check(specs)
+    tensors.kv_scales(config.num_hidden_layers)
+    tensors.check_scales(specs)
+
+
+def kv_scales_of(job: Job) -> tuple[tuple[float, float], ...]:
+    """(K, V) scales of an FP8 KV cache per layer, if the checkpoint brings them; else empty."""
+    if job.config.quantization is None:
+        return ()
+    return QuantizedTensors(job.checkpoint, job.config.quantization).kv_scales(job.config.num_hidden_layers) or ()
+
+
+class PublishedTensors:
+    """A `StoredTensors` of a checkpoint that is quantized already."""
+
+    exact = True
+
+    def __init__(self, job: Job) -> None:
+        """Raises CheckpointError for a tensor that is missing or of another shape or dtype, EngineBuildError if the
+        scheme would store a layer otherwise than the checkpoint has it."""
+        assert job.config.quantization is not None
+        self._job = job
+        self._quantized = QuantizedTensors(job.checkpoint, job.config.quantization)
+        self._quantized.check(job.specs)
+        for spec in job.specs:
+            stored_plain = job.scheme.of(spec.name).facts["name"] == "none"
+            if spec.kind == "linear" and stored_plain == self._quantized.holds(spec):
+                raise EngineBuildError(
+                    f"{spec.name} is {'quantized' if stored_plain else 'not quantized'} in the checkpoint, but the "
+                    f"engine would store it {'plain' if stored_plain else 'quantized'}",
+                    hint="build it without scheme parameters of your own",
+                )
+
+    def work(self, spec: WeightSpec) -> int:
+        info = self._job.checkpoint.info
+        if not self._quantized.holds(spec):
+            return source_bytes(self._job.checkpoint, spec)
+        return sum(info(name).nbytes for name in (*self._quantized.tensor_names(spec), *spec.bias_sources))
+
+    def tensors(self, meter: ByteMeter) -> Generator[tuple[WeightSpec, dict[str, Tensor]], None, None]:
+        reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        try:
+            yield from self._ahead(reads)
+        finally:
+            reads.shutdown(cancel_futures=True)
+
+    def reference(self, spec: WeightSpec, device: torch.device) -> Tensor | None:
+        if self._quantized.holds(spec):
+            return self._quantized.read(spec, device).dequantize()
+        return join(self._job.checkpoint, spec.sources, device, torch.float32)
+
+    def checks(self) -> tuple[SelfCheck, ...]:
+        return ()
+
+    def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[WeightSpec, dict[str, Tensor]]]:
+        specs = self._job.specs
+        pending: deque[Future[dict[str, Tensor]]] = deque()
+        for i, spec in enumerate(specs):
+            for following in specs[i + len(pending) : i + _AHEAD]:
+                pending.append(pool.submit(self._stored, following))
+            yield spec, pending.popleft().result()
+
+    def _stored(self, spec: WeightSpec) -> dict[str, Tensor]:
+        """An entry's tensors by engine name."""
+        job = self._job
+        names: list[str] = [*spec.bias_sources]
+        with torch.inference_mode():
+            if self._quantized.holds(spec):
+                weight = self._quantized.read(spec, job.device)
+                stored = job.scheme.of(spec.name).store(weight)
+                tensors = {f"{spec.name}.{suffix}": tensor for suffix, tensor in stored.items()}
+                names += self._quantized.tensor_names(spec)
+            else:
+                plain = join(job.checkpoint, spec.sources, job.device, job.dtype)
+                tensors = {spec.name if spec.kind == "plain" else f"{spec.name}.weight": plain}
+                names += spec.sources
+            if spec.bias_sources:
+                tensors[f"{spec.name}.bias"] = join(job.checkpoint, spec.bias_sources, job.device, job.dtype)
+        for name in names:
+            job.checkpoint.release(name)
+        return tensors
