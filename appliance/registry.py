@@ -25,6 +25,21 @@ class Plugin:
     module: str  # dotted module name, importable by `load`
     facts: dict[str, Any]  # the PLUGIN literal
 
+    def parameters_on(self, compute_capability: tuple[int, int] | None) -> dict[str, Any]:
+        """The parameters of a quantization scheme, as it has them by itself: "parameters", replaced by those of
+        "parameters_from" for GPUs from a compute capability on. None: the CPU."""
+        parameters: dict[str, Any] = dict(self.facts.get("parameters", {}))
+        starts: dict[str, dict[str, Any]] = self.facts.get("parameters_from", {})
+        for start in sorted(starts, key=_capability):
+            if compute_capability is not None and tuple(compute_capability) >= _capability(start):
+                parameters |= starts[start]
+        return parameters
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
 
 def _read_literal(path: Path) -> dict[str, Any] | None:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -27,6 +27,7 @@ BUILTIN = ModelConfig("LlamaForCausalLM", 4096, 256, 768, 6, 8, 2, 32, 8192, tie
 QWEN_2KV = ModelConfig("Qwen2ForCausalLM", 151936, 1536, 8960, 28, 12, 2, 128, 32768, attention_bias=True)
 ODD = ModelConfig("LlamaForCausalLM", 1000, 200, 600, 4, 5, 5, 40, 2048)  # 200 and 600 are no multiples of 16
 
+_INT4 = SchemeFacts((7, 5), head=(((0, 0), "bf16"), ((8, 9), "fp8")))
 _PLAIN = {name: SchemeFacts((7, 0)) for name in ("fp32", "fp16", "bf16")}
 _NOW = ("fp32", "fp16", "bf16", "fp8")
 # What the first release contains, and everything that later ones add.
@@ -38,7 +39,7 @@ FIRST = Capabilities(
     },
 )
 FULL = Capabilities(
-    schemes={**FIRST.schemes, "int8": SchemeFacts((7, 5), 16), "int4": SchemeFacts((7, 5))},
+    schemes={**FIRST.schemes, "int8": SchemeFacts((7, 5), 16), "int4": _INT4},
     backends={
         "cuda": BackendFacts(
             "gpu",
@@ -48,8 +49,9 @@ FULL = Capabilities(
             max_pp=2,
             kv_cache_capability={"fp8": (8, 9)},
         ),
-        "cpu": BackendFacts("cpu", (*_NOW, "int4"), ("fp32", "fp8")),
+        "cpu": BackendFacts("cpu", (*_NOW, "int4"), ("fp32", "fp8"), packed=("int4",)),
     },
+    named={"int4_awq": _INT4, "int4_gptq": _INT4},
 )
 
 

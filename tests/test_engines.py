@@ -124,6 +124,7 @@ def test_key_depends_on_every_input_and_on_nothing_else() -> None:
         "backend_version": "2",
         "builder_version": "2",
         "compute_capability": (9, 0),
+        "calibration": {"data": "d" * 64},
     }
     assert set(changed) == set(KeyInputs.__struct_fields__)
     keys = {engine_key(msgspec.structs.replace(INPUTS, **{name: value})) for name, value in changed.items()}

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selection_cases import BUILTIN, FACTS, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
 
+from appliance import registry
 from appliance.errors import ProfileError, SettingsError
 from appliance.profiles import capabilities, facts_of, load_gpu_facts, load_profiles, predict
 from appliance.profiles.names import Candidate, Named, candidates, resolve
@@ -117,7 +118,7 @@ def test_the_policy_stands_in_the_project_profiles():
         assert max(gpu.values(), key=lambda p: p.priority_on(cc)).precision == "int4", cc
     assert max(gpu.values(), key=lambda p: p.priority_on((9, 0))).precision == "fp8"
     cpu = [p for p in PROFILES if p.backend == "cpu"]
-    assert max(cpu, key=lambda p: p.priority_on(None)).precision == "int4"
+    assert max(cpu, key=lambda p: p.priority_on(None)).precision == "bf16", "the CPU widens quantized weights"
     for cc in ((8, 0), (9, 0)):
         assert gpu["bf16"].priority_on(cc) > gpu["fp16"].priority_on(cc) > gpu["fp32"].priority_on(cc)
 
@@ -299,17 +300,53 @@ def test_a_mig_slice_has_its_share():
 
 def test_weight_bytes_of_8b():
     """h200.md: 15.0 GB in bf16 read per token, 7.5 GB all-FP8."""
-    assert predict.linear_bytes(LLAMA_8B, "bf16", 1) == pytest.approx(15.0e9, rel=0.01)
-    assert predict.linear_bytes(LLAMA_8B, "fp8", 1) == pytest.approx(7.5e9, rel=0.01)
-    assert predict.linear_bytes(LLAMA_8B, "int4", 1) == pytest.approx(3.75e9 * 1.0625, rel=0.01)
+    def size(stored: predict.Stored) -> int:
+        return predict.linear_bytes(LLAMA_8B, stored, 1)
+
+    assert size(BF16) == pytest.approx(15.0e9, rel=0.01)
+    assert size(predict.Stored("fp8")) == pytest.approx(7.5e9, rel=0.01)
+    assert size(predict.Stored("int4")) == pytest.approx(3.75e9 * 1.0625, rel=0.01)
+    head = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+    for kind, width in (("fp8", 1), ("bf16", 2)):
+        assert size(predict.Stored("int4", kind)) == pytest.approx(3.49e9 * 1.0625 + width * head, rel=0.01)
     for model in (LLAMA_8B, LLAMA_70B, QWEN_2KV, BUILTIN):
-        assert predict.linear_bytes(model, "bf16", 2) >= predict.linear_bytes(model, "bf16", 1) / 2
+        assert predict.linear_bytes(model, BF16, 2) >= predict.linear_bytes(model, BF16, 1) / 2
+
+
+def test_how_weights_lie_in_memory():
+    assert predict.stored_as("int4", on_cpu=False, head="fp8") == predict.Stored("int4", "fp8")
+    assert predict.stored_as("fp8", on_cpu=False) == predict.Stored("fp8")
+    assert predict.stored_as("int4", on_cpu=True, head="bf16") == predict.Stored("fp32", "fp32", "fp32")
+    packed = predict.stored_as("int4", on_cpu=True, head="bf16", packed=("int4",))
+    assert packed == predict.Stored("int4", "fp32", "fp32")
+
+
+@pytest.mark.parametrize("scheme", ["int4_awq", "int4_gptq", "int8_smoothquant", "fp8", "none"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_predicted_bytes_are_those_of_the_engine(scheme: str, capability: tuple[int, int]):
+    """Linear layers as the scheme stores them, its head on that GPU included."""
+    import torch
+
+    from appliance.builder.convert import plan_tensors
+    from appliance.engines import parameters_of
+
+    plugin = registry.plugins("quantization")[scheme]
+    made = registry.load("quantization", scheme).Scheme(parameters_of(plugin, capability))
+    specs = registry.load("models", "llama").weight_specs(LLAMA_8B)
+    plan = plan_tensors([spec for spec in specs if spec.kind == "linear"], made, torch.bfloat16)
+    facts = capabilities().named[scheme]
+    precision = "bf16" if scheme == "none" else plugin.facts["precisions"][0]
+    stored = predict.stored_as(precision, on_cpu=False, head=facts.head_on(capability))
+    assert predict.linear_bytes(LLAMA_8B, stored, 1) == sum(tensor.nbytes for tensor in plan)
+
+
+BF16 = predict.Stored("bf16")
 
 
 def need(model=LLAMA_8B, precision="bf16", tp=1, kv="bf16", on_cpu=False) -> predict.Memory:
     return predict.memory(
         model,
-        precision=precision,
+        stored=predict.stored_as(precision, on_cpu=on_cpu),
         kv_cache=kv,
         tp_size=tp,
         pp_size=1,
@@ -360,7 +397,7 @@ def test_decode_is_slower_than_the_weight_read_floor_and_of_its_order():
         memory = need(precision=precision)
         device = predict.gpu_device(facts, precision, "nvlink")
         seconds = predict.step_seconds(
-            LLAMA_8B, device, memory, precision=precision, tp_size=1, num_seqs=1, on_cpu=False
+            LLAMA_8B, device, memory, stored=predict.Stored(precision), tp_size=1, num_seqs=1
         )
         assert floor < seconds < 2 * floor
 
@@ -372,7 +409,7 @@ def test_links_and_batch_cost_time():
         device = predict.gpu_device(facts, "bf16", link)
         memory = need(LLAMA_70B, tp=tp)
         return predict.step_seconds(
-            LLAMA_70B, device, memory, precision="bf16", tp_size=tp, num_seqs=num_seqs, on_cpu=False
+            LLAMA_70B, device, memory, stored=BF16, tp_size=tp, num_seqs=num_seqs
         )
 
     assert seconds("nvlink") < seconds("pcie") < seconds("none")

@@ -36,7 +36,7 @@ from appliance.types import Hardware
 
 HOPPER = ("fp8-tp1", "fp8-tp1")
 OTHER = ("bf16-tp1", "int4-tp1")
-CPU = ("bf16-cpu-tp1", "int4-cpu-tp1")
+CPU = ("bf16-cpu-tp1", "bf16-cpu-tp1")
 
 # machine: (selected, wanted) of the 8B, the 70B, the builtin and the Qwen-like model, in the first release
 TABLE = {
@@ -72,11 +72,11 @@ TABLE = {
     "busy-node": (HOPPER, (None, "fp8-tp2"), HOPPER, HOPPER),
     "busy-all": ((None, "fp8-tp1"), (None, "fp8-tp2"), HOPPER, HOPPER),
     "unhealthy": (HOPPER, (None, "int4-tp1"), HOPPER, HOPPER),
-    "v100": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
-    "driver-too-old": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
-    "driver-failing": (CPU, (None, "int4-cpu-tp1"), CPU, CPU),
-    "none": ((None, "int4-cpu-tp1"), (None, "int4-cpu-tp1"), CPU, CPU),
-    "none-small": (*[(None, "int4-cpu-tp1")] * 2, CPU, (None, "int4-cpu-tp1")),
+    "v100": (CPU, (None, "bf16-cpu-tp1"), CPU, CPU),
+    "driver-too-old": (CPU, (None, "bf16-cpu-tp1"), CPU, CPU),
+    "driver-failing": (CPU, (None, "bf16-cpu-tp1"), CPU, CPU),
+    "none": ((None, "bf16-cpu-tp1"), (None, "bf16-cpu-tp1"), CPU, CPU),
+    "none-small": (*[(None, "bf16-cpu-tp1")] * 2, CPU, (None, "bf16-cpu-tp1")),
 }
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B, "builtin": BUILTIN, "qwen": QWEN_2KV}
 
@@ -414,7 +414,7 @@ def test_where_nothing_fits_the_policy_wants_more_of_the_same_gpus():
             r"int4 is not built yet \(leave --precision .*or choose fp32 or fp16 or bf16 or",
         ),
         ("h100-x1", {"profile": "int8"}, r"int8 is not built yet \(leave --precision \(or its profile\) out"),
-        ("none", {"precision": "int8"}, r"no NVIDIA driver .*serve where there is a GPU, or leave out .* precision"),
+        ("none", {"profile": "int8"}, r"no NVIDIA driver .*serve where there is a GPU, or leave out .* precision"),
         ("h100-x1", {"tp_size": 2}, r"^needs 2 identical GPUs, and 1 can be used \(leave --tp-size .* there are 2\)"),
         ("h100-x2", {"tp_size": 2}, r"serves on one device \(leave --tp-size \(or its profile\) out, or choose 1\)"),
         ("h100-x2", {"pp_size": 2}, r"not built yet \(leave --pp-size"),

@@ -34,7 +34,7 @@ PLUGIN = {
     "name": "cpu",
     "device": "cpu",
     "version": "1",
-    "precisions": ["fp32", "fp16", "bf16", "fp8"],
+    "precisions": ["fp32", "fp16", "bf16", "fp8", "int8", "int4"],
     "kv_cache": ["fp32", "bf16", "fp16", "fp8"],
     "attention": ["auto", "reference"],
     "max_tp": 1,

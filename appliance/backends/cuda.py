@@ -49,10 +49,11 @@ PLUGIN = {
     "name": "cuda",
     "device": "gpu",
     "version": "1",
-    "precisions": ["fp32", "fp16", "bf16", "fp8"],
+    "precisions": ["fp32", "fp16", "bf16", "fp8", "int8", "int4"],
     "kv_cache": ["bf16", "fp16", "fp32", "fp8"],
     "kv_cache_capability": {"fp8": [8, 9]},
     "attention": ["auto", "flashinfer", "triton", "reference"],
+    "batch_invariant": True,
     "min_compute_capability": [7, 5],
     "max_tp": 1,
     "max_pp": 1,
@@ -133,6 +134,7 @@ def assemble(
     """Everything around loaded weights: attention, KV cache sized to the memory left, runner, CUDA graphs."""
     device = torch.device("cuda", torch.cuda.current_device())
     config, model = loaded.config, loaded.model
+    TABLE.batch_invariant = options.batch_invariant
     dtype = _kv_dtype(options, model.dtype)
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, dtype)
     model.prepare(options.max_model_len or config.max_position_embeddings)
@@ -149,7 +151,7 @@ def assemble(
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
-    if options.cuda_graphs and options.persistent_decode:
+    if options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
         with timer.phase("persistent_decode"):
             reason = runner.enable_persistent()
         if reason is not None:
@@ -284,6 +286,8 @@ def _attention(loaded: LoadedModel, options: EngineOptions, limits: RunnerLimits
         if options.cuda_graphs:
             raise SettingsError("attention reference cannot run in CUDA graphs", hint="turn CUDA graphs off")
         return ReferenceAttention()
+    if options.batch_invariant:
+        return paged_attention.TritonAttention(batch_invariant=True)
     kv_dtype = _kv_dtype(options, model.dtype)
     reason = flashinfer.available(config.head_dim, model.dtype, kv_dtype)
     if options.attention == "flashinfer" and reason:

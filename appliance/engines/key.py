@@ -36,6 +36,8 @@ class KeyInputs(Struct, frozen=True):
     backend_version: str  # PLUGIN["version"] of the backend: raised when it wants other bytes in its engines
     builder_version: str
     compute_capability: tuple[int, int] | None  # None: the backend does not run on a GPU
+    # Of a scheme that is calibrated: digest of the text, number of samples, their length. Empty: rounded to nearest.
+    calibration: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def engine_key(inputs: KeyInputs) -> str:
@@ -74,11 +76,7 @@ def parameters_of(
 ) -> dict[str, Any]:
     """All parameters of a scheme: its defaults, what is different from a compute capability on (None: the CPU), and
     what is `given`. Raises EngineBuildError for one that it does not know or of another type."""
-    parameters: dict[str, Any] = dict(scheme.facts.get("parameters", {}))
-    starts = scheme.facts.get("parameters_from", {})
-    for start in sorted(starts, key=_capability):
-        if compute_capability is not None and tuple(compute_capability) >= _capability(start):
-            parameters |= starts[start]
+    parameters = scheme.parameters_on(compute_capability)
     for name, value in (given or {}).items():
         if name not in parameters or type(value) is not type(parameters[name]):
             allowed = ", ".join(f"{key} ({type(default).__name__})" for key, default in parameters.items())
@@ -88,11 +86,6 @@ def parameters_of(
             )
         parameters[name] = value
     return parameters
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    return int(major), int(minor)
 
 
 def engine_dtype(precision: Precision, compute_capability: tuple[int, int] | None = None) -> str:
@@ -114,10 +107,11 @@ def make_key_inputs(
     compute_capability: tuple[int, int] | None = None,
     scheme: str | None = None,
     scheme_parameters: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> KeyInputs:
     """Key inputs from what a selected profile and the detected GPU say; the rest is looked up in the registry, without
-    importing a plug-in. `scheme_parameters`: those that are not as the scheme has them by itself. Raises
-    EngineBuildError for a precision, scheme, parameter or backend that does not exist."""
+    importing a plug-in. `scheme_parameters`: those that are not as the scheme has them by itself; `calibration`: see
+    `KeyInputs`. Raises EngineBuildError for a precision, scheme, parameter or backend that does not exist."""
     backends = registry.plugins("backends")
     if backend not in backends:
         raise EngineBuildError(f"no backend {backend!r}; allowed: {', '.join(backends)}", hint="choose one of them")
@@ -136,4 +130,5 @@ def make_key_inputs(
         backend_version=str(facts.get("version", "1")),
         builder_version=BUILDER_VERSION,
         compute_capability=capability,
+        calibration=dict(calibration or {}),
     )

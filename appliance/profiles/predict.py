@@ -9,9 +9,10 @@ profiles and is not a promise.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from appliance.profiles.load import GpuFacts
-from appliance.types import ModelConfig, Struct
+from appliance.types import ModelConfig, Quantization, Struct
 
 # Bytes per stored weight, and per group of weights that share a scale.
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
@@ -72,6 +73,10 @@ class Memory(Struct, frozen=True):
         return tokens
 
 
+# Engine names of a layer's products and of the head, in the order of `_rank_linears`.
+_PARTS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down", "lm_head")
+
+
 def _rank_linears(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[int, int, int]]:
     """(out_features, in_features, how many) of the linear layers on one rank; heads and rows are rounded up."""
     heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
@@ -87,29 +92,58 @@ def _rank_linears(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[
     ]
 
 
-def _linear_bytes(out_features: int, in_features: int, precision: str) -> int:
+def _linear_bytes(out_features: int, in_features: int, precision: str, facts: Quantization | None) -> int:
     size = math.ceil(out_features * in_features * _WEIGHT_BYTES[precision])
     if precision in ("fp8", "int8"):
         size += 4 * out_features  # a float32 scale per output channel
     if precision == "int4":
-        size += out_features * math.ceil(in_features / _INT4_GROUP) * _INT4_GROUP_BYTES
+        group = (facts.group_size or in_features) if facts is not None else _INT4_GROUP
+        size += out_features * math.ceil(in_features / group) * _INT4_GROUP_BYTES
+        size += 4 * in_features if facts is not None and facts.act_order else 0  # the order of the inputs
     return size
 
 
-def stored_precision(precision: str, *, on_cpu: bool) -> str:
-    """How weights lie in memory: the CPU backend computes in float32 and widens everything but packed INT4 at load."""
-    return "fp32" if on_cpu and precision != "int4" else precision
+def _left_alone(facts: Quantization | None, part: str, layers: int) -> int:
+    """How many of `layers` linear layers a checkpoint that is quantized already left as they were; at most all."""
+    if facts is None:
+        return 0
+    if part in facts.unquantized or f"layers.*.{part}" in facts.unquantized:
+        return layers
+    return min(layers, sum(name.endswith(f".{part}") for name in facts.unquantized))
 
 
-def linear_bytes(model: ModelConfig, precision: str, tp_size: int, pp_size: int = 1) -> int:
+class Stored(Struct, frozen=True):
+    """The precisions in which weights lie in memory while they are served."""
+
+    precision: str
+    head: str | None = None  # of lm_head; None: as the others
+    left_alone: str = "bf16"  # of layers that an already quantized checkpoint did not quantize
+
+
+def stored_as(precision: str, *, on_cpu: bool, head: str | None = None, packed: Collection[str] = ()) -> Stored:
+    """`head`: of the scheme (`SchemeFacts.head_on`). The CPU backend computes in float32 and widens everything at load
+    but `packed` precisions."""
+    if not on_cpu:
+        return Stored(precision, head)
+    rest, last = (kind if kind in packed else "fp32" for kind in (precision, head or precision))
+    return Stored(rest, last, left_alone="fp32")
+
+
+def linear_bytes(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int = 1) -> int:
     """Bytes of the linear layers (lm_head included) of one rank: what a decode step reads."""
-    return sum(n * _linear_bytes(o, i, precision) for o, i, n in _rank_linears(model, tp_size, pp_size))
+    facts, total = model.quantization, 0
+    for part, (out_features, in_features, count) in zip(_PARTS, _rank_linears(model, tp_size, pp_size)):
+        plain = _left_alone(facts, part, count)
+        total += plain * _linear_bytes(out_features, in_features, stored.left_alone, None)
+        other = stored.head if part == "lm_head" and stored.head is not None else stored.precision
+        total += (count - plain) * _linear_bytes(out_features, in_features, other, facts)
+    return total
 
 
 def memory(
     model: ModelConfig,
     *,
-    precision: str,
+    stored: Stored,
     kv_cache: str,
     tp_size: int,
     pp_size: int,
@@ -118,8 +152,7 @@ def memory(
     on_cpu: bool,
 ) -> Memory:
     """Predicted bytes of one rank. `kv_cache` is a concrete precision, not "auto"."""
-    stored = stored_precision(precision, on_cpu=on_cpu)
-    element = 4 if stored == "fp32" or on_cpu else _ACTIVATION_BYTES
+    element = 4 if stored.precision == "fp32" or on_cpu else _ACTIVATION_BYTES
     weights = linear_bytes(model, stored, tp_size, pp_size)
     weights += model.vocab_size * model.hidden_size * element  # the embedding, whole on every rank
     # Norms and biases, generously: they are under 0.1%.
@@ -164,10 +197,10 @@ def gpu_device(facts: GpuFacts, precision: str, link: str) -> Device:
 
 
 def step_seconds(
-    model: ModelConfig, device: Device, need: Memory, *, precision: str, tp_size: int, num_seqs: int, on_cpu: bool
+    model: ModelConfig, device: Device, need: Memory, *, stored: Stored, tp_size: int, num_seqs: int
 ) -> float:
     """Seconds of one decode step of `num_seqs` sequences, each of a context of 1024 tokens."""
-    moved = linear_bytes(model, stored_precision(precision, on_cpu=on_cpu), tp_size)
+    moved = linear_bytes(model, stored, tp_size)
     moved += num_seqs * SEQUENCE_TOKENS * need.kv_per_token
     operations = 2 * num_seqs * sum(n * o * i for o, i, n in _rank_linears(model, tp_size, 1))
     seconds = max(moved / (device.bandwidth * _BANDWIDTH_SHARE), operations / (device.flops * _COMPUTE_SHARE))
