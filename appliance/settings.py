@@ -107,6 +107,7 @@ class Settings:
     prefix_caching: bool = _engine(True, "reuse the KV cache of common prefixes", also="NIM_ENABLE_KV_CACHE_REUSE")
     cuda_graphs: bool = _engine(True, "replay decode steps as CUDA graphs", also="!NIM_DISABLE_CUDA_GRAPH")
     persistent_decode: bool = _engine(True, "one kernel per decode step of few sequences, where that is faster")
+    batch_invariant: bool = _engine(False, "same bits for a request whatever else is in the batch; slower")
     attention: Literal["auto", "flashinfer", "triton", "reference"] = _engine("auto", "attention kernels")
     verify_digests: bool = _engine(True, "check every engine file against its digest at load")
     seed: int = _engine(0, "of requests that name no seed", limits=(0, 2**31 - 1))

@@ -258,6 +258,8 @@ class EngineOptions(Struct, frozen=True):
     prefix_caching: bool = True
     cuda_graphs: bool = True
     persistent_decode: bool = True  # decode steps of few sequences in one kernel, where that is faster
+    # A request's outputs have the same bits whatever else is in the batch; slower.
+    batch_invariant: bool = False
     attention: str = "auto"  # "auto", "flashinfer", "triton", "reference"
     seed: int = 0
     verify_digests: bool = True

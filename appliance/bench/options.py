@@ -41,6 +41,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="run decode steps eagerly")
     parser.add_argument("--no-persistent-decode", action="store_true", help="run decode steps layer by layer")
+    parser.add_argument("--batch-invariant", action="store_true", help="outputs that no batch changes; slower")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="running at once (default: %(default)s)")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="computed in one step (default: %(default)s)"
@@ -74,6 +75,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
         prefix_caching=False,
         cuda_graphs=not args.no_cuda_graphs,
         persistent_decode=not args.no_persistent_decode,
+        batch_invariant=args.batch_invariant,
         attention=args.attention,
         kv_cache_dtype=kv_cache(args),
     )

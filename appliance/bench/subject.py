@@ -61,7 +61,7 @@ def load_model(
     kernels are those of `options`, the context limit is the model's own. Without `tactics`, an engine that is built now
     has none. Raises what `prepare_engine` and the backend raise."""
     names = ["max_num_seqs", "max_num_batched_tokens", "cuda_graphs", "persistent_decode", "attention"]
-    names += ["prefix_caching", "kv_cache_dtype"]
+    names += ["prefix_caching", "kv_cache_dtype", "batch_invariant"]
     wanted = {name: getattr(options, name) for name in names} | ({} if tactics else {"tactics": False})
     wanted |= {"num_pages": options.num_pages} if options.num_pages else {}
     chosen = prepare_engine(model, precision=precision, backend=backend, cache=cache, overrides=wanted)

@@ -39,6 +39,7 @@ class TacticTable:
         self._buckets: dict[tuple[str, int, int], list[int]] = {}
         self._resolved: dict[tuple[str, int, int, int | None], Tactic | None] = {}
         self.unknown: set[str] = set()  # names in use that no scheme has: of an engine built by other code
+        self.batch_invariant = False  # schemes ask neither choices nor defaults, but multiply by `invariant_linear`
         self.probe: Probe | None = None  # decides instead of the choices, while tactics are being timed
 
     def clear(self) -> None:

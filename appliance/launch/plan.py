@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from appliance import builder, profiles, registry
-from appliance.engines import EngineManifest
+from appliance.engines import EngineManifest, scheme_of
 from appliance.errors import HardwareError, SettingsError
 from appliance.profiles import Outcome, Overrides, Selection
 from appliance.settings import Settings, export_hub_environment
@@ -87,6 +87,8 @@ def make_plan(settings: Settings, selection: Selection, checkpoint: Path) -> Pla
     not have."""
     outcome = profiles.require(selection)
     _check_attention(settings, outcome.backend)
+    scheme = scheme_of(cast(Precision, outcome.precision), outcome.scheme)
+    _check_batch_invariant(settings, outcome.backend, scheme.name)
     values: dict[str, object] = {
         "precision": outcome.precision,
         "kv_cache_dtype": outcome.kv_cache,
@@ -108,6 +110,26 @@ def _check_attention(settings: Settings, backend: str) -> None:
             f"attention {settings.attention!r} is not supported by the {backend} backend, which would serve here; "
             f"allowed: {', '.join(allowed)}",
             hint="leave --attention out, or choose another profile",
+        )
+
+
+def _check_batch_invariant(settings: Settings, backend: str, scheme: str) -> None:
+    """Only some products and attentions have kernels whose rows do not depend on the batch."""
+    if not settings.batch_invariant:
+        return
+    hint = "leave --batch-invariant out, or choose another profile"
+    if not registry.plugins("backends")[backend].facts.get("batch_invariant"):
+        raise SettingsError(f"--batch-invariant is not supported by the {backend} backend", hint=hint)
+    schemes = registry.plugins("quantization")
+    allowed = [name for name, plugin in schemes.items() if plugin.facts.get("batch_invariant")]
+    if scheme not in allowed:
+        raise SettingsError(
+            f"--batch-invariant is not supported by weights of scheme {scheme}; allowed: {', '.join(allowed)}",
+            hint=hint,
+        )
+    if settings.attention not in ("auto", "triton"):
+        raise SettingsError(
+            f"--batch-invariant is not supported by attention {settings.attention!r}; allowed: auto, triton", hint=hint
         )
 
 
@@ -150,6 +172,7 @@ def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:
         prefix_caching=settings.prefix_caching,
         cuda_graphs=settings.cuda_graphs,
         persistent_decode=settings.persistent_decode,
+        batch_invariant=settings.batch_invariant,
         attention=settings.attention,
         seed=settings.seed,
         verify_digests=False,  # the start has checked every file, with stamps, so that only the first load reads all
@@ -162,6 +185,7 @@ def options_of_directory(
     """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
     HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have."""
     _check_attention(settings, manifest.backend)
+    _check_batch_invariant(settings, manifest.backend, manifest.scheme)
     options = EngineOptions(
         engine_dir=str(engine_dir),
         backend=manifest.backend,
@@ -173,6 +197,7 @@ def options_of_directory(
         prefix_caching=settings.prefix_caching,
         cuda_graphs=settings.cuda_graphs,
         persistent_decode=settings.persistent_decode,
+        batch_invariant=settings.batch_invariant,
         attention=settings.attention,
         seed=settings.seed,
         verify_digests=False,

@@ -1,21 +1,29 @@
-"""FP8 (e4m3): weights with one scale per output channel, activations with one scale per token, computed on the fly.
+"""FP8 (e4m3): weights with one scale per output channel, activations with one scale per token, computed on the fly; or,
+with the parameter `static_input`, with the scale that a checkpoint brings for the input of each product.
 
 On a GPU the product runs in FP8 and the operations in front of it write FP8. Elsewhere (the CPU reference) weights are
 dequantized once after loading, and activations, quantized and dequantized, meet them in a float32 product: the same
 numbers but for the order of summation.
+
+`static_input`: a checkpoint that others quantized brought one scale for all inputs of each product, stored beside its
+weight. Inputs are then rounded in front of the product and not by the operation before, which does not know the scale.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appliance.errors import EngineBuildError
+from appliance.errors import EngineBuildError
 from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
 from appliance.kernels.fp8_linear import FP8, fp8_linear, fp8_linear_deferred, quantize_rows
+from appliance.kernels.invariant_linear import invariant_linear
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
@@ -27,12 +35,13 @@ PLUGIN = {
     "precisions": ["fp8"],
     "weight_bits": 8,
     "activation_bits": 8,
+    "batch_invariant": True,
     "min_compute_capability": [8, 9],
     # hidden_size, intermediate_size and heads * head_dim, each divided by the ranks that share it, must be multiples.
     "dimension_multiple": 16,
     # Largest relative error of a product, per precision, that the builder's self-check accepts (builder/selfcheck.py).
     "tolerance": {"fp8": 6e-2},
-    "parameters": {"unquantized": []},
+    "parameters": {"static_input": False, "unquantized": []},
 }
 
 _MULTIPLE = 16  # of both dimensions of a weight, by the FP8 product
@@ -44,27 +53,41 @@ class Scheme(PrecisionScheme):
     def tensors(
         self, out_features: int, in_features: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight": ((out_features, in_features), FP8),
             "weight_scale": ((out_features, 1), torch.float32),
         }
+        return stored | {"input_scale": ((1,), torch.float32)} if self.static_input else stored
+
+    @property
+    def static_input(self) -> bool:
+        return bool(self.parameters["static_input"])
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """EngineBuildError with `static_input`: a weight alone has no scale of its input."""
         return self.store(round_to_nearest_fp8(weight))
 
     def store(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         if not isinstance(weight, Fp8Weight):
             return super().store(weight)
-        return {"weight": weight.values, "weight_scale": weight.scales}
+        stored = {"weight": weight.values, "weight_scale": weight.scales}
+        if (weight.input_scale is not None) != self.static_input:
+            raise EngineBuildError(
+                f"an FP8 weight {'without' if weight.input_scale is None else 'with'} a scale of its input does not fit an "
+                f"engine with static_input={self.static_input}",
+                hint="the parameters of the scheme must be those of the weights",
+            )
+        return stored if weight.input_scale is None else stored | {"input_scale": weight.input_scale}
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight, scales = tensors["weight"], tensors["weight_scale"]
+        static = {"input_scale": tensors["input_scale"]} if self.static_input else {}
         if not weight.is_cuda:
-            return {"weight": weight.float() * scales}
+            return {"weight": weight.float() * scales, **static}
         padding = -weight.shape[0] % _MULTIPLE  # a vocabulary, say; `Linear` cuts the extra columns off
         if padding:
             weight = F.pad(weight.view(torch.uint8), (0, 0, 0, padding)).view(FP8)
-        return {"weight": weight, "weight_scale": F.pad(scales.view(1, -1), (0, padding))}
+        return {"weight": weight, "weight_scale": F.pad(scales.view(1, -1), (0, padding)), **static}
 
     def apply(self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return materialize(self._product(tensors, x, bias, dtype, deferrable=False), dtype)
@@ -79,7 +102,7 @@ class Scheme(PrecisionScheme):
     def _product(
         self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype, deferrable: bool
     ) -> Product:
-        x = quantize_rows(x) if isinstance(x, Tensor) else x
+        x = quantize_rows(x, scale=tensors.get("input_scale")) if isinstance(x, Tensor) else x
         weight = tensors["weight"]
         if not weight.is_cuda:
             bias = None if bias is None else bias.float()
@@ -87,6 +110,8 @@ class Scheme(PrecisionScheme):
         (n, k), rows = weight.shape, x[0].shape[0]
         if bias is not None and bias.shape[0] < n:
             bias = F.pad(bias, (0, n - bias.shape[0]))
+        if TABLE.batch_invariant:
+            return invariant_linear(x[0], weight, bias, dtype, x[1], tensors["weight_scale"])
         tactic = TABLE.find(str(PLUGIN["name"]), n, k, rows, lambda bucket: self.tactics(n, k, bucket, weight.device))
         product: Product = (tactic or _default(rows, deferrable))(tensors, x, bias, dtype)
         return product
@@ -104,11 +129,18 @@ class Scheme(PrecisionScheme):
     def tactic_input(self, x: Tensor) -> Activation:
         return quantize_rows(x)
 
-    def rms_norm(self, x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:
-        return rms_norm_quantize(x, residual, weight, eps)
+    def rms_norm(
+        self,
+        x: Product,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        behind: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Activation, Tensor]:
+        return rms_norm_quantize(x, residual, weight, eps, scale=(behind or {}).get("input_scale"))
 
-    def silu_mul(self, gate_up: Product) -> Activation:
-        return silu_mul_quantize(gate_up)
+    def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
+        return silu_mul_quantize(gate_up, scale=(behind or {}).get("input_scale"))
 
 
 # ---------------------------------------------------------------- tactics

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appliance.kernels.invariant_linear import invariant_linear
 from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
 from appliance.quantization.scheme import Activation, PrecisionScheme
@@ -17,6 +18,7 @@ PLUGIN = {
     "precisions": ["fp32", "fp16", "bf16"],
     "weight_bits": 16,  # of fp16 and bf16; fp32 is named by the precision itself
     "activation_bits": 16,
+    "batch_invariant": True,
     "min_compute_capability": [7, 0],
     # Largest relative error of a product, per precision, that the builder's self-check accepts (builder/selfcheck.py).
     "tolerance": {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2},
@@ -39,6 +41,8 @@ class Scheme(PrecisionScheme):
     def apply(self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert isinstance(x, Tensor), "this scheme takes activations in the model's dtype"
         weight = tensors["weight"]
+        if x.is_cuda and TABLE.batch_invariant:
+            return invariant_linear(x, weight, bias, dtype)
         if not x.is_cuda or x.dtype.itemsize != _ELEMENT_SIZE:
             return F.linear(x, weight, bias)
         (n, k), rows = weight.shape, x.shape[0]
