@@ -1,10 +1,11 @@
-"""x @ weight.T with 4-bit weights, by own CUDA C++ (`int4/linear.cu`): streams the weight at memory bandwidth, for few rows
-of x. Compute capability 8.0 and newer.
+"""x @ weight.T with 4-bit weights, by own CUDA C++ (`int4/linear.cu`): streams the weight at memory bandwidth, for few
+rows of x. Compute capability 8.0 and newer.
 
-NVRTC compiles a kernel for each config, group size and dtype in less than a second, without headers; the cubin goes the
-way of all compiled kernels (`kernels/compiled.py`). Launches go to torch's current stream and can be captured; on Hopper
-they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never change, while
-the kernel in front still computes x. A workspace of each launch and counters taken in turn keep several streams apart.
+NVRTC compiles a kernel for each config, group size and dtype in less than a second, without headers; the cubin goes
+the way of all compiled kernels (`kernels/compiled.py`). Launches go to torch's current stream and can be captured; on
+Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never
+change, while the kernel in front still computes x. A workspace of each launch and counters taken in turn keep several
+streams apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from appliance.kernels.skinny_linear import arrival_counters, multiprocessors
 
 MOST_COLUMN_TILES = 8  # of 8 rows of x; with more rows, a tile of the weight is multiplied more than once
 _SOURCES = ("primitives.cuh", "linear.cu")
+_SMALLEST_SHARED_LIMIT = 99 << 10  # of compute capability 8.6, 8.9 and 12.x
 _RESERVED = 1280  # bytes of shared memory of a block that are not stages
 
 
@@ -77,8 +79,8 @@ class Config:
         )
 
 
-# Worth timing, the default of each number of column tiles (1, 2, 4, 8) first; the last ones fit multiprocessors with little
-# shared memory.
+# Worth timing, the default of each number of column tiles (1, 2, 4, 8) first; the last ones fit multiprocessors with
+# little shared memory.
 CONFIGS: Mapping[int, tuple[Config, ...]] = {
     1: (
         Config(8, 1, 256, 4, 2),
@@ -148,20 +150,21 @@ def takes(group: int, device: torch.device) -> bool:
 def candidates(m: int, group: int, device: torch.device) -> list[Config]:
     """Configs worth timing for m rows of x, the default first."""
     columns = Config(8, 1, 256, 4, 2).resolved(m).column_tiles
-    limit = _shared_limit(device.index or 0)
+    limit = shared_limit(device.index or 0)
     return [config for config in CONFIGS[columns] if config.fits(m, group, limit)] or [Config(4, 1, 256, 2, 1)]
 
 
 @functools.cache
-def _shared_limit(index: int) -> int:
+def shared_limit(index: int) -> int:
     """Bytes of shared memory that a block can have."""
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(index)
+    return int(getattr(properties, "shared_memory_per_block_optin", _SMALLEST_SHARED_LIMIT))
 
 
 def stream_linear(
     x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | None, config: Config | None = None
 ) -> Tensor:
-    """x @ weight.T + bias, [m, n] in x's dtype: values less zero points exact, sums and scales in float32, rounded once.
+    """x @ weight.T + bias, [m, n] in x's dtype: values less zero points exact, the rest in float32, rounded once.
 
     x [m, k], bfloat16 or float16, m >= 1; rows may be strided, and are copied if they are not 16-byte aligned. weight
     int32 [n, k // 8] and scale_zero float16 [n, groups, 2] as in `int4_layout.py`, contiguous, groups of a multiple of

@@ -7,12 +7,13 @@ How the 4-bit values were found (rounded to nearest, by AWQ, by GPTQ, by somebod
 - `act_order`: an `order` is stored; position j of a row multiplies input channel order[j].
 - `head`, `unquantized`: see `quantization/scheme.py`.
 
-On the CPU weights are dequantized once after loading, to float32. On a GPU they stay packed; the plain reference of a
-product dequantizes a whole layer into the model's dtype and multiplies by the library.
+On the CPU weights are dequantized once after loading, to float32. On a GPU they stay packed, and the ways to multiply
+them (`kernels/int4_linear.py`) are tactics.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from appliance.errors import EngineBuildError
 from appliance.kernels.int4_layout import PER_WORD, pack, unpack
+from appliance.kernels.int4_linear import Way, int4_linear, ways
 from appliance.kernels.tactics import TABLE, Tactics
 from appliance.quantization.scheme import Activation, PrecisionScheme
 from appliance.quantization.weights import GroupedWeight, QuantizedWeight, round_to_nearest
@@ -107,11 +109,15 @@ class Int4Scheme(PrecisionScheme):
         (n, words), rows = weight.shape, x.shape[0]
         k = words * PER_WORD
         tactic = TABLE.find(self._table_name(k), n, k, rows, lambda bucket: self.tactics(n, k, bucket, weight.device))
-        product: Tensor = (tactic or dequantize_and_multiply)(tensors, x, bias, dtype)
+        product: Tensor = (tactic or _product)(tensors, x, bias, dtype)
         return product
 
     def tactics(self, out_features: int, in_features: int, rows: int, device: torch.device) -> Tactics:
-        return {"dequantize": dequantize_and_multiply} if device.type == "cuda" else {}
+        if device.type != "cuda":
+            return {}
+        group = in_features // self.groups(in_features)
+        found = ways(out_features, in_features, group, rows, device)
+        return {name: functools.partial(_product, way=way) for name, way in found.items()}
 
     def _table_name(self, in_features: int) -> str:
         """The same for both plug-ins, whose products are the same."""
@@ -119,6 +125,8 @@ class Int4Scheme(PrecisionScheme):
         return f"int4 g{in_features // self.groups(in_features)}{order}"
 
 
-def dequantize_and_multiply(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The plain product of packed weights, any device: the whole layer in `dtype`, then the library."""
-    return F.linear(x, from_stored(tensors).dequantize().to(dtype), bias)
+def _product(
+    tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None, dtype: torch.dtype, way: Way | None = None
+) -> Tensor:
+    """A tactic: one of the ways to multiply packed weights; without one, the default for as many rows."""
+    return int4_linear(x.to(dtype), tensors["weight"], tensors["scale_zero"], bias, tensors.get("order"), way)

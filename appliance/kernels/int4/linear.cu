@@ -32,6 +32,7 @@ constexpr int kStageBytes = kWeightBytes + kXBytes + kScaleBytes;
 // same.
 constexpr int kParts = COLUMN_TILES * ROW_TILES == 1 ? 2 : 1;
 constexpr int kTogether = COLUMN_TILES * ROW_TILES <= 4 ? COLUMN_TILES : 4 / ROW_TILES;  // tiles of columns
+constexpr int kUnrolledSpans = COLUMN_TILES * ROW_TILES >= 8 ? 1 : kSpans;  // registers hold the operands of so many
 
 static_assert(GROUP % 32 == 0 && CHUNK % 256 == 0, "what a thread takes at once has one scale; rows are whole lines");
 
@@ -416,7 +417,7 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
       x_loader.advance(p);
     }
     end_group();
-#pragma unroll
+#pragma unroll kUnrolledSpans
     for (int span = 0; span < kSpans; span++) multiply_span(places, stage, span, sums);
     if (++stage == STAGES) stage = 0;
     if (++ahead_stage == STAGES) ahead_stage = 0;
