@@ -2,7 +2,7 @@
 says? Their results stand in engine.json.
 
 Products are compared with the weights that they stand for. Where a calibrated engine has no such weight, since scales
-were moved from one to another, whole layers are compared with the checkpoint's (`layercheck.py`).
+were moved from one to another, a layer is compared with the checkpoint's (`layercheck.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from appliance.builder.convert import StoredTensors, joined_shape
 from appliance.builder.job import Job
+from appliance.builder.layercheck import check_first_layer
 from appliance.checkpoint import Checkpoint
 from appliance.engines.manifest import SelfCheck
 from appliance.errors import EngineBuildError
@@ -26,6 +27,7 @@ from appliance.types import WeightSpec
 _SAMPLES = 8  # products compared
 _FORWARD_UP_TO = 200_000_000  # parameters; a larger model's forward pass on the CPU would delay the start
 _TOKENS = 8
+_STATIC_INPUT = 64  # times the static scale of an FP8 product's input, whose largest number is 448 times the scale
 _PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -33,14 +35,19 @@ def self_check(job: Job, source: StoredTensors, rank_file: Path) -> tuple[SelfCh
     """What the source measured; some products against the weights that they stand for; for a small model a forward
     pass on the CPU as well. Raises EngineBuildError naming the check that failed."""
     results = list(source.checks())
+    moved = False  # whether scales were moved within layers
     with Checkpoint(rank_file) as stored:
         for spec in _sample([spec for spec in job.specs if spec.kind == "linear"]):
             reference = source.reference(spec, job.device)
-            if reference is not None:
+            if reference is None:
+                moved = True
+            else:
                 error = _product_error(job, stored, spec, reference)
                 limit = _limit(job, job.scheme.of(spec.name), source.exact)
                 name = f"{spec.name} against its checkpoint tensors"
                 results.append(SelfCheck(name=name, passed=error <= limit, value=error, limit=limit))
+        if moved:
+            results += check_first_layer(job, stored)
     if job.config.num_parameters <= _FORWARD_UP_TO:
         problem = _forward_problem(job, rank_file)
         results.append(SelfCheck(name="forward pass on the CPU", passed=not problem, note=problem))
@@ -79,7 +86,10 @@ def _product_error(job: Job, stored: Checkpoint, spec: WeightSpec, weight: Tenso
     suffixes = scheme.tensors(out_features, in_features, job.dtype)
     tensors = {suffix: stored.read(f"{spec.name}.{suffix}").to(job.device, copy=True) for suffix in suffixes}
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, in_features, generator=generator).to(job.device, job.dtype)
+    x = torch.randn(4, in_features, generator=generator)
+    if "input_scale" in tensors:  # inputs of the size that the checkpoint was made for
+        x = x * (_STATIC_INPUT * tensors["input_scale"].cpu())
+    x = x.to(job.device, job.dtype)
     y = scheme.apply(scheme.prepare(tensors), x, None, job.dtype)[:, :out_features].float()
     reference = x.float() @ weight.t()
     error = float((y - reference).norm() / reference.norm().clamp_min(1e-30))

@@ -48,9 +48,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = ResidualRMSNorm(size, eps, self.mlp.gate_up.scheme, dtype)
 
     def forward(self, x: Product, residual: Tensor | None, ctx: ForwardContext) -> tuple[Product, Tensor]:
-        normed, residual = self.input_norm(x, residual)
+        normed, residual = self.input_norm(x, residual, self.attention.qkv.prepared)
         x = self.attention(normed, ctx)
-        normed, residual = self.post_attention_norm(x, residual)
+        normed, residual = self.post_attention_norm(x, residual, self.mlp.gate_up.prepared)
         return self.mlp(normed), residual
 
 

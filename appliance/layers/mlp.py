@@ -42,5 +42,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Activation) -> Product:
         """The result goes to the norm behind it, which takes a deferred product too."""
-        out: Product = self.down(self.down.scheme.silu_mul(self.gate_up(x)))
+        out: Product = self.down(self.down.scheme.silu_mul(self.gate_up(x), self.down.prepared))
         return out

@@ -6,6 +6,8 @@ operation: `x, residual = norm(x, residual)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,13 @@ class ResidualRMSNorm(nn.Module):
         self._eps = eps
         self._scheme = scheme
 
-    def forward(self, x: Product, residual: Tensor | None) -> tuple[Activation, Tensor]:
+    def forward(
+        self, x: Product, residual: Tensor | None, behind: Mapping[str, Tensor] | None = None
+    ) -> tuple[Activation, Tensor]:
         """x [n, size], its scales applied if that is still to be done, is added to the residual stream (None: it starts
-        with x). Returns what the next linear layer takes, and the stream; the residual passed in is overwritten."""
-        return self._scheme.rms_norm(x, residual, self.weight, self._eps)
+        with x). Returns what the next linear layer takes, and the stream; the residual passed in is overwritten.
+        `behind`: prepared tensors of that layer, among which may be the scale of its input."""
+        return self._scheme.rms_norm(x, residual, self.weight, self._eps, behind)
 
 
 class FinalRMSNorm(nn.Module):

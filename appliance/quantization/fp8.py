@@ -4,9 +4,6 @@ with the parameter `static_input`, with the scale that a checkpoint brings for t
 On a GPU the product runs in FP8 and the operations in front of it write FP8. Elsewhere (the CPU reference) weights are
 dequantized once after loading, and activations, quantized and dequantized, meet them in a float32 product: the same
 numbers but for the order of summation.
-
-`static_input`: a checkpoint that others quantized brought one scale for all inputs of each product, stored beside its
-weight. Inputs are then rounded in front of the product and not by the operation before, which does not know the scale.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appliance.errors import EngineBuildError
 from appliance.errors import EngineBuildError
 from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
@@ -72,9 +68,10 @@ class Scheme(PrecisionScheme):
             return super().store(weight)
         stored = {"weight": weight.values, "weight_scale": weight.scales}
         if (weight.input_scale is not None) != self.static_input:
+            given = "without" if weight.input_scale is None else "with"
             raise EngineBuildError(
-                f"an FP8 weight {'without' if weight.input_scale is None else 'with'} a scale of its input does not fit an "
-                f"engine with static_input={self.static_input}",
+                f"an FP8 weight {given} a scale of its input does not fit an engine with "
+                f"static_input={self.static_input}",
                 hint="the parameters of the scheme must be those of the weights",
             )
         return stored if weight.input_scale is None else stored | {"input_scale": weight.input_scale}

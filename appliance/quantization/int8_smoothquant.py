@@ -10,6 +10,7 @@ them in a float32 product: the same numbers but for the order of summation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -116,10 +117,17 @@ class Scheme(PrecisionScheme):
     def tactic_input(self, x: Tensor) -> Activation:
         return quantize_rows(x, torch.int8)
 
-    def rms_norm(self, x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:
+    def rms_norm(
+        self,
+        x: Product,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        behind: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Activation, Tensor]:
         return rms_norm_quantize(x, residual, weight, eps, torch.int8)
 
-    def silu_mul(self, gate_up: Product) -> Activation:
+    def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
         return silu_mul_quantize(gate_up, torch.int8)
 
 

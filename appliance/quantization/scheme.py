@@ -138,10 +138,19 @@ class PrecisionScheme(ABC):
         """x [n, in], in the model's dtype, as the tactics take it: quantized, where the products take that."""
         return x
 
-    def rms_norm(self, x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Activation, Tensor]:
-        """The input of the next linear layer and the new residual stream; see `kernels.norm.rms_norm`."""
+    def rms_norm(
+        self,
+        x: Product,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        behind: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Activation, Tensor]:
+        """The input of the next linear layer and the new residual stream; see `kernels.norm.rms_norm`. `behind`:
+        prepared tensors of that layer."""
         return norm.rms_norm(x, residual, weight, eps)
 
-    def silu_mul(self, gate_up: Product) -> Activation:
-        """silu(gate) * up of [n, 2 * size]: the input of the next linear layer; see `kernels.activation.silu_mul`."""
+    def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
+        """silu(gate) * up of [n, 2 * size]: the input of the next linear layer; see `kernels.activation.silu_mul`.
+        `behind`: prepared tensors of that layer."""
         return activation.silu_mul(gate_up)
