@@ -39,10 +39,12 @@ def random_block(
         return weight.to(dtype)
 
     q_size, kv_size = HEADS * HEAD_DIM, kv_heads * HEAD_DIM
+    qkv = linear(q_size + 2 * kv_size, HIDDEN, q_size + kv_size)
+    qkv.weight[: q_size + kv_size] *= 0.1  # attention that looks at many tokens
     return BlockWeights(
         "layers.7",
         norm(),
-        linear(q_size + 2 * kv_size, HIDDEN, q_size + kv_size),
+        qkv,
         linear(HIDDEN, q_size),
         norm(),
         linear(2 * INTERMEDIATE, HIDDEN, INTERMEDIATE),

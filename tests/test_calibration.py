@@ -11,6 +11,7 @@ from calibration_blocks import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
+    dequantized_block,
     folded_block,
     gathered,
     random_block,
@@ -19,12 +20,21 @@ from calibration_blocks import (
 )
 from torch import Tensor
 
+from appliance import registry
+from appliance.errors import CheckpointError, EngineBuildError
 from appliance.quantization.calibration import awq, gptq, smoothquant
-from appliance.quantization.calibration.block import BlockWeights, LinearWeights, QuantizedBlock
-from appliance.quantization.calibration.folding import Folding, normalized
+from appliance.quantization.calibration import folding as folding_module
+from appliance.quantization.calibration.block import PRODUCTS, BlockWeights, LinearWeights, QuantizedBlock
+from appliance.quantization.calibration.folding import Folding, normalized, row_chunks
 from appliance.quantization.calibration.output_error import OutputError
-from appliance.quantization.calibration.statistics import InputStatistics
-from appliance.quantization.weights import check, round_to_nearest
+from appliance.quantization.calibration.statistics import BlockStatistics, InputStatistics
+from appliance.quantization.weights import (
+    GroupedWeight,
+    check,
+    group_scales,
+    round_to_nearest,
+    round_to_nearest_int8,
+)
 
 GROUP = 32
 AWQ = awq.AwqOptions(group_size=GROUP)
@@ -162,3 +172,293 @@ def test_better_than_rounding_to_nearest(algorithm: str) -> None:
             weight = quantized.weights[key].dequantize()
             nearest = error.of(lambda rows, w=linear.weight: round_to_nearest(w, GROUP).dequantize()[rows])
             assert error.of(lambda rows, w=weight: w[rows]) < LEFT[algorithm] * nearest
+
+
+def test_smoothquant_on_unseen_tokens() -> None:
+    """With activations rounded as the int8 products do, against int8 without migration."""
+    block = random_block()
+    quantized = result_of("smoothquant", block, tokens(1024))
+    unseen = gathered(block, tokens(256, seed=2))
+    for key, linear in block.products():
+        error = OutputError(block, key, unseen[key].sample)
+        plain = round_to_nearest_int8(linear.weight).dequantize()
+        nearest = error.of(lambda rows, w=plain: w[rows], smoothquant.round_tokens(error.sample))
+        inputs, rows_by = original_form(block, quantized, key)
+        result = error.of(lambda rows, w=rows_by: w[rows], smoothquant.round_tokens(error.sample, inputs))
+        assert result < LEFT["smoothquant"] * nearest, key
+
+
+def original_form(block: BlockWeights, quantized: QuantizedBlock, key: str) -> tuple[Tensor, Tensor]:
+    """(what the inputs are divided by, the quantized weight for the original inputs and outputs), both worked out from
+    the folded norms and from the rows of the weight in front."""
+    weight = quantized.weights[key].dequantize()
+    least = {k: quantized.weights[k].dequantize() for k in ("qkv", "gate_up")}
+    norm = {"qkv": "input_norm", "gate_up": "post_attention_norm"}
+    inputs = {k: getattr(block, name) / quantized.norms[name] for k, name in norm.items()}
+    # rows of v and up, where the scale of the input channels is known, show by how much they were divided
+    divided = {
+        k: (getattr(block, k).weight.norm(dim=1) / (least[k] / inputs[k]).norm(dim=1)) for k in ("qkv", "gate_up")
+    }
+    if key in norm:
+        return inputs[key], weight / inputs[key] * divided[key][:, None]
+    scales = divided["qkv"][block.v_rows] if key == "o" else divided["gate_up"][block.up_rows]
+    scales = block.per_input(key, scales)
+    return scales, weight / scales
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_whole_block(algorithm: str) -> None:
+    """What an engine would compute: folded norms, biases and weights fit together."""
+    block = random_block(bias=True)
+    quantized = result_of(algorithm, block, tokens(512))
+    x = tokens(128, seed=3)
+    plain = rounded_block(block, GROUP)
+    limit = 0.75 * relative(run(plain, x), run(block, x)) if algorithm != "smoothquant" else 0.1
+    assert relative(run(dequantized_block(block, quantized), x), run(block, x)) < limit
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_same_results_on_every_run(algorithm: str) -> None:
+    first, second = (result_of(algorithm, random_block(bias=True), tokens(256)) for _ in range(2))
+    assert first.errors == second.errors and first.choices == second.choices
+    for key in PRODUCTS:
+        assert torch.equal(first.weights[key].values, second.weights[key].values)
+        assert torch.equal(first.weights[key].scales, second.weights[key].scales)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rows_in_parts_give_the_same(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = result_of(algorithm, random_block(bias=True), tokens(256))
+    monkeypatch.setattr(folding_module, "_CHUNK", 50 * HIDDEN)
+    assert len(list(row_chunks(random_block().qkv.weight))) > 4
+    parts = result_of(algorithm, random_block(bias=True), tokens(256))
+    for key in PRODUCTS:
+        a, b = whole.weights[key], parts.weights[key]
+        # sums in another order may turn a tie
+        assert float((a.values != b.values).float().mean()) < 0.01
+        assert parts.errors[key].result == pytest.approx(whole.errors[key].result, rel=0.02)
+
+
+def test_grouped_query_heads_share_their_scale() -> None:
+    block = random_block(kv_heads=2)
+    per_row = torch.arange(2.0 * HEAD_DIM)
+    per_input = block.v_to_o_inputs(per_row)
+    assert per_input.shape == (HEADS * HEAD_DIM,)
+    assert torch.equal(per_input[:HEAD_DIM], per_row[:HEAD_DIM])
+    assert torch.equal(
+        per_input[HEAD_DIM : 2 * HEAD_DIM], per_row[:HEAD_DIM]
+    )  # second head of the first key/value head
+    assert torch.equal(per_input[2 * HEAD_DIM : 3 * HEAD_DIM], per_row[HEAD_DIM:])
+    assert torch.equal(block.o_inputs_by_v(per_input), per_row.expand(2, -1))
+
+
+def test_q_and_k_are_not_clipped() -> None:
+    block = random_block()
+    statistics = gathered(block, tokens(512))
+    v_rows = block.v_rows
+    with_clip = awq.calibrate(block, statistics, AWQ).weights["qkv"]
+    without = awq.calibrate(block, statistics, replace(AWQ, clip=False)).weights["qkv"]
+    assert torch.equal(with_clip.scales[: v_rows.start], without.scales[: v_rows.start])
+    assert not torch.equal(with_clip.scales[v_rows], without.scales[v_rows])
+
+
+def test_clipping_by_grams_is_clipping_by_outputs() -> None:
+    """The quadratic form of a group is the squared error of its output."""
+    x, difference = tokens(64), torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0))
+    grams = awq.group_grams(x, GROUP)
+    found = awq._group_errors(difference.unflatten(1, (-1, GROUP)), grams)
+    for group in range(HIDDEN // GROUP):
+        at = slice(group * GROUP, (group + 1) * GROUP)
+        expected = (x[:, at] @ difference[:, at].T).square().sum(0)
+        assert torch.allclose(found[:, group, 0], expected, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- GPTQ
+
+
+def paper_gptq(weight: Tensor, hessian: Tensor, size: int, damping: float, order: Tensor | None) -> Tensor:
+    """Algorithm 1 of the paper, column by column in float64, with the factor of the whole inverse: the dequantized
+    weight, columns as given. Groups' scales from what the weights are when the group is reached."""
+    columns = torch.arange(weight.shape[1]) if order is None else order
+    weight, hessian = weight.double()[:, columns], hessian.double()[columns][:, columns]
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    result = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        if column % size == 0:
+            group = weight[:, column : column + size]
+            scales, zeros = (part.double() for part in group_scales(group.amin(1), group.amax(1)))
+        now = weight[:, column]
+        result[:, column] = (((now / scales).round() + zeros).clamp(0, 15) - zeros) * scales
+        error = (now - result[:, column]) / upper[column, column]
+        weight[:, column:] -= error[:, None] * upper[column, column:]
+    restored = torch.empty_like(result)
+    restored[:, columns] = result
+    return restored
+
+
+@pytest.mark.parametrize("act_order", ["off", "on"])
+def test_gptq_is_the_papers_algorithm(act_order: gptq.ActOrder) -> None:
+    block = random_block()
+    hessian = gathered(block, tokens(512), hessian=True)["gate_up"].hessian
+    assert hessian is not None
+    options = gptq.GptqOptions(group_size=GROUP, act_order=act_order, scale_steps=0)
+    weight, damping = gptq.quantize(block.gate_up.weight, hessian, options)
+    order = None if act_order == "off" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    expected = paper_gptq(block.gate_up.weight, hessian, GROUP, 0.01, order)
+    same_rows = (weight.dequantize() - expected).abs().amax(1) < 1e-4
+    assert damping == 0.01
+    assert float(same_rows.float().mean()) > 0.97  # a tie that falls the other way changes the rest of its row
+
+
+def test_act_order_is_a_permutation_and_gives_the_weight_back() -> None:
+    block = random_block()
+    statistics = gathered(block, tokens(512), hessian=True)
+    for act_order in ("on", "static", "off"):
+        quantized = gptq.calibrate(block, statistics, replace(GPTQ, act_order=act_order))
+        for key, linear in block.products():
+            weight = quantized.weights[key]
+            assert isinstance(weight, GroupedWeight)
+            assert (weight.order is None) == (act_order != "on")
+            check(weight, key)
+            assert relative(weight.dequantize(), linear.weight) < 0.3
+            diagonal = statistics[key].hessian.diagonal()
+            if weight.order is not None:
+                assert weight.order.dtype == torch.int32
+                assert torch.equal(diagonal[weight.order.long()], diagonal.sort(descending=True).values)
+
+
+def test_static_groups_are_those_of_the_original_columns() -> None:
+    """Without search, their scales are those of rounding to nearest."""
+    block = random_block()
+    statistics = gathered(block, tokens(512), hessian=True)
+    weight = gptq.calibrate(block, statistics, replace(GPTQ, scale_steps=0)).weights["down"]
+    nearest = round_to_nearest(block.down.weight, GROUP)
+    assert torch.equal(weight.scales, nearest.scales)
+    assert not torch.equal(weight.values, nearest.values)
+
+
+def test_a_search_of_scales_pays() -> None:
+    block = random_block()
+    statistics = gathered(block, tokens(1024), hessian=True)
+    with_search = gptq.calibrate(block, statistics, GPTQ)
+    without = gptq.calibrate(block, statistics, replace(GPTQ, scale_steps=0))
+    ratios = [with_search.errors[key].result / without.errors[key].result for key in PRODUCTS]
+    assert sum(ratios) / len(ratios) < 0.98
+
+
+def test_dead_channels_are_rounded_to_nearest() -> None:
+    block = random_block()
+    statistics = InputStatistics("x", INTERMEDIATE, device=torch.device("cpu"), hessian=True)
+    x = torch.randn(256, INTERMEDIATE, generator=torch.Generator().manual_seed(4))
+    dead = torch.arange(0, INTERMEDIATE, 9)
+    x[:, dead] = 0
+    statistics.update(x)
+    assert statistics.hessian is not None
+    for act_order in ("off", "static", "on"):
+        options = replace(GPTQ, act_order=act_order, scale_steps=0)
+        weight, _ = gptq.quantize(block.down.weight, statistics.hessian, options)
+        step = weight.scales.float().max()
+        assert float((weight.dequantize() - block.down.weight)[:, dead].abs().max()) <= 0.51 * float(step)
+
+
+def test_a_hessian_of_few_tokens_still_works() -> None:
+    """Three tokens: singular but for the damping."""
+    block = random_block()
+    quantized = gptq.calibrate(block, gathered(block, tokens(3), hessian=True), GPTQ)
+    for key, linear in block.products():
+        assert quantized.errors[key].result <= quantized.errors[key].nearest
+        assert relative(quantized.weights[key].dequantize(), linear.weight) < 1
+
+
+def test_damping_grows_until_the_hessian_can_be_factorized() -> None:
+    block = random_block()
+    hessian = torch.ones(HIDDEN, HIDDEN) - 0.05 * torch.eye(HIDDEN)  # eigenvalues of -0.05: no rounding noise
+    weight, damping = gptq.quantize(block.qkv.weight, hessian, GPTQ)
+    assert damping == pytest.approx(0.1)
+    check(weight, "qkv")
+    with pytest.raises(EngineBuildError, match=r"layers\.7\.attention\.qkv: the Hessian"):
+        gptq.quantize(block.qkv.weight, hessian - 3 * torch.eye(HIDDEN) + 3, GPTQ, "layers.7.attention.qkv")
+
+
+# ---------------------------------------------------------------- degenerate input
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_degenerate_weights_and_inputs(algorithm: str) -> None:
+    """All-zero products, rows of one number, input channels that are always zero or carry no weight."""
+    block = random_block()
+    block.o.weight.zero_()
+    block.down.weight[5] = 0.25
+    block.gate_up.weight[:, 9] = 0
+    block.input_norm[11] = 0  # channel 11 of qkv is dead
+    block.qkv.weight[block.v_rows.start + 2] = 0  # a dead channel of o
+    quantized = result_of(algorithm, block, tokens(256))
+    for key, _ in block.products():
+        check(quantized.weights[key], key)
+        assert quantized.errors[key].result <= quantized.errors[key].nearest * 1.001
+        assert torch.isfinite(quantized.weights[key].dequantize()).all()
+    assert quantized.errors["o"].result == 0 and not quantized.weights["o"].dequantize().any()
+    assert all(torch.isfinite(norm).all() for norm in quantized.norms.values())
+    assert relative(quantized.weights["down"].dequantize()[5], torch.full((INTERMEDIATE,), 0.25)) < 1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_inputs_that_are_all_zero(algorithm: str) -> None:
+    block = random_block()
+    quantized = result_of(algorithm, block, torch.zeros(16, HIDDEN))
+    for key, linear in block.products():
+        check(quantized.weights[key], key)
+        assert relative(quantized.weights[key].dequantize(), linear.weight) < 0.3
+        assert quantized.errors[key].result == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_never_worse_where_nothing_helps(algorithm: str) -> None:
+    """Channels alike, independent of each other, and few tokens."""
+    generator = torch.Generator().manual_seed(8)
+    block = random_block()
+    block = replace(
+        block,
+        **{
+            key: LinearWeights(torch.randn(linear.weight.shape, generator=generator) * 0.05)
+            for key, linear in block.products()
+        },
+        input_norm=torch.ones(HIDDEN),
+        post_attention_norm=torch.ones(HIDDEN),
+    )
+    x = torch.randn(64, HIDDEN, generator=generator)
+    quantized = result_of(algorithm, block, x)
+    for key in PRODUCTS:
+        assert quantized.errors[key].result <= quantized.errors[key].nearest * 1.001
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nan_is_a_clear_error(algorithm: str) -> None:
+    block = random_block(bias=True)
+    block.down.weight[3, 4] = torch.nan
+    with pytest.raises(CheckpointError, match=r"layers\.7\.mlp\.down\.weight holds NaN"):
+        result_of(algorithm, block, tokens(16))
+    block = random_block(bias=True)
+    assert block.o.bias is not None
+    block.o.bias[0] = torch.inf
+    with pytest.raises(CheckpointError, match=r"layers\.7\.attention\.o\.bias"):
+        result_of(algorithm, block, tokens(16))
+    x = tokens(16)
+    x[3, 3] = torch.nan
+    with pytest.raises(EngineBuildError, match=r"inputs of layers\.7\.attention\.qkv are NaN or infinite"):
+        result_of(algorithm, random_block(), x)
+
+
+def test_missing_inputs_and_wrong_groups_are_clear_errors() -> None:
+    block = random_block()
+    with pytest.raises(EngineBuildError, match=r"no calibration tokens reached layers\.7\.attention\.qkv"):
+        awq.calibrate(block, BlockStatistics(block), AWQ)
+    with pytest.raises(EngineBuildError, match=r"group size of 128 does not divide the 192 .* layers\.7\.mlp\.down"):
+        awq.calibrate(block, gathered(block, tokens(16)))
+
+
+def test_the_package_is_no_plugin() -> None:
+    names = registry.plugins("quantization")
+    assert not {"awq", "gptq", "smoothquant", "calibration"} & set(names)
+    assert not [plugin for plugin in names.values() if "calibration" in plugin.module]
