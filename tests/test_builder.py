@@ -231,14 +231,14 @@ def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineBuildError, match="tp_size=2"):
         build(request_of(source, tmp_path, tp_size=2))
     with pytest.raises(EngineBuildError, match=r"int4 needs .* multiples of 128; layers\.0\.attention\.qkv has 64"):
-        build(request_of(source, tmp_path, precision="int4"))
+        build(request_of(source, tmp_path, precision="int4", calibration_data="none"))
     for wrong, words in (
         ({"scheme": "fp8"}, r"int8 has no scheme 'fp8'; allowed: int8_smoothquant"),
         ({"scheme_parameters": {"group_size": 64}}, r"int8_smoothquant cannot have group_size=64; its param"),
         ({"scheme_parameters": {"head": 8}}, r"have head=8; its parameters: head \(str\), unquantized"),
     ):
         with pytest.raises(EngineBuildError, match=words):
-            build(request_of(source, tmp_path, precision="int8", **wrong))
+            build(request_of(source, tmp_path, precision="int8", calibration_data="none", **wrong))
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
     config = json.loads((source / "config.json").read_text())

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from appliance import registry
+from appliance.builder.calibrate import CalibratedTensors
+from appliance.builder.calibration_data import CalibrationTokens, tokens_for
 from appliance.builder.convert import StoredTensors, convert, plan_tensors
 from appliance.builder.job import Job, LoadPlugin, for_gpu
 from appliance.builder.plain import PlainTensors
@@ -77,6 +79,7 @@ def _build(
     with Checkpoint(source) as checkpoint:  # what the headers show comes before the minutes of hashing
         specs = load_plugin("models", registry.architectures()[config.architecture].name).weight_specs(config)
         check_tensors(checkpoint, config, specs)
+    tokens = tokens_for(request, config)  # a text that is too short, too
     inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)
 
@@ -95,24 +98,27 @@ def _build(
             judge(refused, request.max_kl, config.vocab_size, f"the {request.precision} engine of {source.name}")
         with Checkpoint(source) as checkpoint:
             job = Job.start(request, inputs, config, checkpoint, load_plugin)
-            weights = _source(job)
-            _reserve(job, store)
+            weights = _source(job, tokens, store)
+            _reserve(job, weights, store)
             with store.staging(key) as staging:
                 _write_engine(job, weights, staging, store, send)
                 return store.publish(key, staging)
 
 
-def _source(job: Job) -> StoredTensors:
+def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore) -> StoredTensors:
     """Where this engine's tensors come from. Raises what making the source raises."""
+    if tokens is not None:
+        return CalibratedTensors(job, tokens, store.calibration_staging(engine_key(job.inputs)))
     return PlainTensors(job) if job.config.quantization is None else PublishedTensors(job)
 
 
-def _reserve(job: Job, store: EngineStore) -> None:
+def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
     """NoSpaceError, with how much is needed, before anything is written."""
     source = job.checkpoint.path
     small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
     needed = planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype)) + sum(p.stat().st_size for p in small)
     needed += _KERNEL_BYTES if for_gpu(job.inputs.backend) else 0
+    needed += weights.scratch_bytes if isinstance(weights, CalibratedTensors) else 0
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
 
 
@@ -143,11 +149,11 @@ def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: Engine
     rank_file = EngineFile(name=_RANK_FILE, size=size, digest=digest)
     notes = (f"torch {torch.__version__}", *([note] if note else []))
     # Loading reads the manifest, so there is one before the kernels that loading makes known.
-    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, quality, total, WarmedUp(), notes))
+    write_manifest(staging, _manifest(job, weights, _files(staging, rank_file), checks, quality, WarmedUp(), notes))
     wait_for_compilers()
     warmed = warm_up(staging, job.request, report)
     notes = (*notes, *([warmed.note] if warmed.note else []))
-    write_manifest(staging, _manifest(job, _files(staging, rank_file), checks, quality, total, warmed, notes))
+    write_manifest(staging, _manifest(job, weights, _files(staging, rank_file), checks, quality, warmed, notes))
 
 
 def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
@@ -162,10 +168,10 @@ def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
 
 def _manifest(
     job: Job,
+    weights: StoredTensors,
     files: tuple[EngineFile, ...],
     checks: tuple[SelfCheck, ...],
     quality: Quality | None,
-    source_size: int,
     warmed: WarmedUp,
     notes: tuple[str, ...],
 ) -> EngineManifest:
@@ -189,12 +195,13 @@ def _manifest(
         kernels=warmed.kernels,
         tactics=warmed.tactics,
         self_check=checks,
+        calibration=weights.summary() if isinstance(weights, CalibratedTensors) else None,
         quality=quality,
         kv_scales=kv_scales_of(job),
         build=BuildSummary(
             seconds=round(time.monotonic() - job.started, 3),
             source=job.checkpoint.path.resolve().name,
-            source_bytes=source_size,
+            source_bytes=job.checkpoint.nbytes,
             engine_bytes=sum(file.size for file in files),
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             device=str(job.device),

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import field
 
 from appliance import checkpoint
-from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
+from appliance.engines.key import KeyInputs, engine_key, make_key_inputs, scheme_of
 from appliance.engines.meter import ProgressFn
 from appliance.engines.published import scheme_of_published
 from appliance.errors import EngineBuildError
@@ -32,6 +32,11 @@ class BuildRequest(Struct, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     attention: str = "auto"
     tactics: bool = True  # time the ways to compute each product on this GPU
+    # Of schemes that are calibrated: a file or directory of text, "none" to round to nearest, "" for what ships; see
+    # builder/calibration_data.py.
+    calibration_data: str = ""
+    calibration_samples: int = 128
+    calibration_length: int = 512  # tokens of a sample
     max_kl: float | None = None  # largest KL divergence to the checkpoint's predictions, nats per token; None: no limit
     scheme: str | None = None  # name of the quantization plug-in; None: the first that serves the precision
     # Those of its parameters that are not as it has them by itself.
@@ -60,9 +65,27 @@ def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> 
         tp_size=request.tp_size,
         pp_size=request.pp_size,
         compute_capability=request.compute_capability,
+        calibration=calibration_of(request),
         scheme=scheme,
         scheme_parameters=parameters,
     )
+
+
+def is_calibrated(request: BuildRequest) -> bool:
+    """Whether the engine's weights are quantized with activations in view. Raises EngineBuildError, CheckpointError."""
+    if request.calibration_data == "none" or not scheme_of(request.precision, request.scheme).facts.get("calibrated"):
+        return False
+    return checkpoint.read_model_config(Path(request.checkpoint)).quantization is None
+
+
+def calibration_of(request: BuildRequest) -> dict[str, Any]:
+    """What the engine's key says of its calibration. Raises SettingsError for text that cannot be read."""
+    if not is_calibrated(request):
+        return {}
+    from appliance.builder.calibration_data import key_parameters
+
+    data, where = request.calibration_data, Path(request.checkpoint)
+    return key_parameters(data, where, request.calibration_samples, request.calibration_length)
 
 
 def key_of(request: BuildRequest, progress: ProgressFn | None = None) -> str:

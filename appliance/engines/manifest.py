@@ -51,6 +51,21 @@ class TimedTactic(Struct, frozen=True):
     runner_up_microseconds: float | None = None
 
 
+class CalibrationSummary(Struct, frozen=True):
+    """What the weights were quantized with. Errors are relative, of a product's output over the calibration text, the
+    mean of all blocks, by product."""
+
+    data: str  # for people: "the text that ships", a path
+    digest: str  # SHA-256 of the text
+    samples: int
+    tokens: int
+    seconds: float
+    resumed_blocks: int  # finished by an earlier build that was interrupted
+    nearest_error: dict[str, float]  # "qkv" -> with weights rounded to nearest
+    error: dict[str, float]  # as they are stored
+    choices: dict[str, str]  # "layers.0" -> what the search chose there, for people
+
+
 class BuildSummary(Struct, frozen=True):
     """What a person wants to know of a build afterwards."""
 
@@ -86,6 +101,7 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tactics: tuple[TimedTactic, ...]
     self_check: tuple[SelfCheck, ...]
     build: BuildSummary
+    calibration: CalibrationSummary | None = None  # None: there was none
     quality: Quality | None = None  # None: the weights are the checkpoint's own numbers
     kv_scales: tuple[tuple[float, float], ...] = ()  # of an FP8 KV cache, (K, V) per layer, if the checkpoint has them
     digest: str = ""  # of this manifest with this field empty

@@ -1,7 +1,8 @@
 """The content-addressed store of engines below a cache directory.
 
     engines/<key>/            one engine; appears whole, by a rename, or not at all
-    engines/.staging/         engines being built or fetched: <key>.<random> and <key>.fetch
+    engines/.staging/         engines being built or fetched: <key>.<random> and <key>.fetch; what interrupted
+                              calibrations go on with: <key>.calibration
     engines/.locks/<key>      held (flock) by whoever builds or fetches that key; the kernel frees it with the process
     engines/.stamps/<key>     file stamps of the last full check
     engines/.damaged/         engines moved aside, until their replacement is there
@@ -30,6 +31,7 @@ from appliance.engines.meter import ProgressFn
 from appliance.engines.verify import DamagedFileError, Verified, VerifyLevel, identity_of, verify_engine
 from appliance.errors import CacheNotWritableError, EngineBuildError, EngineDamagedError, NoSpaceError
 
+_KEPT = (".fetch", ".calibration")  # endings of staging directories that outlive their process
 _MARGIN = 64 << 20  # bytes kept free beyond what is asked for: logs, stamps, compiled kernels
 
 
@@ -169,17 +171,22 @@ class EngineStore:
 
     def collect_garbage(self, *, damaged: bool = False) -> None:
         """Remove staging directories of keys that nobody works on (their builders were killed), save interrupted
-        fetches, which go on where they stopped; with `damaged` those and the engines moved aside too."""
+        fetches and calibrations, which go on where they stopped; with `damaged` those and the engines moved aside
+        too."""
         for path in sorted(self._staging.glob("*")):
-            key, _, kind = path.name.partition(".")
-            if key in self._held or (kind == "fetch" and not damaged):
-                continue
-            with _lock_if_free(self._locks / key) as free:
-                if free:
-                    disk.remove_tree(path)
+            if not path.name.endswith(_KEPT) or damaged:
+                self._remove_if_free(path)
         if damaged:
             for path in self._damaged.glob("*"):
                 disk.remove_tree(path)
+
+    def _remove_if_free(self, staging: Path) -> None:
+        """Unless somebody, also this store object, works on its key."""
+        key = staging.name.partition(".")[0]
+        if key not in self._held:
+            with _lock_if_free(self._locks / key) as free:
+                if free:
+                    disk.remove_tree(staging)
 
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
@@ -188,7 +195,7 @@ class EngineStore:
         assert key in self._held, "staging needs the build lock"
         disk.ensure_writable(self._staging)
         for left in self._staging.glob(f"{key}.*"):
-            if not left.name.endswith(".fetch"):
+            if not left.name.endswith(_KEPT):
                 disk.remove_tree(left)
         self.collect_garbage()
         directory = self._staging / f"{key}.{secrets.token_hex(4)}"
@@ -203,6 +210,16 @@ class EngineStore:
         assert key in self._held, "fetching needs the build lock"
         directory = self._staging / f"{key}.fetch"
         disk.ensure_writable(directory)
+        return directory
+
+    def calibration_staging(self, key: str) -> Path:
+        """The directory in which calibrations of this key go on where they stopped, for the holder of the lock. There
+        is one such directory for every calibration that runs: what others left when they were killed is removed."""
+        assert key in self._held, "calibrating needs the build lock"
+        directory = self._staging / f"{key}.calibration"
+        disk.ensure_writable(directory)
+        for left in self._staging.glob("*.calibration"):
+            self._remove_if_free(left)
         return directory
 
     def publish(self, key: str, directory: Path) -> Path:
