@@ -10,10 +10,11 @@ import pytest
 import torch
 from quantized_helpers import needs_fp8
 
-from appliance.bench import ops
+from appliance.bench import int4_ops, ops
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels import skinny_linear as skinny
 from appliance.kernels._triton import HAS_TRITON
+from appliance.kernels.int4_linear import int4_linear_reference
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -22,7 +23,7 @@ def options(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize("argument", ["--products=kv", "--rows=0", "--rows=8193", "--rows=", "--precisions=fp8,int4"])
+@pytest.mark.parametrize("argument", ["--products=kv", "--rows=0", "--rows=8193", "--rows=", "--precisions=fp8,int3"])
 def test_options_that_are_not_known_are_refused(argument: str) -> None:
     with pytest.raises(SettingsError, match=argument.split("=")[0]):
         ops.run(options(argument))
@@ -50,7 +51,7 @@ def test_every_config_is_checked_and_the_quickest_is_named(
 
     times = iter([3.0, 2.0])
     monkeypatch.setattr(ops, "PRODUCTS", {"small": (48, 128)})
-    monkeypatch.setattr(ops, "_ROTATED_BYTES", 4 * 48 * 128)
+    monkeypatch.setattr(ops, "ROTATED_BYTES", 4 * 48 * 128)
     monkeypatch.setattr(ops, "_library", lambda case: {})
     monkeypatch.setattr(ops, "_microseconds", lambda call, weights: next(times))
     monkeypatch.setattr(skinny, "candidates", lambda *shape: [right[0], impossible, wrong, right[1]])
@@ -75,13 +76,49 @@ def test_every_config_is_checked_and_the_quickest_is_named(
     assert "16, 64, 2, 4, 3, False" in printed and "16, 64, 1, 4, 3, False" not in printed
 
 
+def test_every_way_of_int4_is_checked_and_the_quickest_own_kernel_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def right(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, bias: None) -> torch.Tensor:
+        return int4_linear_reference(x, words, scales, bias)
+
+    def wrong(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, bias: None) -> torch.Tensor:
+        return right(x, words, scales * 1.1, bias)
+
+    times = iter([3.0, 2.0, 5.0])
+    listed = {"stream a b": right, "tile c": right, "tile d": wrong, "dequantize": right}
+    monkeypatch.setattr(ops, "PRODUCTS", {"small": (48, 256)})
+    monkeypatch.setattr(ops, "ROTATED_BYTES", 4 * 48 * 128)
+    monkeypatch.setattr(ops, "_microseconds", lambda call, weights: call(weights[-1]) is not None and next(times))
+    monkeypatch.setattr(int4_ops, "ways", lambda *shape: listed)
+    int4_ops.compile_ahead(["small"], [2], torch.device("cpu"))
+    (case,) = ops._time_product("small", "int4", [2], torch.device("cpu"))
+    assert len(case.weights) == 4 and case.weight_bytes == 48 * 128 + 48 * 2 * 4
+    summary = ops._summary(case, bandwidth=case.weight_bytes / 1e-6)
+    assert summary == {
+        "precision": "int4",
+        "product": "small",
+        "rows": 2,
+        "default": 3.0,
+        "tile": 2.0,
+        "share": 0.5,
+        "config": ["c"],
+        "dequantize": 5.0,
+    }
+    ops._show([case], 1e12, every=True)
+    printed = capsys.readouterr().out
+    assert "left out: int4 small of 2 rows, tile ['d']: ArithmeticError" in printed and "a b" in printed
+
+
 @pytest.mark.gpu
 def test_times_a_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ops, "PRODUCTS", {"small": (512, 1024)})
-    monkeypatch.setattr(ops, "_ROTATED_BYTES", 8 * 512 * 1024)
-    precisions = "fp8,bf16" if torch.cuda.get_device_capability() >= (8, 9) else "bf16"
+    monkeypatch.setattr(ops, "ROTATED_BYTES", 8 * 512 * 1024)
+    precisions = "fp8,bf16,int4" if torch.cuda.get_device_capability() >= (8, 9) else "bf16,int4"
     assert ops.run(options("--products=small", "--rows=1,32,256", f"--precisions={precisions}")) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["best"]) == 3 * len(precisions.split(","))
-    assert all(case["skinny"] > 0 for case in result["best"] if case["rows"] <= 64)
+    plain = [case for case in result["best"] if case["precision"] != "int4"]
+    assert all(case["skinny"] > 0 for case in plain if case["rows"] <= 64)
+    assert all(case["dequantize"] > 0 and case["config"] for case in result["best"] if case["precision"] == "int4")
     assert all(case["deferred"] > 0 for case in result["best"] if case["precision"] == "fp8")

@@ -1,7 +1,8 @@
-"""`appliance bench ops`: linear layers, the own kernel for few rows in all its configs beside the library's products.
+"""`appliance bench ops`: linear layers, the own kernels in all their configs beside the library's products.
 
 FP8 in the library: "row" applies a scale per row of either side itself; "deferred" leaves scales to the kernel that
 reads the result (where the appliance does, it costs nothing), "deferred, scaled" has a kernel of its own for them.
+INT4 with 16-bit activations (int4_ops.py): "stream" and "tile" are own kernels, "dequantize" the library's behind one.
 
 Weights rotate over enough copies that no cache serves them; launches are timed in a CUDA graph, as in a decode step.
 Every config is compared with a plain product first. One that does not compile, or is wrong, is left out and named.
@@ -28,8 +29,9 @@ PRODUCTS = {
     "down": (4096, 14336),
     "lm_head": (128256, 4096),
 }
-PRECISIONS = ("fp8", "bf16")
-_ROTATED_BYTES = 256 << 20  # five times the L2 cache of a Hopper GPU
+PRECISIONS = ("fp8", "bf16", "int4")
+_OWN = ("skinny", "stream", "tile")  # methods with configs: own kernels
+ROTATED_BYTES = 256 << 20  # five times the L2 cache of a Hopper GPU
 _MIN_LAUNCHES = 24  # in one graph, so that starting it does not count
 _REPLAYS = 7
 _MOST_ROWS = 8192
@@ -44,14 +46,16 @@ class Case:
     precision: str
     m: int
     x: Any  # Tensor [m, k]
-    weights: Any  # Tensor [copies, n, k]
+    weights: Any  # Tensor [copies, n, k]; with INT4 a list of (packed weight, scales and zero points)
     scales: Any = None  # float32 [m, 1] with FP8
     weight_scales: Any = None  # float32 [1, n] with FP8
     timings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def weight_bytes(self) -> int:
-        return int(self.weights[0].numel() * self.weights.element_size())
+        """With the scales of groups; those of channels are too few to count."""
+        first = self.weights[0]
+        return sum(part.numel() * part.element_size() for part in (first if isinstance(first, tuple) else (first,)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +121,12 @@ def _compile_ahead(precision: str, products: list[str], rows: list[int], device:
 
     import torch
 
+    from appliance.bench import int4_ops
     from appliance.kernels import skinny_linear as skinny
 
+    if precision == "int4":
+        int4_ops.compile_ahead(products, rows, device)
+        return
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
     sms = skinny.multiprocessors(device)
     wanted = {
@@ -152,8 +160,12 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
     """Cases of one weight shape, timed, one by one."""
     import torch
 
+    from appliance.bench import int4_ops
     from appliance.kernels.fp8_linear import quantize_rows
 
+    if precision == "int4":
+        yield from int4_ops.time_product(name, rows, device)
+        return
     n, k = PRODUCTS[name]
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
     torch.manual_seed(0)
@@ -162,12 +174,12 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
     if precision == "fp8":
         weight, weight_scales = quantize_rows(weight)
         weight_scales = weight_scales.view(1, -1)
-    copies = max(2, -(-_ROTATED_BYTES // (n * k * dtype.itemsize)))
+    copies = max(2, -(-ROTATED_BYTES // (n * k * dtype.itemsize)))
     weights = torch.empty((copies, n, k), dtype=dtype, device=device)
     for copy in weights:
         copy.copy_(weight)
     for m in rows:
-        if name == "lm_head" and m > _MOST_LOGIT_ROWS:
+        if not is_timed(name, m):
             continue
         x, scales = torch.randn(m, k, device=device, dtype=torch.bfloat16), None
         if precision == "fp8":
@@ -177,13 +189,17 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
         yield case
 
 
+def is_timed(name: str, m: int) -> bool:
+    return name != "lm_head" or m <= _MOST_LOGIT_ROWS
+
+
 def _time_case(case: Case) -> None:
     from appliance.kernels import skinny_linear as skinny
 
     n, k = PRODUCTS[case.name]
     expected = _expected(case)
     for method, call in _library(case).items():
-        _time_one(case, method, None, call, expected)
+        time_one(case, method, None, call, expected)
     size = case.weights.element_size()
     if case.m > skinny.MAX_ROWS:
         return
@@ -194,7 +210,7 @@ def _time_case(case: Case) -> None:
                 case.x, weight, None, _out_dtype(), case.scales, case.weight_scales, config=config
             )
 
-        _time_one(case, "skinny", list(astuple(config)), call, expected)
+        time_one(case, "skinny", list(astuple(config)), call, expected)
 
 
 def _out_dtype() -> Any:
@@ -241,7 +257,7 @@ def _library(case: Case) -> dict[str, Callable[[Any], Any]]:
     return {"_scaled_mm row": by_row, "deferred": deferred, "deferred, scaled": scaled}
 
 
-def _time_one(case: Case, method: str, config: list[Any] | None, call: Callable[[Any], Any], expected: Any) -> None:
+def time_one(case: Case, method: str, config: list[Any] | None, call: Callable[[Any], Any], expected: Any) -> None:
     """Check and time one way to compute a case; a failure is said and recorded in place of a time."""
     from appliance.kernels.deferred_scale import as_float
 
@@ -286,8 +302,8 @@ def _key(case: Case) -> dict[str, Any]:
 
 
 def _best(case: Case) -> dict[str, Any] | None:
-    """The quickest config of the own kernel."""
-    timed = [timing for timing in case.timings if timing["method"] == "skinny" and "us" in timing]
+    """The quickest config of an own kernel."""
+    timed = [timing for timing in case.timings if timing["method"] in _OWN and "us" in timing]
     return min(timed, key=lambda timing: float(timing["us"]), default=None)
 
 
@@ -295,32 +311,34 @@ def _summary(case: Case, bandwidth: float) -> dict[str, Any]:
     """A case for the JSON line: microseconds of each library product and of the best config, which is named."""
     summary: dict[str, Any] = {"precision": case.precision, "product": case.name, "rows": case.m}
     for timing in case.timings:
-        if timing["method"] != "skinny":
+        if timing["method"] not in _OWN:
             summary[timing["method"]] = timing.get("us")
-    own = [timing for timing in case.timings if timing["method"] == "skinny"]
+    own = [timing for timing in case.timings if timing["method"] in _OWN]
     if own:
         summary["default"] = own[0].get("us")
     if best := _best(case):
         share = case.weight_bytes / (best["us"] * 1e-6) / bandwidth
-        summary |= {"skinny": best["us"], "share": round(share, 3), "config": best["config"]}
+        summary |= {best["method"]: best["us"], "share": round(share, 3), "config": best["config"]}
     return summary
 
 
 def _show(cases: list[Case], bandwidth: float, *, every: bool) -> None:
-    table = Table(
-        "rows", "method", "µs", "TB/s", "share", "TFLOP/s", "block_n, k_bytes, split, warps, stages, weight_first"
-    )
+    configs = "block_n, k_bytes, split, warps, stages, weight_first"
+    if cases[0].precision == "int4":
+        configs = "config"
+    n, k = PRODUCTS[cases[0].name]
+    table = Table("rows", "method", "µs", "TB/s", "share", "TFLOP/s", configs)
     for case in cases:
         best = _best(case)
         shown = sorted((t for t in case.timings if "us" in t), key=lambda timing: float(timing["us"]))
         for timing in shown:
-            own = timing["method"] == "skinny"
+            own = timing["method"] in _OWN
             if own and not every and timing is not best:
                 continue
             rate = case.weight_bytes / (timing["us"] * 1e-6)
             config = ", ".join(map(str, timing["config"])) if own else ""
-            method = "skinny, best" if timing is best else timing["method"]
-            work = 2 * case.m * case.weights[0].numel() / (timing["us"] * 1e-6)
+            method = f"{timing['method']}, best" if timing is best else timing["method"]
+            work = 2 * case.m * n * k / (timing["us"] * 1e-6)
             cells = (
                 f"{timing['us']:.2f}",
                 f"{rate / 1e12:.2f}",
@@ -329,5 +347,4 @@ def _show(cases: list[Case], bandwidth: float, *, every: bool) -> None:
                 config,
             )
             table.row(case.m, method, *cells)
-    n, k = PRODUCTS[cases[0].name]
     table.show(f"{cases[0].precision} {cases[0].name}, weight {n} x {k}; share of the measured bandwidth")

@@ -126,7 +126,6 @@ def _int4_linear_kernel(
     GROUP, the positions of a scale."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     share = tl.program_id(0)
     tile = tl.program_id(1)
     k_tiles = k // BLOCK_K
@@ -158,6 +157,8 @@ def _int4_linear_kernel(
         total += tl.dot(weight, tl.trans(x)) * scale[:, None]
         weight_at += BLOCK_K // 8
         x_at += BLOCK_K
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the next kernel's programs would be in the way
 
     total = tl.trans(total)
     there = row_there & (columns[None, :] < n)
