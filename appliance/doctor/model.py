@@ -37,14 +37,15 @@ def _check_local(settings: Settings) -> list[Check]:
     try:
         path = checkpoint.resolve(settings.model, settings.cache_dir, offline=True)
         files = checkpoint.content_files(path)
-        checkpoint.read_model_config(path)
+        published = checkpoint.read_model_config(path).quantization
     except ApplianceError as error:
         return [
             Check("model", "failed", error.message, error.hint or "name another model"),
             check_disk(settings, 0, None),
         ]
     size = sum(file.stat().st_size for file in files)
-    return [Check("model", "ok", f"{path} has {gib(size)}"), check_disk(settings, 0, size)]
+    kind = "" if published is None else f", already quantized to {published.label}"
+    return [Check("model", "ok", f"{path} has {gib(size)}{kind}"), check_disk(settings, 0, size)]
 
 
 def _check_hub(settings: Settings) -> list[Check]:

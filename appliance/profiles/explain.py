@@ -58,6 +58,11 @@ def _reasons(selection: Selection) -> Iterator[str]:
         yield f"the policy wants {wanted.name}, but {reason}{serves}"
     if selected is not None:
         yield _why(selection, selected)
+        if (published := selection.model.quantization) is not None:
+            yield (
+                f"the checkpoint is already quantized to {published.label} and is served as it is: only "
+                f"{published.precision} profiles were considered"
+            )
         yield from _passed_over(selection, selected)
         yield from _about_gpus(selection, selected)
     yield from selection.hardware.notes
@@ -83,11 +88,13 @@ def _gpu_list(selection: Selection, chosen: Outcome) -> str:
 
 def _passed_over(selection: Selection, chosen: Outcome) -> Iterator[str]:
     """Per profile of higher priority than the chosen one: why not."""
+    published = selection.model.quantization
     best_of: dict[str, Outcome] = {}
     for outcome in selection.outcomes:
         higher = outcome.backend == chosen.backend and outcome.priority > chosen.priority
         asked_away = (outcome.reason or "").startswith("not what was asked for")
-        if higher and outcome.status != "runnable" and not asked_away:
+        otherwise = published is not None and outcome.precision != published.precision
+        if higher and outcome.status != "runnable" and not asked_away and not otherwise:
             best_of.setdefault(outcome.profile, outcome)
     for outcome in best_of.values():
         if outcome.name != selection.wanted.name:  # that one has its line already
@@ -145,7 +152,8 @@ def _hint_if_asked(selection: Selection, outcome: Outcome) -> str | None:
         return None
     of_field = getattr(asked, rejection.field) not in (None, "auto")
     by_device = rejection.field == "backend" and (asked.precision is not None or asked.backend is not None)
-    return rejection.hint if of_field or by_device or asked.profile is not None else None
+    by_checkpoint = selection.model.quantization is not None and rejection.field == "precision"
+    return rejection.hint if of_field or by_device or by_checkpoint or asked.profile is not None else None
 
 
 # ---------------------------------------------------------------- JSON

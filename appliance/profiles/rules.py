@@ -14,7 +14,8 @@ from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place
 from appliance.types import Hardware, ModelConfig, Struct
 
-_NOT_TWICE = "leave --precision (or the profile) out, or serve the original, unquantized checkpoint"
+_ORIGINAL = "serve the original, unquantized checkpoint"
+_NOT_TWICE = f"leave --precision (or the profile) out, or {_ORIGINAL}"
 _LAST = 6  # depth of what is looked at after every rule
 
 
@@ -56,7 +57,11 @@ def reject(candidate: Candidate, place: Place, question: Question, kv_cache: str
     if reason := _quantized_otherwise(candidate, question):
         return Rejection(reason, 2, "precision", _NOT_TWICE)
     if reason := _gpu_lacks(candidate, place, question):
-        return Rejection(reason, 3, "precision", "leave --precision out, or choose another")
+        published = question.model.quantization
+        if published is not None:
+            reason = f"the checkpoint is already quantized to {published.label}; {published.precision} {reason}"
+        hint = "leave --precision out, or choose another" if published is None else _ORIGINAL
+        return Rejection(reason, 3, "precision", hint)
     if reason := _no_such_kv_cache(candidate, place, question, kv_cache):
         hint = "leave --kv-cache-dtype (or its profile) out, or choose auto"
         return Rejection(reason, 3, "kv_cache_dtype", hint)
