@@ -8,13 +8,14 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import torch
 
 from appliance import registry
 from appliance.builder.calibrate import CalibratedTensors
 from appliance.builder.calibration_data import CalibrationTokens, tokens_for
 from appliance.builder.convert import StoredTensors, convert, plan_tensors
-from appliance.builder.job import Job, LoadPlugin, for_gpu
+from appliance.builder.job import Job, LoadPlugin, checked_scheme, for_gpu
 from appliance.builder.plain import PlainTensors
 from appliance.builder.progress import SendFn, sender
 from appliance.builder.published import PublishedTensors, check_tensors, kv_scales_of
@@ -79,6 +80,7 @@ def _build(
     with Checkpoint(source) as checkpoint:  # what the headers show comes before the minutes of hashing
         specs = load_plugin("models", registry.architectures()[config.architecture].name).weight_specs(config)
         check_tensors(checkpoint, config, specs)
+    checked_scheme(key_inputs_of(msgspec.structs.replace(request, checkpoint_digest="unknown")), specs, load_plugin)
     tokens = tokens_for(request, config)  # a text that is too short, too
     inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)

@@ -40,42 +40,43 @@ class Job:
     ) -> Job:
         """Load the plug-ins and check every dimension. Raises EngineBuildError."""
         architecture = load_plugin("models", registry.architectures()[config.architecture].name)
-        job = Job(
+        specs = architecture.weight_specs(config)
+        return Job(
             request=request,
             inputs=inputs,
             config=config,
             checkpoint=checkpoint,
             architecture=architecture,
-            scheme=load_plugin("quantization", inputs.scheme).Scheme(inputs.scheme_parameters),
-            specs=architecture.weight_specs(config),
+            scheme=checked_scheme(inputs, specs, load_plugin),
+            specs=specs,
             dtype=getattr(torch, inputs.dtype),
             device=_device(request),
             started=time.monotonic(),
         )
-        _check_dimensions(job)
-        return job
 
 
 def for_gpu(backend: str) -> bool:
     return registry.plugins("backends")[backend].facts.get("device") == "gpu"
 
 
-def _check_dimensions(job: Job) -> None:
-    """A scheme's storage may want input sizes that groups divide, its kernels on a GPU some that are multiples of a
-    number. Raises EngineBuildError naming the layer."""
-    on_gpu = for_gpu(job.inputs.backend)
-    for spec in job.specs:
+def checked_scheme(inputs: KeyInputs, specs: list[WeightSpec], load_plugin: LoadPlugin) -> PrecisionScheme:
+    """The scheme of an engine. Its storage may want input sizes that groups divide, its kernels on a GPU some that are
+    multiples of a number: EngineBuildError naming the layer."""
+    root: PrecisionScheme = load_plugin("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
+    on_gpu = for_gpu(inputs.backend)
+    for spec in specs:
         if spec.kind != "linear":
             continue
-        scheme, size = job.scheme.of(spec.name), spec.shapes[0][1]
+        scheme, size = root.of(spec.name), spec.shapes[0][1]
         multiple = scheme.input_multiple
         if on_gpu:
             multiple = math.lcm(multiple, int(scheme.facts.get("dimension_multiple", 1)))
         if size % multiple:
             raise EngineBuildError(
-                f"{job.inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has {size}",
+                f"{inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has {size}",
                 hint="choose a profile of another precision, for example bf16",
             )
+    return root
 
 
 def _device(request: BuildRequest) -> torch.device:

@@ -36,14 +36,23 @@ def default_prompts(tokenizer_dir: Path, vocab_size: int, count: int, window: in
     which no model predicts."""
     if is_builtin(tokenizer_dir):
         return BUILTIN_TEXT, _conversations(tokenizer_dir, count, window)
-    file = tokenizer_dir / _TOKENIZER
-    if not file.is_file():
+    ids = _encoded(tokenizer_dir / _TOKENIZER, SAMPLE_TEXT)
+    if not ids:
         return "token ids spread across the vocabulary", windows([i * 7919 % vocab_size for i in range(count)], window)
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(file)).encode(SAMPLE_TEXT).ids
     known = [token for token in ids if token < vocab_size]
     return SHIPPED_TEXT, windows(known[: count + 1], window)
+
+
+def _encoded(file: Path, text: str) -> list[int]:
+    """Token ids; none where there is no tokenizer that the library reads: what serves then says so."""
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        return []
+    try:
+        return list(Tokenizer.from_file(str(file)).encode(text).ids)
+    except Exception:  # the library raises nothing more exact
+        return []
 
 
 def windows(ids: list[int], window: int) -> list[Prompt]:
