@@ -1,7 +1,8 @@
 """The CPU backend: plain torch in float32, the reference that every other backend is compared with.
 
 Weights keep their engine's values (bf16, fp8, …) but products run in float32, which is also faster on CPUs without
-half-precision matrix units. A KV cache of fewer bits is rounded as the GPU rounds it, and read back into float32.
+half-precision matrix units; those of INT8 and INT4 weights by kernels for them, where the CPU has such
+(`kernels/cpu_linear.py`). A KV cache of fewer bits is rounded as the GPU rounds it, and read back into float32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 from appliance.errors import HardwareError, SettingsError
 from appliance.hardware.host import host
+from appliance.kernels import cpu_linear
 from appliance.kernels.attention import ReferenceAttention
 from appliance.kernels.fp8_linear import FP8
 from appliance.runtime.executor import LocalExecutor
@@ -67,7 +69,8 @@ def assemble(
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
-        model.prepare(max_model_len)
+        with cpu_linear.packed():
+            model.prepare(max_model_len)
         if kv_dtype == FP8:
             set_kv_scales(model, options.engine_dir)
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, kv_dtype, _DEVICE)

@@ -7,8 +7,9 @@ How the 4-bit values were found (rounded to nearest, by AWQ, by GPTQ, by somebod
 - `act_order`: an `order` is stored; position j of a row multiplies input channel order[j].
 - `head`, `unquantized`: see `quantization/scheme.py`.
 
-On the CPU weights are dequantized once after loading, to float32. On a GPU they stay packed, and the ways to multiply
-them (`kernels/int4_linear.py`) are tactics.
+On the CPU weights are dequantized once after loading, to float32, or packed for torch's product
+(`kernels/cpu_linear.py`). On a GPU they stay packed, and the ways to multiply them (`kernels/int4_linear.py`) are
+tactics.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appliance.errors import EngineBuildError
+from appliance.kernels import cpu_linear
 from appliance.kernels.int4_layout import PER_WORD, pack, unpack
 from appliance.kernels.int4_linear import Way, int4_linear, ways
 from appliance.kernels.tactics import TABLE, Tactics
@@ -99,10 +101,18 @@ class Int4Scheme(PrecisionScheme):
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensors["weight"].is_cuda:
             return tensors
-        return {"weight": from_stored(tensors).dequantize()}
+        weight = from_stored(tensors)
+        (n, k), groups = weight.shape, weight.scales.shape[1]
+        if not cpu_linear.packing() or not cpu_linear.fits_int4(n, k, groups):
+            return {"weight": weight.dequantize()}
+        packed = cpu_linear.pack_int4(weight.values, weight.scales, weight.zeros)
+        return packed if weight.order is None else packed | {"order": weight.order}
 
     def apply(self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert isinstance(x, Tensor), "this scheme takes activations in the model's dtype"
+        if "packed" in tensors:
+            x = x[:, tensors["order"]] if "order" in tensors else x
+            return cpu_linear.int4_linear(tensors, x, bias).to(dtype)
         weight = tensors["weight"]
         if not weight.is_cuda:
             return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)

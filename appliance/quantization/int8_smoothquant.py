@@ -3,8 +3,9 @@
 Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023).
 
 The search is `quantization/calibration`. On a GPU the operations in front of a product write INT8 and the product's
-sums are exact. On the CPU weights are dequantized once after loading, and activations, quantized and dequantized, meet
-them in a float32 product: the same numbers but for the order of summation.
+sums are exact, as they are on a CPU that has such products (`kernels/cpu_linear.py`). Else weights are dequantized once
+after loading, and activations, quantized and dequantized, meet them in a float32 product: the same numbers but for the
+order of summation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appliance.kernels import cpu_linear
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.activation import silu_mul_quantize
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
@@ -78,6 +80,8 @@ class Scheme(PrecisionScheme):
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight, scales = tensors["weight"], tensors["weight_scale"]
         if not weight.is_cuda:
+            if cpu_linear.packing() and cpu_linear.has_int8():
+                return cpu_linear.pack_int8(weight, scales)
             return {"weight": weight.float() * scales}
         padding = -weight.shape[0] % MULTIPLE  # a vocabulary, say; `Linear` cuts the extra columns off
         padded = F.pad(weight, (0, 0, 0, padding)) if padding else weight
@@ -90,6 +94,8 @@ class Scheme(PrecisionScheme):
         self, tensors: dict[str, Tensor], x: Activation, bias: Tensor | None, dtype: torch.dtype
     ) -> Product:
         x = quantize_rows(x, torch.int8) if isinstance(x, Tensor) else x
+        if "packed" in tensors:
+            return cpu_linear.int8_linear(tensors, *x, bias).to(dtype)
         weight = tensors["weight"]
         if not weight.is_cuda:
             return F.linear(x[0].float() * x[1], weight, None if bias is None else bias.float()).to(dtype)
