@@ -177,6 +177,19 @@ def test_weights_are_bit_for_bit_what_the_checkpoint_stands_for(made: Any, name:
     assert all(source in tensors.checkpoint.tensors for spec in plain for source in spec.sources)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_read_on_a_gpu_are_the_same(made: Any, name: str) -> None:
+    _, _, tensors, specs = opened(made(name)[0])
+    for spec in filter(tensors.holds, specs):
+        here, there = vars(tensors.read(spec)), vars(tensors.read(spec, "cuda"))
+        for field, value in here.items():
+            assert (value is None) == (there[field] is None)
+            if value is not None:
+                assert there[field].is_cuda
+                assert torch.equal(value.view(torch.uint8), there[field].cpu().view(torch.uint8)), (spec.name, field)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_configuration_alone_says_the_same_as_the_weights(made: Any, name: str, tmp_path: Path) -> None:
     """What a start knows of a hub model before its weights are downloaded."""
