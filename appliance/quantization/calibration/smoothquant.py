@@ -28,7 +28,7 @@ _SMALLEST = 1e-5  # of a channel's largest activation or weight
 
 @dataclass(frozen=True)
 class SmoothQuantOptions:
-    alphas: tuple[float, ...] = tuple(step / 20 for step in range(21))  # tried, beside no migration at all
+    alphas: tuple[float, ...] = tuple(step / 10 for step in range(1, 10))  # tried, beside no migration at all
 
 
 def calibrate(
