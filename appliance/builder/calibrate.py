@@ -184,7 +184,7 @@ class _Work:
         stored = {f"{name}.{key}": tensor.cpu() for key, tensor in (others | _stored(job, found)).items()}
         self._say(index, "running it quantized")
         self._store.wait()  # it may still be writing the hidden states
-        runner.advance(runner.block(index, others | _dequantized(found, runner.dtype)), self._hidden)
+        runner.advance(runner.block(index, others | _take_dequantized(found, runner.dtype)), self._hidden)
         report = _report(name, time.monotonic() - started, found)
         log.info("calibration: %s", describe(report, len(self._blocks)))
         self._store.save(stored, self._hidden, report)
@@ -254,11 +254,14 @@ def _stored(job: Job, found: QuantizedBlock) -> Tensors:
     return tensors | {f"{PRODUCTS[key]}.bias": bias for key, bias in found.biases.items()}
 
 
-def _dequantized(found: QuantizedBlock, dtype: torch.dtype) -> Tensors:
-    """The block as the original had it, by name below the block."""
+def _take_dequantized(found: QuantizedBlock, dtype: torch.dtype) -> Tensors:
+    """The block as the original had it, by name below the block. Empties `found.weights` on the way, so that there is
+    not a further block in memory."""
     tensors = {NORMS[key]: norm for key, norm in found.norms.items()}
-    tensors |= {f"{PRODUCTS[key]}.weight": weight.dequantize().to(dtype) for key, weight in found.weights.items()}
-    return tensors | {f"{PRODUCTS[key]}.bias": bias for key, bias in found.biases.items()}
+    tensors |= {f"{PRODUCTS[key]}.bias": bias for key, bias in found.biases.items()}
+    for key in PRODUCTS:
+        tensors[f"{PRODUCTS[key]}.weight"] = found.weights.pop(key).dequantize().to(dtype)
+    return tensors
 
 
 def _home(shape: tuple[int, int], dtype: torch.dtype, job: Job, block: Sequence[WeightSpec]) -> torch.device:
