@@ -132,11 +132,29 @@ def test_prompts_are_decided_by_the_seed() -> None:
 
 def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
-    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache", "auto,fp8", "--backend", "cpu", *options)
-    assert set(result) == WHERE | {"bench", "model", "samples", "seed", "accuracy", "mean", "seconds"}
+    more = ("--backend", "cpu", "--text-tokens", "128", *options)
+    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache", "auto,fp8", *more)
+    parts = {"accuracy", "mean", "text", "divergence", "seconds"}
+    assert set(result) == WHERE | parts | {"bench", "model", "samples", "seed"}
     columns = ("bf16", "bf16 + fp8 KV", "fp8", "fp8 + fp8 KV")
     assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in columns}
     assert result["mean"] == dict.fromkeys(columns, 1.0) and set(result["seconds"]) == set(columns)
+    found = result["divergence"]
+    assert result["text"] == "conversations of the built-in tasks" and set(found) == set(columns)
+    assert found["bf16"]["kl_divergence"] == 0 and found["bf16"]["positions"] >= 128
+    for name in columns[1:]:
+        assert 0 < found[name]["kl_divergence"] < 0.01 and found[name]["top1_agreement"] > 0.99, name
+    assert found["fp8"]["kl_divergence"] != found["fp8 + fp8 KV"]["kl_divergence"], "the cache counts, too"
+
+
+def test_quality_over_a_file(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is 12 + 30? The sum of 12 and 30 is 42. " * 20)
+    options = ("--text", str(text), "--text-tokens", "100", "--window", "40", "--tasks", "none", "--cache", cache)
+    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--backend", "cpu", *options)
+    assert result["accuracy"] == {} and result["text"] == "text.txt"
+    assert result["divergence"]["fp8"]["positions"] == 98  # of 101 tokens in windows of 40, 40 and 21
+    assert result["divergence"]["fp8"]["perplexity"] > 1
 
 
 @pytest.mark.timeout(120)
@@ -155,7 +173,7 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("offline --shape huge", 2, "--shape is 'huge'; allowed: llama-3.1-8b, llama-3-70b, tiny"),
+        ("offline --shape huge", 2, "--shape is 'huge'; allowed: llama-3.1-8b, llama-3-70b, llama-3.2-1b, tiny"),
         ("quality --kv-cache auto,fp4", 2, "--kv-cache is 'auto,fp4'; allowed: auto, fp32, fp16, bf16, fp8"),
         ("offline --shape tiny --backend tpu", 2, "--backend is 'tpu'; allowed: auto, cpu, cuda"),
         ("offline --shape tiny --backend cpu --attention triton", 2, "allowed: auto, reference"),
@@ -173,6 +191,9 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("quality --precision bf16,fp7", 2, "--precision is 'bf16,fp7'; allowed: "),
         ("quality --kv-cache bf61", 2, "--kv-cache is 'bf61'; allowed: "),
         ("quality --tasks addition,poetry", 2, "--tasks has 'poetry'; allowed: addition, "),
+        ("quality --precision fp8+fp4", 2, "each also with the precision of its KV cache, as in fp8+fp8"),
+        ("quality --text ./nothing-here", 2, "--text: there is no file ./nothing-here"),
+        ("quality --window 1", 2, "--window is 1; it must be at least 2"),
         ("quality --samples 0", 2, "--samples is 0; it must be at least 1"),
         ("quality --samples 9999 --tasks small_talk", 2, "--samples is 9999: task small_talk has only about"),
         ("quality --recall-lengths 9999", 2, "--recall-lengths is '9999'; allowed: 256 to 3800"),

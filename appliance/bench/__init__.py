@@ -14,7 +14,7 @@ BENCHMARKS = {
     "kernels": "the small FP8 kernels against memory bandwidth, a layer with its products forced (needs a GPU)",
     "offline": "the engine without HTTP: decode steps, prefill, throughput; random weights or a real model",
     "ops": "linear layers with few rows: own kernel in all its configs beside the library's products (needs a GPU)",
-    "quality": "exact-match accuracy of the built-in model per task, per precision",
+    "quality": "what each precision costs: accuracy per task, perplexity, KL divergence and agreement with bf16",
     "serve": "load over HTTP: latencies, gaps between tokens, tokens/s, goodput; on a running server or one of its own",
     "start": "seconds from process start to first token, with and without a built engine",
     "trace": "a profiler trace of decode steps for Perfetto, and how busy they keep the GPU",

@@ -1,7 +1,9 @@
-"""`appliance bench quality`: exact-match accuracy of a model on the built-in tasks, per precision of weights and cache.
+"""`appliance bench quality`: what a precision of weights and KV cache costs, side by side.
 
-Samples are fresh (seeded, of the evaluation split, which training never draws from). Recall is reported per context
-length: it is what shows that paged K/V, prefix reuse and chunked prefill keep every token.
+Two measurements. Exact-match accuracy on the tasks of the built-in model: samples are fresh (seeded, of the evaluation
+split, which training never draws from), and recall is reported per context length, as it is what shows that paged K/V,
+prefix reuse and chunked prefill keep every token. And for any model, over a text: perplexity, KL divergence and top-1
+agreement with the first column.
 """
 
 from __future__ import annotations
@@ -9,19 +11,35 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from appliance.bench.report import Table, environment, numbers, precisions, say
+from appliance.bench.options import at_least
+from appliance.bench.quality_columns import Column, columns, open_column, tokenizer_dir
+from appliance.bench.report import Table, environment, numbers, say
+from appliance.builder.quality_text import is_builtin
 from appliance.builtin import tasks
+from appliance.engines.manifest import read_manifest
 from appliance.errors import SettingsError
 from appliance.llm import LLM
-from appliance.types import KvCacheDtype, Precision, SamplingParams
+from appliance.types import EngineOptions, KvCacheDtype, SamplingParams
+
+if TYPE_CHECKING:
+    from appliance.bench.quality_divergence import Reference
+    from appliance.runtime.divergence import Divergence
+
+_LEAST = {"samples": 1, "text_tokens": 16, "window": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="builtin", help="model directory, hub id or builtin (default: %(default)s)")
     parser.add_argument(
-        "--precision", default="bf16,fp8", help="fp32, fp16, bf16, fp8; several by comma (default: %(default)s)"
+        "--precision",
+        default="bf16,fp8",
+        help="precisions and schemes, several by comma, compared with the first: fp32, fp16, bf16, fp8, int8, int4, "
+        "int8_smoothquant, int4_awq, int4_gptq; int8_rtn and int4_rtn: rounded to nearest, not calibrated; fp8+fp8: "
+        "with its KV cache; all: the whole table (default: %(default)s)",
     )
     parser.add_argument("--backend", help="cuda or cpu (default: what selection chooses)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
@@ -32,35 +50,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision (default: %(default)s)",
     )
     parser.add_argument("--samples", type=int, default=200, help="per row (default: %(default)s)")
-    parser.add_argument("--tasks", default="", help=f"several by comma, of {', '.join(tasks.TASKS)} (default: all)")
+    parser.add_argument(
+        "--tasks",
+        default="",
+        help=f"several by comma, of {', '.join(tasks.TASKS)}, or none (default: all for the built-in model, else none)",
+    )
     parser.add_argument(
         "--recall-lengths", default="256,1024,2048,3800", help="prompt tokens of the recall rows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text that predictions are compared over (default: one that ships)"
+    )
+    parser.add_argument("--text-tokens", type=int, default=8192, help="taken of the text (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=int, default=1024, help="tokens of a prompt of the text (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--cache", help="cache directory (default: the server's)")
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, sets = columns(args.precision, args.kv_cache), sample_sets(args)
+    chosen = columns(args.precision, args.kv_cache)
+    at_least(args, _LEAST)
+    sets: dict[str, list[tasks.Sample]] | None = sample_sets(args)
+    if args.text is not None and not Path(args.text).expanduser().is_file():
+        raise SettingsError(f"--text: there is no file {args.text}")
     accuracy: dict[str, dict[str, float]] = {}
+    divergence: dict[str, Divergence] = {}
     seconds: dict[str, float] = {}
-    for column, (precision, kv_cache) in chosen.items():
+    comparison = Comparison(args)
+    for name, column in chosen.items():
         begin = time.perf_counter()
-        accuracy[column] = measure(args, precision, kv_cache, sets)
-        seconds[column] = round(time.perf_counter() - begin, 1)
-    table = Table("task", *accuracy)
-    for name in sets:
-        table.row(name, *(f"{column[name]:.1%}" for column in accuracy.values()))
-    means = {p: sum(column.values()) / len(column) for p, column in accuracy.items()}
-    table.row("mean", *(f"{mean:.1%}" for mean in means.values()))
-    table.show(f"exact match, {args.samples} samples a row")
+        options = open_column(args, column)
+        divergence[name] = comparison.measure(options)
+        if not args.tasks and not is_builtin(tokenizer_dir(options)):
+            sets = {}
+        if sets:
+            accuracy[name] = measure(args, column, options, sets)
+        seconds[name] = round(time.perf_counter() - begin, 1)
+    if sets:
+        show_accuracy(accuracy, args.samples)
+    show_divergence(divergence, comparison.text)
+    means = {name: mean(column) for name, column in accuracy.items()}
     result: dict[str, Any] = {
         "bench": "quality",
         "model": args.model,
         "samples": args.samples,
         "seed": args.seed,
-        "accuracy": {p: {n: round(v, 4) for n, v in column.items()} for p, column in accuracy.items()},
-        "mean": {p: round(mean, 4) for p, mean in means.items()},
+        "accuracy": {name: {n: round(v, 4) for n, v in column.items()} for name, column in accuracy.items()},
+        "mean": {name: round(value, 4) for name, value in means.items()},
+        "text": comparison.text,
+        "divergence": {name: figures(found) for name, found in divergence.items()},
         "seconds": seconds,
         **environment(),
     }
@@ -68,28 +108,77 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def columns(precision_text: str, kv_cache_text: str) -> dict[str, tuple[Precision, str]]:
-    """Name -> precision of the weights and of the KV cache: "fp8", and "fp8 + fp8 KV" where that is not left open.
-    SettingsError for an unknown one."""
-    allowed = get_args(KvCacheDtype)
-    kv_caches = [part.strip() for part in kv_cache_text.split(",") if part.strip()]
-    if not kv_caches or not set(kv_caches) <= set(allowed):
-        raise SettingsError(f"--kv-cache is {kv_cache_text!r}; allowed: {', '.join(allowed)}")
+def mean(column: Mapping[str, float]) -> float:
+    return sum(column.values()) / len(column)
+
+
+def show_accuracy(accuracy: Mapping[str, Mapping[str, float]], samples: int) -> None:
+    """Accuracy per task and column, then by how many points each is off the first column."""
+    first, *others = accuracy
+    table = Table("task", *accuracy)
+    for row in accuracy[first]:
+        table.row(row, *(f"{column[row]:.1%}" for column in accuracy.values()))
+    table.row("mean", *(f"{mean(column):.1%}" for column in accuracy.values()))
+    table.show(f"exact match, {samples} samples a row")
+    if not others:
+        return
+    table = Table("task", *others)
+    for row in accuracy[first]:
+        table.row(row, *(f"{100 * (accuracy[name][row] - accuracy[first][row]):+.1f}" for name in others))
+    table.row("mean", *(f"{100 * (mean(accuracy[name]) - mean(accuracy[first])):+.1f}" for name in others))
+    table.show(f"points against {first}")
+
+
+def show_divergence(divergence: Mapping[str, Divergence], text: str) -> None:
+    first, *_ = divergence
+    table = Table("", "perplexity", f"KL({first} || it), nats/token", f"same top token as {first}")
+    for name, found in divergence.items():
+        kl, agreement = (f"{found.kl_divergence:.3g}", f"{found.top1_agreement:.2%}") if name != first else ("", "")
+        table.row(name, f"{found.perplexity:.6g}", kl, agreement)
+    table.show(f"predictions, {divergence[first].positions} positions of {text}")
+
+
+def figures(found: Divergence) -> dict[str, float]:
     return {
-        precision if kv_cache == "auto" else f"{precision} + {kv_cache} KV": (precision, kv_cache)
-        for precision in precisions(precision_text)
-        for kv_cache in kv_caches
+        "perplexity": round(found.perplexity, 6),
+        "kl_divergence": float(f"{found.kl_divergence:.6g}"),
+        "top1_agreement": round(found.top1_agreement, 6),
+        "positions": found.positions,
     }
 
 
+class Comparison:
+    """Each engine's predictions with those of the first that is measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.text = ""  # what it is
+        self._args = args
+        self._reference: Reference | None = None
+
+    def measure(self, options: EngineOptions) -> Divergence:
+        from appliance.bench import quality_divergence as work
+
+        args = self._args
+        config = read_manifest(Path(options.engine_dir)).model
+        window = min(args.window, config.max_position_embeddings)
+        try:
+            if self._reference is None:
+                self.text, prompts = work.prompts_of(options, config.vocab_size, args.text, args.text_tokens, window)
+                self._reference = work.Reference(work.load_model(options, window), options, prompts)
+            return self._reference.compare(work.load_model(options, window), options)
+        finally:
+            work.release()
+
+
 def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
-    """Row name -> samples. Recall gives one row per context length. SettingsError for what cannot be drawn."""
-    if args.samples < 1:
-        raise SettingsError(f"--samples is {args.samples}; it must be at least 1")
+    """Row name -> samples. Recall gives one row per context length. Empty for --tasks none. SettingsError for what
+    cannot be drawn."""
+    if args.tasks.strip() == "none":
+        return {}
     chosen = [name.strip() for name in args.tasks.split(",") if name.strip()] or list(tasks.TASKS)
     unknown = [name for name in chosen if name not in tasks.TASKS]
     if unknown:
-        raise SettingsError(f"--tasks has {unknown[0]!r}; allowed: {', '.join(tasks.TASKS)}")
+        raise SettingsError(f"--tasks has {unknown[0]!r}; allowed: {', '.join(tasks.TASKS)}, none")
     lengths = [row[0] for row in numbers("--recall-lengths", args.recall_lengths, "N")]
     shortest, longest = tasks.RECALL_LENGTHS
     if "recall" in chosen and not (lengths and all(shortest <= length <= longest for length in lengths)):
@@ -108,13 +197,13 @@ def sample_sets(args: argparse.Namespace) -> dict[str, list[tasks.Sample]]:
 
 
 def measure(
-    args: argparse.Namespace, precision: Precision, kv_cache: str, sets: dict[str, list[tasks.Sample]]
+    args: argparse.Namespace, column: Column, options: EngineOptions, sets: dict[str, list[tasks.Sample]]
 ) -> dict[str, float]:
     """Accuracy per row, all samples of all rows in one batch: they share the engine as requests of users do."""
-    kernels = {"attention": args.attention, "kv_cache_dtype": kv_cache}
-    with LLM(args.model, precision=precision, backend=args.backend, cache=args.cache, **kernels) as llm:
+    kernels = {"attention": args.attention, "kv_cache_dtype": column.kv_cache}
+    with LLM(options.engine_dir, cache=args.cache, **kernels) as llm:
         info = llm.info
-        say(f"{precision}: {info.device_name}, attention {info.attention}, {info.kv_cache_dtype} KV cache")
+        say(f"{column.name}: {info.device_name}, attention {info.attention}, {info.kv_cache_dtype} KV cache")
         conversations = [list(sample.messages) for samples in sets.values() for sample in samples]
         answers = iter(llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=256)))
         found: dict[str, float] = {}

@@ -1,0 +1,119 @@
+"""How far each column's predictions are from the first column's, over a text: perplexity, KL divergence, top-1
+agreement, as runtime/divergence.py defines them.
+
+The first model runs over all prompts once; what is kept of it are its last hidden states, on the host, and the product
+that makes logits of them. The others are compared with that one prompt batch at a time, so the whole vocabulary counts
+however long the text is. Attention is the plain reference: what is measured are numbers, not kernels. Knows loaded
+models and the cache's precision; knows nothing of tasks.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from appliance import registry
+from appliance.bench.quality_columns import tokenizer_dir
+from appliance.builder.quality_text import Prompt, default_prompts, windows
+from appliance.errors import SettingsError
+from appliance.kernels.fp8_linear import FP8
+from appliance.layers.decoder import Decoder
+from appliance.runtime.divergence import Divergence
+from appliance.runtime.kv_scales import set_kv_scales
+from appliance.runtime.loading import KV_DTYPES, PhaseTimer
+from appliance.runtime.prompt_batch import prompt_context
+from appliance.types import EngineOptions
+
+_TOKENS_AT_ONCE = 4096  # of prompts run together
+_ROWS = 256  # logits computed at a time
+
+
+def prompts_of(
+    options: EngineOptions, vocab_size: int, text: str | None, tokens: int, window: int
+) -> tuple[str, list[Prompt]]:
+    """What the text is, and its prompts: of the file `text`, or of the model's default. SettingsError for a file that
+    cannot be read or has too little text."""
+    directory = tokenizer_dir(options)
+    if text is None:
+        return default_prompts(directory, vocab_size, tokens, window)
+    from appliance.server.tokenizer import load_tokenizer
+
+    try:
+        content = Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--text {text} cannot be read: {error}", hint="name a file of text in UTF-8") from None
+    ids = load_tokenizer(Path(options.engine_dir)).encode(content)
+    prompts = windows(ids[: tokens + 1], window)
+    if not prompts:
+        raise SettingsError(f"--text {text} has {len(ids)} tokens; at least 2 are needed")
+    return Path(text).name, prompts
+
+
+class Reference:
+    """What is kept of the model that the others are compared with."""
+
+    def __init__(self, model: Decoder, options: EngineOptions, prompts: list[Prompt]) -> None:
+        self._prompts = prompts
+        self._hidden = [hidden.cpu() for hidden, _ in _hidden_states(model, options, prompts)]
+        model.layers = nn.ModuleList()  # the logits need the last product only
+        del model.embedding.weight
+        self._logits: Callable[[Tensor], Tensor] = model.logits
+
+    def compare(self, model: Decoder, options: EngineOptions) -> Divergence:
+        found = Divergence()
+        for kept, (hidden, following) in zip(self._hidden, _hidden_states(model, options, self._prompts), strict=True):
+            for at in range(0, len(hidden), _ROWS):
+                rows = slice(at, at + _ROWS)
+                reference = self._logits(kept[rows].to(hidden.device))
+                found.add(reference, model.logits(hidden[rows]), following[rows])
+        return found
+
+
+@torch.inference_mode()
+def _hidden_states(model: Decoder, options: EngineOptions, prompts: list[Prompt]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per batch of prompts: hidden states [n, hidden] of the counted positions, and the tokens behind them, [n]."""
+    device = next(iter(model.norm.parameters())).device
+    name = options.kv_cache_dtype
+    kv_dtype = model.dtype if name == "auto" else KV_DTYPES[name]
+    for batch in _batches(prompts):
+        lengths = [len(prompt.ids) for prompt in batch]
+        context = prompt_context(model.config, lengths, kv_dtype, device)
+        ids = torch.tensor([token for prompt in batch for token in prompt.ids], device=device)
+        counted, start = [], 0
+        for prompt in batch:
+            counted += [start + at for at in prompt.counted]
+            start += len(prompt.ids)
+        rows = torch.tensor(counted, device=device)
+        yield model(ids, context)[rows], ids[rows + 1]
+
+
+def _batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    batch: list[Prompt] = []
+    for prompt in prompts:
+        if batch and sum(len(p.ids) for p in batch) + len(prompt.ids) > _TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
+
+
+def load_model(options: EngineOptions, longest: int) -> Decoder:
+    """The engine's model on its device, ready for prompts of up to `longest` tokens, with no batching around it."""
+    plugin = registry.load("backends", options.backend)
+    model: Decoder = plugin.load(options, lambda *_: None, PhaseTimer()).model
+    model.prepare(longest)
+    if options.kv_cache_dtype != "auto" and KV_DTYPES[options.kv_cache_dtype] == FP8:
+        set_kv_scales(model, options.engine_dir)
+    return model
+
+
+def release() -> None:
+    """Give the memory of models that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
