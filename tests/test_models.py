@@ -112,13 +112,15 @@ def test_the_comparison_notices_a_wrong_configuration(name: str, change: dict[st
     assert (logits - reference_logits(hf_model, PROMPT)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("scheme_name", ["none", "fp8"])
+@pytest.mark.parametrize("scheme_name", sorted(registry.plugins("quantization")))
 def test_weight_specs_name_exactly_the_parameters(case: tuple[str, Path, Any], scheme_name: str) -> None:
     """Names and shapes of engine tensors are those of the module, biases and tied output included."""
     _, path, _ = case
     config = read_model_config(path)
     plugin = registry.load("models", registry.architectures()[config.architecture].name)
-    scheme = registry.load("quantization", scheme_name).Scheme()
+    parameters: dict[str, Any] = {"unquantized": ["layers.1.*"]} if scheme_name != "none" else {}
+    parameters |= {"group_size": 16} if scheme_name.startswith("int4") else {}
+    scheme = registry.load("quantization", scheme_name).Scheme(parameters)
     with torch.device("meta"):
         model = plugin.Model(config, scheme, torch.bfloat16)
     expected: dict[str, tuple[int, ...]] = {}
@@ -128,7 +130,7 @@ def test_weight_specs_name_exactly_the_parameters(case: tuple[str, Path, Any], s
             expected[spec.name] = (rows, *spec.shapes[0][1:])
             assert spec.shard == "none"
             continue
-        for suffix, (shape, _) in scheme.tensors(rows, spec.shapes[0][1], torch.bfloat16).items():
+        for suffix, (shape, _) in scheme.of(spec.name).tensors(rows, spec.shapes[0][1], torch.bfloat16).items():
             expected[f"{spec.name}.{suffix}"] = shape
         if spec.bias_sources:
             expected[f"{spec.name}.bias"] = (rows,)
