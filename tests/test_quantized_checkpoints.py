@@ -237,6 +237,12 @@ def test_scales_of_the_kv_cache(made: Any) -> None:
     assert opened(made("fp8")[0])[2].kv_scales(2) is None
 
 
+def test_an_fp8_kv_cache_without_scales_is_measured_as_any(tmp_path: Path) -> None:
+    section = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "kv_cache_quant_algo": "FP8"}
+    make(tmp_path, fp8(input_scale=0.01), section)
+    assert opened(tmp_path)[2].kv_scales(2) is None
+
+
 # ---------------------------------------------------------------- engines
 
 

@@ -1,5 +1,4 @@
-"""Quantized checkpoints that are not served: each is refused by name, with what is allowed, before any long work. And
-what the selection says of those that are."""
+"""Quantized checkpoints that are not served: each is refused by name, with what is allowed, before any long work."""
 
 from __future__ import annotations
 
@@ -22,17 +21,14 @@ from quantized_checkpoints import (
     gptq_section,
 )
 from safetensors.torch import load_file, save_file
-from selection_cases import FULL, LLAMA_8B, choose
 from test_quantized_checkpoints import MODELOPT, kv_scale_tensors, make, opened, request_of, with_tokenizer
 from torch import Tensor
 
-from appliance import profiles
 from appliance.builder.build import build
 from appliance.checkpoint import digest, read_model_config
 from appliance.checkpoint.quantized.source import QuantizedTensors
 from appliance.engines import EngineStore
-from appliance.errors import CheckpointError, ProfileError
-from appliance.types import ModelConfig, Quantization
+from appliance.errors import CheckpointError
 
 torch.set_num_threads(2)
 
@@ -45,6 +41,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+HARDWARE = Path(__file__).parent / "hardware"
 PACKED = compressed("pack-quantized", strategy="group", group_size=128)[1]
 INT8 = compressed("int-quantized")[1]
 FLOAT = compressed("float-quantized")[1]
@@ -316,69 +313,3 @@ def test_float32_scales_that_float16_cannot_hold(sound: Any, tmp_path: Path) -> 
                 tensors.read(down)
         else:
             assert float(tensors.read(down).scales[0, 0]) == 2**-24
-
-
-# ---------------------------------------------------------------- selection
-
-
-def llama_8b(**facts: Any) -> ModelConfig:
-    values = {"method": "gptq", "layout": "gptq", "precision": "int4", "group_size": 128, "unquantized": ("lm_head",)}
-    return msgspec.structs.replace(LLAMA_8B, quantization=Quantization(**(values | facts)))
-
-
-FP8_FACTS = {"method": "modelopt", "layout": "fp8", "precision": "fp8", "group_size": 0}
-INT8_FACTS = {"method": "compressed-tensors", "layout": "int-quantized", "precision": "int8", "group_size": 0}
-
-
-@pytest.mark.parametrize(
-    ("hardware", "facts", "selected"),
-    [
-        ("h200-x1", {}, "int4-tp1"),
-        ("a100-80gb-x1", {}, "int4-tp1"),
-        ("t4", {}, "int4-tp1"),
-        ("h200-x1", FP8_FACTS, "fp8-tp1"),
-        ("l40s", FP8_FACTS, "fp8-tp1"),
-        ("h200-x1", INT8_FACTS, "int8-tp1"),
-        ("a100-80gb-x1", INT8_FACTS, "int8-tp1"),
-    ],
-)
-def test_a_quantized_checkpoint_is_served_as_it_is(hardware: str, facts: dict[str, Any], selected: str) -> None:
-    selection = choose(hardware, llama_8b(**facts), build=FULL)
-    assert profiles.require(selection).name == selected
-    told = [line for line in profiles.reasons(selection) if "already quantized" in line]
-    assert len(told) == 1 and "is served as it is: only" in told[0]
-    assert {o.precision for o in selection.outcomes if o.status == "runnable"} == {facts.get("precision", "int4")}
-    others = [o for o in selection.outcomes if o.profile == "bf16"]
-    assert others and all("already quantized to" in (o.reason or "") for o in others)
-
-
-def test_fp8_where_there_is_none() -> None:
-    with pytest.raises(
-        ProfileError, match=r"quantized to fp8 \(modelopt, fp8\); fp8 needs compute capability 8.9"
-    ) as e:
-        profiles.require(choose("a100-80gb-x1", llama_8b(**FP8_FACTS), build=FULL))
-    assert "original, unquantized" in str(e.value.hint)
-
-
-def test_another_precision_is_refused() -> None:
-    with pytest.raises(ProfileError, match=r"quantized to int4 \(gptq, groups of 128\), which only int4") as caught:
-        profiles.require(choose("h200-x1", llama_8b(), build=FULL, precision="bf16"))
-    assert "leave --precision" in str(caught.value.hint)
-
-
-def test_bytes_follow_from_what_the_checkpoint_is() -> None:
-    def weights(**facts: Any) -> int:
-        outcomes = choose("h200-x1", llama_8b(**facts), build=FULL).outcomes
-        memory = next(outcome.memory for outcome in outcomes if outcome.name == "int4-tp1")
-        assert memory is not None
-        return memory.weights
-
-    layers = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
-    down, group = 4096 * 14336, 4  # weights of a layer's product; bytes of a scale and a zero point
-    head_and_embedding = 2 * 2 * 128256 * 4096
-    assert weights() == pytest.approx(layers // 2 + layers // 128 * group + head_and_embedding, rel=1e-3)
-    assert weights(group_size=32) - weights() == layers // 32 * group - layers // 128 * group
-    assert weights(act_order=True) - weights() == 32 * 4 * (3 * 4096 + 14336)
-    plain = weights(unquantized=("layers.3.mlp.down", "layers.4.mlp.down", "lm_head"))
-    assert plain - weights() == 2 * (2 * down - down // 2 - down // 128 * group)
-    assert weights(unquantized=("layers.*.mlp.down", "lm_head")) - weights() == 16 * (plain - weights())

@@ -9,7 +9,7 @@ from appliance.checkpoint.config import read_model_config
 from appliance.checkpoint.digest import CheckpointDigest, digest
 from appliance.checkpoint.files import TensorInfo, content_files, weight_files
 from appliance.checkpoint.reader import Checkpoint
-from appliance.checkpoint.resolve import resolve
+from appliance.checkpoint.resolve import resolve, resolve_text
 from appliance.checkpoint.writer import SafetensorsWriter, TensorPlan, planned_file_size
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "planned_file_size",
     "read_model_config",
     "resolve",
+    "resolve_text",
     "weight_files",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from appliance.checkpoint.hub import RESUMABLE_FROM, HubRepository
+from appliance.checkpoint.hub_data import HubDataset
 from appliance.engines.disk import free_bytes
 from appliance.engines.meter import ProgressFn
 from appliance.errors import CheckpointError
@@ -51,3 +52,29 @@ def resolve(
         )
     repository = HubRepository(name, revision or "main", cache / "hub", token, endpoint)
     return repository.local() if offline else repository.snapshot(progress, free, resumable_from)
+
+
+def resolve_text(
+    data: str,
+    cache: Path,
+    *,
+    offline: bool = False,
+    token: str | None = None,
+    progress: ProgressFn | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The local file or directory of a text: a path, or a data set of the hub, "org/name", "hf://org/name" or
+    "hf://datasets/org/name", with "@revision" if wanted. `offline`: without opening a socket. Raises CheckpointError
+    (neither, no text in it, no network, offline and not downloaded), NoSpaceError, CacheNotWritableError."""
+    path = Path(data).expanduser()
+    named = data.removeprefix("hf://").removeprefix("datasets/")
+    if named == data and path.exists():
+        return path
+    name, _, revision = named.partition("@")
+    if not _HUB_ID.fullmatch(name) or (named == data and data.startswith((".", "/", "~"))):
+        raise CheckpointError(
+            f"text {data!r} is neither a file or directory here nor a data set of the hub",
+            hint='allowed: a file, a directory, "org/name" or "hf://org/name" (also with "@revision")',
+        )
+    dataset = HubDataset(name, revision or "main", cache / "hub", token, endpoint)
+    return dataset.local() if offline else dataset.text(progress)

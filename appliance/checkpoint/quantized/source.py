@@ -42,8 +42,8 @@ class QuantizedTensors:
     # ------------------------------------------------------------ checks
 
     def check(self, specs: Iterable[WeightSpec]) -> None:
-        """Every tensor of every entry is there, of its shape and dtype. CheckpointError for the first that is not, for
-        a group size that does not divide, and for KV cache scales that are promised and missing."""
+        """Every tensor of every entry is there, of its shape and dtype. CheckpointError for the first that is not, and
+        for a group size that does not divide."""
         for spec in specs:
             if not self.holds(spec):
                 self.checkpoint.check([spec])
@@ -116,9 +116,11 @@ class QuantizedTensors:
         return [f"{layer.name}.{suffix}" for layer in self._layers(spec) for suffix in sorted(layer.present)]
 
     def kv_scales(self, num_layers: int) -> tuple[tuple[float, float], ...] | None:
-        """(K, V) scales of an FP8 KV cache per layer: number = byte * scale. None if the checkpoint brings none.
-        CheckpointError for some that are missing or no scale."""
-        if self.facts.kv_cache is None:
+        """(K, V) scales of an FP8 KV cache per layer: number = byte * scale. None if the checkpoint brings none, also
+        where its configuration speaks of such a cache. CheckpointError for some that are missing or no scale."""
+        suffixes = tuple(f".self_attn.{suffix}" for names in _KV_NAMES.values() for suffix in names)
+        present = any(name.endswith(suffixes) for name in self.checkpoint.tensors)
+        if self.facts.kv_cache is None or not present:
             return None
         return tuple((self._kv_scale(i, "k"), self._kv_scale(i, "v")) for i in range(num_layers))
 
@@ -127,7 +129,7 @@ class QuantizedTensors:
         present = [name for name in names if name in self.checkpoint.tensors]
         if not present:
             raise CheckpointError(
-                f"the checkpoint promises scales of an FP8 KV cache but has neither {' nor '.join(names)}",
+                f"the checkpoint has scales of an FP8 KV cache, but neither {' nor '.join(names)}",
                 hint="download the checkpoint again, or take its KV cache's quantization out of its configuration",
             )
         tensor = self.checkpoint.read(present[0]).float()
