@@ -75,6 +75,13 @@ class Settings:
     )
     engine_publish: bool = _model(False, "copy engines that are built here to the engine source, after the start")
     tactics: bool = _model(True, "when an engine is built for a GPU, time the ways to compute each product there")
+    calibration_data: str | None = _model(
+        None,
+        "text that INT4 and INT8 weights are quantized with: a text or jsonl file, a directory of such files, a hub "
+        "data set (org/name), or 'none' to round to nearest; default: text that ships",
+    )
+    calibration_samples: int = _model(128, "how many samples of that text", limits=(1, 65536))
+    calibration_length: int = _model(512, "tokens of a sample", limits=(16, 131_072))
     offline: bool = _model(False, "open no outside socket", also="NIM_DISABLE_MODEL_DOWNLOAD HF_HUB_OFFLINE")
     hf_token: str | None = _model(None, "Hugging Face token for private models", also="HF_TOKEN", secret=True)
 

@@ -24,6 +24,9 @@ _NAMES = [
     "engine_publish",
     "verify_digests",
     "tactics",
+    "calibration_data",
+    "calibration_samples",
+    "calibration_length",
     "log_level",
     "log_json",
 ]

@@ -11,7 +11,7 @@ from appliance import hardware, profiles
 from appliance.checkpoint import read_model_config, resolve
 from appliance.engines import EngineStore, is_local, read_manifest, redact
 from appliance.engines.manifest import MANIFEST_NAME
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, CheckpointError
 from appliance.launch.plan import build_request, choose, config_only, make_plan, options_of_directory
 from appliance.profiles import Selection
 from appliance.settings import Settings, add_flags, cuda_visible_devices, load, specs
@@ -153,8 +153,13 @@ def _planned(settings: Settings, recorded: Path | None) -> tuple[Settings, dict[
         from appliance.builder import key_of
 
         plan = make_plan(settings, selection, checkpoint)
-        key = key_of(build_request(plan))
-        found = EngineStore(settings.cache_dir).find(key)
-        engine, state = key, f"found in {found}" if found else _to_come(settings)
+        try:
+            request = build_request(plan)
+        except CheckpointError as error:  # its calibration data is not there yet
+            engine, state = None, f"its key is not known: {error.message}"
+        else:
+            engine = key_of(request)
+            found = EngineStore(settings.cache_dir).find(engine)
+            state = f"found in {found}" if found else _to_come(settings)
     facts = {"profile": plan.outcome.name, "profile_id": plan.outcome.id, "engine": engine, "engine_state": state}
     return plan.settings, facts | {"reasons": list(profiles.reasons(selection))}

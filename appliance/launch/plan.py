@@ -14,6 +14,7 @@ from typing import cast
 import msgspec
 
 from appliance import builder, profiles, registry
+from appliance.checkpoint import read_model_config, resolve_text
 from appliance.engines import EngineManifest, scheme_of
 from appliance.errors import HardwareError, SettingsError
 from appliance.profiles import Outcome, Overrides, Selection
@@ -150,9 +151,28 @@ def build_request(plan: Plan, checkpoint_digest: str = "") -> builder.BuildReque
         kv_cache_dtype=cast(KvCacheDtype, outcome.kv_cache),
         attention=plan.settings.attention,
         tactics=plan.settings.tactics,
+        calibration_data=_calibration_data(plan),
+        calibration_samples=plan.settings.calibration_samples,
+        calibration_length=plan.settings.calibration_length,
         max_kl=max_kl(plan),
         scheme=outcome.scheme,
     )
+
+
+def needs_text(plan: Plan) -> bool:
+    """Whether an engine of this plan is calibrated with text that the user named."""
+    if plan.settings.calibration_data in (None, "none"):
+        return False
+    calibrated = scheme_of(cast(Precision, plan.outcome.precision), plan.outcome.scheme).facts.get("calibrated", False)
+    return bool(calibrated) and read_model_config(plan.checkpoint).quantization is None
+
+
+def _calibration_data(plan: Plan) -> str:
+    """As `BuildRequest` has it. CheckpointError for a data set of the hub that is not downloaded."""
+    settings = plan.settings
+    if settings.calibration_data is None or not needs_text(plan):
+        return settings.calibration_data or ""
+    return str(resolve_text(settings.calibration_data, settings.cache_dir, offline=True))
 
 
 def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:

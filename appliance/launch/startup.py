@@ -20,7 +20,7 @@ import msgspec
 import appliance
 from appliance import hardware, profiles
 from appliance.builder import BuildRequest, key_of
-from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve
+from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve, resolve_text
 from appliance.checkpoint.expected import expected_sha256
 from appliance.checkpoint.files import require_tokenizer
 from appliance.engines import (
@@ -52,6 +52,7 @@ from appliance.launch.plan import (
     config_only,
     engine_options,
     make_plan,
+    needs_text,
     options_of_directory,
 )
 from appliance.server.lifecycle import Lifecycle, Phase
@@ -208,6 +209,21 @@ class Startup:
         self._state.license_path = _license_of(path)
         return path
 
+    async def _find_text(self) -> None:
+        """Text to calibrate with, if it is a data set of the hub."""
+        assert self._plan is not None
+        settings = self._settings
+        if settings.calibration_data is None or not needs_text(self._plan):
+            return
+        data = settings.calibration_data
+        self._enter("downloading", data)
+        progress = self._progress()
+        await in_thread(
+            lambda: resolve_text(
+                data, settings.cache_dir, offline=settings.offline, token=settings.hf_token, progress=progress
+            )
+        )
+
     async def _select(self, machine: Hardware, checkpoint: Path, refused: Mapping[str, str] | None = None) -> Plan:
         self._enter("selecting")
         model = await in_thread(lambda: read_model_config(checkpoint))
@@ -260,7 +276,7 @@ class Startup:
         check = plan.settings.offline and plan.settings.verify_digests
         found = await in_thread(lambda: digest(plan.checkpoint, cache=cache, check=check, progress=progress))
         self._digest = found.value
-        return key_of(self._request())
+        return await in_thread(lambda: key_of(self._request()))
 
     def _request(self) -> BuildRequest:
         assert self._plan is not None
@@ -268,6 +284,7 @@ class Startup:
 
     async def _obtain_engine(self) -> Path:
         """The verified engine of the plan: found, fetched or built."""
+        await self._find_text()
         self._enter("verifying", "hashing the checkpoint")
         key = await self._key()
         hit = await self._verified(key)
