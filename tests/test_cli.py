@@ -134,7 +134,7 @@ def test_list_model_profiles_shape(config_json: Path, capsys: pytest.CaptureFixt
 
 
 def test_select_exits_3_when_nothing_can_serve(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(config_json), "--precision", "int4", "--hardware", str(ROOT / "tests/hardware/none.yaml")]
+    words = ["--model", str(config_json), "--precision", "bf16", "--hardware", str(ROOT / "tests/hardware/none.yaml")]
     code, _, err = run(capsys, "select", *words)
     assert code == 3 and err.startswith("error: ")
     code, out, _ = run(capsys, "select", "--json", *words)
