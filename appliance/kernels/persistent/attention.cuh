@@ -241,7 +241,7 @@ __device__ inline void attend_tokens(AttentionScratch& s, const Item& item, Toke
       float kf[8], vf[8];
       unpack(pair.k[u], kf);
       unpack(pair.v[u], vf);
-      if (token == newest) {
+      if (token == newest && token < item.end) {  // scratch has it where the item ends with it
 #pragma unroll
         for (int d = 0; d < 8; d++) kf[d] = s.new_k[at + d], vf[d] = s.new_v[at + d];
       }

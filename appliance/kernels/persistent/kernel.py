@@ -83,7 +83,7 @@ class DecodeShape:
         sums = 4 * 2 * _WARPS * self.rows * 20
         row = [self.rows * FORMATS[name].staged_row for name in (self.weights, self.head)]
         staged = max(max(36864 // size, 1) * size for size in row)
-        tiles = max(self._tiles(n) for n in (self.vocab, 2 * self.ffn, self.qkv_rows))
+        tiles = max(self._tiles(n) for n in (self.vocab, self.hidden, 2 * self.ffn, self.qkv_rows))
         epilogues = 16 * (8 * tiles + 2 * self.rows * self._tiles(self.hidden))
         others = self.layers * _LAYER_BYTES + self.rows * (40 + 8 * _WARPS) + 1024 + epilogues
         slot = 16 * (_CHUNK + 64)

@@ -84,8 +84,8 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// 640 threads start with 96 registers each; the producer group gives 72 of its own up, the consumers take 16 each.
-__device__ __forceinline__ void few_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+// 640 threads start with 96 registers each; the producer group gives 64 of its own up, the consumers take 16 each.
+__device__ __forceinline__ void few_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 32;"); }
 __device__ __forceinline__ void many_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 112;"); }
 
 __device__ __forceinline__ void consumers_sync() {

@@ -62,8 +62,8 @@ enum Kind { kQkv, kO, kGateUp, kDown, kHead };
 
 __host__ __device__ constexpr int tiles_per_block(int rows) { return ((rows + 15) / 16 + GRID - 1) / GRID; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int kMostTiles = larger(tiles_per_block(VOCAB), larger(tiles_per_block(2 * FFN), tiles_per_block(kQkvRows)));
 constexpr int kMostResidualTiles = tiles_per_block(HIDDEN);
+constexpr int kMostTiles = larger(larger(tiles_per_block(VOCAB), kMostResidualTiles), larger(tiles_per_block(2 * FFN), tiles_per_block(kQkvRows)));
 
 struct Shared {
   Layer layer[LAYERS];
