@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
+
 from appliance.errors import SettingsError
 from appliance.types import ModelConfig, RopeScaling
 
@@ -47,6 +49,24 @@ SHAPES: dict[str, ModelConfig] = {
         rope_theta=500000.0,
         bos_token_id=128000,
         eos_token_ids=(128001,),
+    ),
+    # For machines without a GPU.
+    "llama-3.2-1b": ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=msgspec.structs.replace(_LLAMA3_ROPE, factor=32.0),
+        tie_word_embeddings=True,
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128009),
     ),
     # Small enough for a laptop's CPU and for tests of the benchmarks themselves.
     "tiny": ModelConfig(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _INT4_ROWS = 16  # of a packed INT4 weight, by which its rows must be divisible
-_INT4_GROUPS = (32, 64, 128, 256)  # inputs per scale that torch's INT4 product has
+_INT4_GROUPS = (256, 128, 64, 32)  # inputs per scale that torch's INT4 product has
 _ZERO = 128  # what is added to INT8 activations, because oneDNN is quickest with unsigned ones
 
 _packing = False
@@ -103,10 +103,13 @@ def has_int8() -> bool:
 def pack_int4(values: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
     """values uint8 [out, in], 0..15; scales [out, in // group_size], any float; zeros uint8, likewise: weight =
     (value - zero) * scale -> what `int4_linear` takes. `fits_int4` said that it can be."""
+    group_size = values.shape[1] // scales.shape[1]
+    repeats = group_size // next(size for size in _INT4_GROUPS if group_size % size == 0)
     # torch's product has weight = (value - 8) * scale + offset.
     offsets = (8 - zeros.float()) * scales.float()
-    scale_zero = torch.stack([scales.float(), offsets], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
-    return {"packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1), "scale_zero": scale_zero}
+    scale_zero = torch.stack([scales.float(), offsets], -1).repeat_interleave(repeats, 1).transpose(0, 1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+    return {"packed": packed, "scale_zero": scale_zero.to(torch.bfloat16).contiguous()}
 
 
 def int4_linear(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,7 +126,7 @@ def int4_linear(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> T
 
 def fits_int4(out_features: int, in_features: int, groups: int) -> bool:
     """Whether torch's INT4 product takes a weight of that shape with so many groups of inputs, on this CPU."""
-    return out_features % _INT4_ROWS == 0 and in_features // groups in _INT4_GROUPS and _has_int4()
+    return out_features % _INT4_ROWS == 0 and (in_features // groups) % _INT4_GROUPS[-1] == 0 and _has_int4()
 
 
 @functools.cache
