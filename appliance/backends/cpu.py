@@ -38,9 +38,6 @@ PLUGIN = {
     "version": "1",
     "precisions": ["fp32", "fp16", "bf16", "fp8", "int8", "int4"],
     "packed": ["int4"],  # multiplied as stored; other weights are widened to float32 (INT8 where the CPU has no VNNI)
-    # Precisions whose weights stay as small as they are stored on every CPU. (INT8 does where the CPU has products for
-    # it, which is known only once torch is loaded.)
-    "packed": ["int4"],
     "kv_cache": ["fp32", "bf16", "fp16", "fp8"],
     "attention": ["auto", "reference"],
     "max_tp": 1,
