@@ -259,7 +259,11 @@ WHILE_READING = [
     ("gptq", reversed_groups, rf"{Q}\.g_idx: inputs are not grouped in order"),
     ("gptq act", reversed_groups, r"q_proj and .*v_proj, which are one product here, group their inputs in different"),
     ("gptq act", put(f"{DOWN}.g_idx", 99), r"g_idx: names groups outside of 0 to 7"),
-    ("packed act", replace(f"{DOWN}.weight_g_idx", torch.zeros_like), r"its groups are not all of 32 inputs"),
+    (
+        "packed act",
+        replace(f"{DOWN}.weight_g_idx", torch.zeros_like),
+        r"weight_g_idx: its groups are not all of 32 inputs",
+    ),
     ("packed", put(f"{DOWN}.weight_shape", 128), r"weight_shape: is \[128, 128\]"),
     ("modelopt", replace(f"{DOWN}.weight", lambda t: (t.float() * float("nan")).to(t.dtype)), r"a value is NaN"),
 ]
@@ -287,6 +291,15 @@ def test_damage_that_only_reading_shows(sound: Any, tmp_path: Path, kind: str, d
     with pytest.raises(CheckpointError, match=message):
         build(request_of(path, tmp_path / "cache", precision))
     assert EngineStore(tmp_path / "cache").list_engines() == []
+
+
+def test_an_index_of_zeros_says_that_nothing_was_reordered(sound: Any, tmp_path: Path) -> None:
+    path = damaged(sound("gptq"), tmp_path / "zeros", replace(f"{DOWN}.g_idx", torch.zeros_like))
+    read = []
+    for checkpoint in (sound("gptq"), path):
+        _, _, tensors, specs = opened(checkpoint)
+        read.append(tensors.read(next(spec for spec in specs if spec.name == "layers.1.mlp.down")).dequantize())
+    assert torch.equal(*read)
 
 
 def test_a_group_size_that_does_not_divide(sound: Any) -> None:

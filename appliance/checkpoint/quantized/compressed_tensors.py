@@ -209,5 +209,4 @@ def _read_int4(layer: Layer, facts: Quantization) -> QuantizedWeight:
     if not facts.symmetric:
         packed = nibbles(layer["weight_zero_point"]).transpose(1, 2)  # [out / 8, 8, groups]
         zeros = packed.flatten(0, 1)[: layer.out_features]
-    index = layer["weight_g_idx"] if facts.act_order else None
-    return grouped_weight(layer, values, scales, zeros, index, facts)
+    return grouped_weight(layer, values, scales, zeros, "weight_g_idx" if facts.act_order else None, facts)

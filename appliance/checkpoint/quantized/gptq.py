@@ -92,8 +92,7 @@ class Gptq(Layout):
         if facts.layout == "gptq":
             zeros = (zeros + 1) & 15
         scales = float16_scales(layer, "scales", layer["scales"]).t()
-        index = layer["g_idx"] if "g_idx" in layer.present else None
-        return grouped_weight(layer, values, scales, zeros, index, facts)
+        return grouped_weight(layer, values, scales, zeros, "g_idx" if "g_idx" in layer else None, facts)
 
 
 def _dynamic(config: Raw) -> dict[str, dict[str, Any]]:

@@ -31,35 +31,33 @@ def float16_scales(layer: Layer, suffix: str, scales: Tensor) -> Tensor:
 
 
 def grouped_weight(
-    layer: Layer, values: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | None, facts: Quantization
+    layer: Layer, values: Tensor, scales: Tensor, zeros: Tensor, index: str | None, facts: Quantization
 ) -> GroupedWeight:
     """values uint8 [out, in] in the order of the inputs; scales float16 and zeros uint8 [out, groups], where one group
-    only stands for all inputs; group_index int32 [in] or None."""
+    only stands for all inputs; `index`: suffix of the tensor, int [in], that names the group of each input, if any."""
     groups = layer.in_features // facts.group_size
-    one_for_all = scales.shape[1] == 1 and groups > 1
-    if one_for_all:
-        scales, zeros = (tensor.expand(-1, groups) for tensor in (scales, zeros))
+    if scales.shape[1] == 1 and groups > 1:
+        scales, zeros, index = scales.expand(-1, groups), zeros.expand(-1, groups), None
     order = None
     if facts.act_order:
-        if one_for_all or group_index is None:
-            order = torch.arange(layer.in_features, device=values.device)
-        else:
-            order = _order(layer, group_index, facts.group_size)
-        values = values[:, order]
-        order = order.to(torch.int32)
-    elif group_index is not None and not one_for_all:
-        expected = torch.arange(layer.in_features, dtype=torch.int32, device=group_index.device) // facts.group_size
-        if not torch.equal(group_index.to(torch.int32), expected):
-            raise layer.wrong("g_idx", "inputs are not grouped in order, but the configuration says that they are")
+        order = torch.arange(layer.in_features, device=values.device)
+        if index is not None:
+            order = _order(layer, index, facts.group_size)
+        values, order = values[:, order], order.to(torch.int32)
+    elif index is not None:
+        named = layer[index].long()
+        in_order = torch.arange(layer.in_features, device=named.device) // facts.group_size
+        if bool(named.any()) and not torch.equal(named, in_order):  # some wrote zeros where nothing was reordered
+            raise layer.wrong(index, "inputs are not grouped in order, but the configuration says that they are")
     return GroupedWeight(values.contiguous(), scales.contiguous(), zeros.contiguous(), order)
 
 
-def _order(layer: Layer, group_index: Tensor, group_size: int) -> Tensor:
+def _order(layer: Layer, index: str, group_size: int) -> Tensor:
     """int64 [in]: the inputs sorted by their group, in their own order within one."""
-    index = group_index.long()
+    named = layer[index].long()
     groups = layer.in_features // group_size
-    if bool((index < 0).any()) or bool((index >= groups).any()):
-        raise layer.wrong("g_idx", f"names groups outside of 0 to {groups - 1}")
-    if bool((torch.bincount(index, minlength=groups) != group_size).any()):
-        raise layer.wrong("g_idx", f"its groups are not all of {group_size} inputs")
-    return torch.argsort(index, stable=True)
+    if bool((named < 0).any()) or bool((named >= groups).any()):
+        raise layer.wrong(index, f"names groups outside of 0 to {groups - 1}")
+    if bool((torch.bincount(named, minlength=groups) != group_size).any()):
+        raise layer.wrong(index, f"its groups are not all of {group_size} inputs")
+    return torch.argsort(named, stable=True)
