@@ -448,3 +448,14 @@ def test_the_listing_has_the_known_shape():
     low = list_profiles_text(choose("h100-x1", LLAMA_70B))
     assert "low memory:\n" in low and "try --max-model-len=" in low and "to reduce to >=" in low
     assert "- Free GPUs: <None>" in list_profiles_text(choose("none"))
+
+
+def test_a_scheme_that_this_build_lacks_is_named():
+    from msgspec.structs import replace
+
+    lacking = replace(FULL, named={"int4_awq": FULL.schemes["int4"]})
+    with pytest.raises(ProfileError, match="int4-gptq-tp1 would fit, but the scheme int4_gptq is not built yet"):
+        require(choose("a10", build=lacking, profile="int4-gptq"))
+    chosen = choose("a10", build=FULL, profile="int4-gptq")
+    assert require(chosen).scheme == "int4_gptq" and require(choose("a10", build=FULL)).scheme == "int4_awq"
+    assert {p["name"]: p["scheme"] for p in explain_json(chosen)["profiles"]}["bf16-tp1"] is None

@@ -168,6 +168,7 @@ def _profile_json(outcome: Outcome) -> dict[str, Any]:
     keys = ("status", "score", "reason", "decode_ms", "requires_bytes_per_gpu", "max_model_len", "max_num_seqs")
     values: dict[str, Any] = {**_choice(outcome), **{key: getattr(outcome, key) for key in keys}}
     values["max_num_batched_tokens"] = outcome.max_num_batched_tokens
+    values["scheme"] = outcome.scheme  # None: the first that serves the precision
     values["gpus"] = list(outcome.gpu_indices)
     values["memory"] = None if outcome.memory is None else msgspec.to_builtins(outcome.memory)
     if outcome.suggested_max_model_len:
