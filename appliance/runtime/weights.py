@@ -178,7 +178,8 @@ def _host_lane(fd: int, draw: Callable[[], _Piece | None], counter: _Counter) ->
 
 def _gpu_lane(fd: int, draw: Callable[[], _Piece | None], allocated_on: torch.cuda.Stream, counter: _Counter) -> None:
     """Read into one page-locked buffer while the other is on its way to the GPU."""
-    with torch.cuda.device(allocated_on.device):
+    # Inference mode is a thread's own; without it, tensors that were made in it cannot be filled.
+    with torch.inference_mode(), torch.cuda.device(allocated_on.device):
         stream = torch.cuda.Stream()
         stream.wait_stream(allocated_on)  # which may still be using this memory for what was freed before
         buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
