@@ -29,6 +29,8 @@ from appliance import registry
 from appliance.builder.build import build
 from appliance.builder.request import BuildRequest, key_of
 from appliance.checkpoint import Checkpoint, read_model_config
+from appliance.checkpoint.quantized import LAYOUTS as LAYOUTS_READ
+from appliance.checkpoint.quantized.layout import Layer
 from appliance.checkpoint.quantized.source import QuantizedTensors
 from appliance.engines.manifest import read_manifest
 from appliance.engines.published import scheme_of_published
@@ -175,6 +177,18 @@ def test_weights_are_bit_for_bit_what_the_checkpoint_stands_for(made: Any, name:
         assert torch.equal(weight.dequantize(), torch.cat([state[source] for source in spec.sources])), spec.name
     plain = [spec for spec in specs if spec.kind == "linear" and not tensors.holds(spec)]
     assert all(source in tensors.checkpoint.tensors for spec in plain for source in spec.sources)
+
+
+def test_the_order_of_a_word_by_hand() -> None:
+    """As AutoAWQ's and AutoGPTQ's own sources have it: eight outputs interleaved, eight inputs in order."""
+    words = {"qweight": torch.full((128, 1), 0x75316420), "qzeros": torch.full((1, 1), 0x11111111)}
+    tensors = {f"m.{key}": word.to(torch.int32) for key, word in words.items()} | {"m.scales": torch.ones(1, 8).half()}
+    layer = Layer("m", (8, 128), tensors.__getitem__, frozenset(("qweight", "qzeros", "scales")))
+    of_awq = LAYOUTS_READ["awq"].read(layer, FACTS["awq"]).dequantize()
+    assert torch.equal(of_awq, (torch.arange(8) - 1.0).unsqueeze(1).expand(8, 128))
+    tensors["m.qweight"] = torch.full((16, 8), 0x76543210, dtype=torch.int32)
+    of_gptq = LAYOUTS_READ["gptq"].read(layer, FACTS["gptq, the head too"]).dequantize()
+    assert torch.equal(of_gptq, (torch.arange(128) % 8 - 2.0).expand(8, 128)), "zero points are stored less one"
 
 
 @pytest.mark.gpu
