@@ -62,6 +62,11 @@ def tokens(count: int = 192, seed: int = 1) -> Tensor:
     return torch.randn(count, HIDDEN, generator=generator) @ (torch.eye(HIDDEN) + mixing)
 
 
+def relative(result: Tensor, reference: Tensor) -> float:
+    """||result - reference|| / ||reference||."""
+    return float((result - reference).norm() / reference.norm())
+
+
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.to(x.dtype)
 
