@@ -51,7 +51,7 @@ def test_int8_scales_and_bias(with_bias: bool) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 130])
+@pytest.mark.parametrize("rows", [0, 1, 5, 130, 260])
 @pytest.mark.parametrize(("out", "size", "group"), [(48, 64, 32), (64, 256, 128), (208, 256, 256), (32, 768, 768)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_int4(rows: int, out: int, size: int, group: int, with_bias: bool) -> None:
@@ -61,8 +61,21 @@ def test_int4(rows: int, out: int, size: int, group: int, with_bias: bool) -> No
     got = cpu_linear.int4_linear(cpu_linear.pack_int4(weight.values, weight.scales, weight.zeros), x, bias)
     expected = F.linear(x, weight.dequantize(), bias)
     assert got.dtype == torch.float32 and got.shape == (rows, out)
-    # Activations, scales and the result are rounded to bfloat16.
+    # Activations, scales and the result are rounded to bfloat16; of many rows, scales only.
     assert (got - expected).norm() <= 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("width", [64, 32])
+def test_int4_of_many_rows_is_the_product_with_the_same_scales(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu_linear._block_width() != width:
+        pytest.skip(f"torch packs weights in blocks of {cpu_linear._block_width()} rows here")
+    weight = round_to_nearest(randn(192, 256, seed=1), 64)
+    tensors = cpu_linear.pack_int4(weight.values, weight.scales, weight.zeros)
+    x = randn(300, 256).bfloat16().float()
+    widened = cpu_linear.int4_linear(tensors, x, None)
+    monkeypatch.setattr(cpu_linear, "_WIDENED_ROWS", 1000)
+    # Of numbers that are bfloat16 already, torch's own product rounds the result only.
+    torch.testing.assert_close(cpu_linear.int4_linear(tensors, x, None), widened, rtol=2**-7, atol=2e-2)
 
 
 @pytest.mark.parametrize(("out", "size", "groups"), [(50, 128, 1), (64, 48, 1), (64, 96, 2)])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _INT4_ROWS = 16  # of a packed INT4 weight, by which its rows must be divisible
 _INT4_GROUPS = (256, 128, 64, 32)  # inputs per scale that torch's INT4 product has
+_WIDENED_ROWS = 256  # from so many rows of x on, INT4 weights are dequantized in blocks, for products in float32
 _ZERO = 128  # what is added to INT8 activations, because oneDNN is quickest with unsigned ones
 
 _packing = False
@@ -113,15 +114,53 @@ def pack_int4(values: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor
 
 
 def int4_linear(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, in], any float, rounded to bfloat16, @ weight.T + bias: float32 [n, out], itself rounded to bfloat16 before
-    the bias. `tensors` as `pack_int4` gives them. The reference is the product with the dequantized weight."""
+    """x [n, in], any float, @ weight.T + bias: float32 [n, out]. `tensors` as `pack_int4` gives them. Few rows of x are
+    rounded to bfloat16, and so is their product before the bias. The reference is the product with the dequantized
+    weight."""
     scale_zero = tensors["scale_zero"]
-    if x.shape[0] == 0:
-        return torch.empty((0, scale_zero.shape[1]), dtype=torch.float32)
-    group_size = x.shape[1] // scale_zero.shape[0]
-    rounded = x.to(torch.bfloat16).contiguous()
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, tensors["packed"], group_size, scale_zero).float()
+    rows, out_features = x.shape[0], scale_zero.shape[1]
+    if rows == 0:
+        return torch.empty((0, out_features), dtype=torch.float32)
+    width = _block_width()
+    if rows >= _WIDENED_ROWS and width and out_features % width == 0:
+        product = _widened(tensors, x.float(), width)
+    else:
+        group_size = x.shape[1] // scale_zero.shape[0]
+        rounded = x.to(torch.bfloat16).contiguous()
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, tensors["packed"], group_size, scale_zero).float()
     return product if bias is None else product.add_(bias.float())
+
+
+def _widened(tensors: dict[str, Tensor], x: Tensor, width: int) -> Tensor:
+    """x float32 [n, in] @ weight.T, `width` rows of the weight at a time dequantized to float32 in the CPU's caches."""
+    scale_zero, size = tensors["scale_zero"].float(), x.shape[1]
+    blocks = tensors["packed"].view(-1, size, width // 2)
+    out = torch.empty((x.shape[0], scale_zero.shape[1]), dtype=torch.float32)
+    for block, halves in enumerate(blocks):
+        columns = slice(block * width, (block + 1) * width)
+        scale, offset = scale_zero[:, columns].unsqueeze(2).unbind(-1)  # each [groups, width, 1]
+        scale, offset = scale.transpose(1, 2), offset.transpose(1, 2)
+        values = _nibbles(halves).float().unflatten(0, (scale.shape[0], -1))
+        weight = torch.addcmul(offset - 8 * scale, values, scale).flatten(0, 1)  # [in, width]
+        torch.mm(x, weight, out=out[:, columns])
+    return out
+
+
+def _nibbles(halves: Tensor) -> Tensor:
+    """What torch keeps of a block of weight rows, uint8 [in, width / 2] -> values uint8 [in, width]."""
+    return torch.cat([halves & 15, halves >> 4], -1)
+
+
+@functools.cache
+def _block_width() -> int:
+    """Weight rows that torch packs together, lower half in the low bits, on this CPU; 0: it packs otherwise."""
+    values = torch.randint(0, 16, (128, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    for width in (64, 32):
+        blocks = _nibbles(packed.view(-1, 32, width // 2))
+        if torch.equal(blocks.transpose(1, 2).reshape(128, 32).int(), values):
+            return width
+    return 0
 
 
 def fits_int4(out_features: int, in_features: int, groups: int) -> bool:

@@ -1,15 +1,16 @@
 """Products of a linear layer on the CPU, each way that the appliance has: float32, bfloat16, INT8 (activations rounded
 included), INT4. Run by hand:
 
-    .venv/bin/python -m tests.perf.cpu_products [--threads 1] [--shapes 768x256,6144x2048] [--rows 1,4,16,128,512]
+    python -m tests.perf.cpu_products [--threads 1] [--shapes 768x256,6144x2048] [--rows 1,4,16,128,512]
 
-Ways take turns, and the quickest of each counts, so that a busy machine disturbs less. Prints microseconds, and how many
-times as quick as float32 in brackets.
+Ways take turns, and the quickest of each counts, so that a busy machine disturbs less. Prints microseconds, and how
+many times as quick as float32 in brackets.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def main() -> None:
         found = ways(out, size)
         for rows in map(int, args.rows.split(",")):
             x = torch.randn(rows, size, generator=torch.Generator().manual_seed(1))
-            calls = {name: (lambda way=way: way(x)) for name, way in found.items()}
+            calls = {name: functools.partial(way, x) for name, way in found.items()}
             quickest(calls)  # warm
             best = quickest(calls)
             cells = [f"{name} {t * 1e6:.0f} ({best['float32'] / t:.2f})" for name, t in best.items()]
