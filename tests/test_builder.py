@@ -35,7 +35,7 @@ from appliance.engines import ByteMeter, DamagedFileError, EngineStore, read_man
 from appliance.errors import CheckpointError, EngineBuildError, EngineDamagedError, NoSpaceError
 from appliance.ipc import Built, Failed, Progress, ServerEnd, Shutdown
 from appliance.models import llama
-from appliance.quantization import fp8, unquantized
+from appliance.quantization import fp8, int4_gptq, unquantized
 from appliance.runtime.weights import load_weights, load_weights_reference
 from appliance.types import WeightSpec
 
@@ -188,6 +188,12 @@ def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert blocks.keys() == whole.keys()
     for suffix, tensor in whole.items():
         assert torch.equal(blocks[suffix].view(torch.uint8), tensor.view(torch.uint8))
+    # Two blocks of 48 rows, and an order of 48 inputs, which is not doubled.
+    ordered = int4_gptq.Scheme({"group_size": 16, "act_order": True})
+    weight = torch.randn(96, 48)
+    monkeypatch.setattr(module, "_QUANTIZE_AT_ONCE", 48 * 48)
+    blocks, whole = module.quantize(ordered, weight), ordered.quantize(weight)
+    assert {suffix: tensor.tolist() for suffix, tensor in blocks.items()} == {k: t.tolist() for k, t in whole.items()}
 
 
 def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) -> None:

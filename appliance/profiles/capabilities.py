@@ -17,8 +17,8 @@ class SchemeFacts(Struct, frozen=True):
 
     min_compute_capability: tuple[int, int] = (0, 0)
     dimension_multiple: int = 1
-    # How lm_head is stored where it is not as the rest: "bf16" or "fp8", by the compute capability from which on; (0, 0)
-    # stands for the CPU too.
+    # How lm_head is stored where it is not as the rest: "bf16" or "fp8", by the compute capability from which on;
+    # (0, 0) stands for the CPU too.
     head: tuple[tuple[tuple[int, int], str], ...] = ()
 
     def head_on(self, compute_capability: tuple[int, int] | None) -> str | None:
