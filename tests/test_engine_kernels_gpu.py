@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp8"])
+@pytest.fixture(scope="module", params=["bf16", "fp8", "int8", "int4"])
 def engine(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built in a process of its own, as by a server."""
     import msgspec
@@ -72,6 +72,7 @@ def engine(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: p
         compute_capability=capability,
         max_num_seqs=32,
         max_num_batched_tokens=512,
+        calibration_data="none",
     )
     command = [sys.executable, "-m", "appliance.builder", "--request", msgspec.json.encode(wanted).decode()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -169,7 +170,7 @@ def test_timed_products_are_the_same_products(checkpoint: Path) -> None:
     from appliance.layers.linear import Linear
 
     device = torch.device("cuda", torch.cuda.current_device())
-    for name in ("none", "fp8"):
+    for name in ("none", "fp8", "int8_smoothquant", "int4_awq"):
         if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
             continue
         model = load_model(checkpoint, dtype=torch.bfloat16, device="cuda", scheme=name)
