@@ -191,19 +191,6 @@ def test_the_order_of_a_word_by_hand() -> None:
     assert torch.equal(of_gptq, (torch.arange(128) % 8 - 2.0).expand(8, 128)), "zero points are stored less one"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_read_on_a_gpu_are_the_same(made: Any, name: str) -> None:
-    _, _, tensors, specs = opened(made(name)[0])
-    for spec in filter(tensors.holds, specs):
-        here, there = vars(tensors.read(spec)), vars(tensors.read(spec, "cuda"))
-        for field, value in here.items():
-            assert (value is None) == (there[field] is None)
-            if value is not None:
-                assert there[field].is_cuda
-                assert torch.equal(value.view(torch.uint8), there[field].cpu().view(torch.uint8)), (spec.name, field)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_configuration_alone_says_the_same_as_the_weights(made: Any, name: str, tmp_path: Path) -> None:
     """What a start knows of a hub model before its weights are downloaded."""
@@ -327,8 +314,8 @@ def test_no_checkpoint_is_quantized_twice(made: Any, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what is computed
 
 
-def engine_of(path: Path) -> Decoder:
-    """The engine's model on the CPU, loaded from what a builder would store."""
+def engine_of(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+    """The engine's model, loaded from what a builder would store."""
     config, facts, tensors, specs = opened(path)
     name, parameters = scheme_of_published(facts, facts.precision)
     scheme = registry.load("quantization", name).Scheme(parameters)
@@ -348,8 +335,8 @@ def engine_of(path: Path) -> Decoder:
 
     plugin = registry.load("models", registry.architectures()[config.architecture].name)
     with torch.device("meta"):
-        model: Decoder = plugin.Model(config, scheme, torch.float32)
-    model.load(stored(), "cpu")
+        model: Decoder = plugin.Model(config, scheme, dtype)
+    model.load(stored(), device)
     model.prepare(config.max_position_embeddings)
     return model
 
