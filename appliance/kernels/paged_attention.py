@@ -10,6 +10,7 @@ Longer rows: flash attention (Dao, "FlashAttention-2", 2023) over tiles of query
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,8 @@ class _Shape:
     num_kv_heads: int
     head_dim: int
     page_size: int
-    narrow: bool  # 16-bit: tensor-core tiles; else float32 tiles, smaller and with IEEE products
+    # 16-bit on tensor cores: their tiles; else smaller ones, whose float32 products are IEEE's.
+    narrow: bool
     bytes_cached: bool  # the cache is FP8
 
     @property
@@ -65,7 +67,15 @@ def _shape(q: Tensor, kv_cache: Tensor) -> _Shape:
         raise ValueError("q and kv_cache must be contiguous in their last dimension")
     if q.shape[1] % num_kv_heads or q.shape[2] != head_dim:
         raise ValueError(f"q {tuple(q.shape)} does not fit a cache of {num_kv_heads} heads of size {head_dim}")
-    return _Shape(q.shape[1], num_kv_heads, head_dim, page_size, q.element_size() == 2, kv_cache.element_size() == 1)
+    narrow = q.element_size() == 2 and _has_tensor_cores(q.get_device())
+    return _Shape(q.shape[1], num_kv_heads, head_dim, page_size, narrow, kv_cache.element_size() == 1)
+
+
+@functools.cache
+def _has_tensor_cores(index: int) -> bool:
+    """Whether Triton uses those of a GPU (-1: none is there, and kernels are interpreted). Before compute capability
+    8.0 it does not: large tiles would spill registers, and need more than the 64 KiB of shared memory of 7.5."""
+    return index < 0 or torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 class TritonAttention:
