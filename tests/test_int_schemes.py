@@ -132,6 +132,10 @@ def test_layers_are_stored_as_their_names_say() -> None:
     assert int4_awq.Scheme({"head": "fp8", "unquantized": ["lm_head"]}).of("lm_head").facts["name"] == "none"
     with pytest.raises(EngineDamagedError, match="int8_smoothquant has no parameter 'group_size'; allowed: head, unq"):
         int8_smoothquant.Scheme(GROUPS)
+    with pytest.raises(EngineBuildError, match="head is 'int2'; allowed: fp8, bf16, int4"):
+        int4_awq.Scheme({"head": "int2"})
+    with pytest.raises(EngineBuildError, match="group_size is -1; allowed: 0 for all inputs"):
+        int4_awq.Scheme({"group_size": -1})
 
 
 # ---------------------------------------------------------------- storage

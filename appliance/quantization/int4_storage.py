@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,11 @@ def from_stored(tensors: dict[str, Tensor]) -> GroupedWeight:
 
 class Int4Scheme(PrecisionScheme):
     """Base of the INT4 plug-ins."""
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        super().__init__(parameters)
+        if self.group_size < 0:
+            raise EngineBuildError(f"group_size is {self.group_size}; allowed: 0 for all inputs of a layer, or more")
 
     @property
     def group_size(self) -> int:

@@ -49,8 +49,8 @@ class PrecisionScheme(ABC):
     facts: ClassVar[Mapping[str, Any]]  # the plug-in's PLUGIN literal
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
-        """`parameters` replace the defaults. EngineDamagedError for one that the scheme does not know or cannot be: the
-        engine that names it is of another version."""
+        """`parameters` replace the defaults. EngineDamagedError for one that the scheme does not know: the engine that
+        names it is of another version. EngineBuildError for a value that is not allowed."""
         defaults: dict[str, Any] = self.facts.get("parameters", {})
         given = dict(parameters or {})
         unknown = given.keys() - defaults.keys()
@@ -61,6 +61,9 @@ class PrecisionScheme(ABC):
                 hint="the engine was built by another version; remove it and build anew",
             )
         self.parameters: dict[str, Any] = {**defaults, **given}
+        heads = [*_HEADS, *self.facts["precisions"]]
+        if self.parameters.get("head", heads[0]) not in heads:
+            raise EngineBuildError(f"head is {self.parameters['head']!r}; allowed: {', '.join(heads)}")
         self._others: dict[str, PrecisionScheme] = {}
 
     def of(self, name: str) -> PrecisionScheme:
