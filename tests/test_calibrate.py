@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -158,23 +159,25 @@ def test_progress_and_a_line_per_block(llama: Path, tmp_path: Path, caplog: pyte
         meter = Meter(total, lambda snapshot: seen.append(snapshot), interval=0.01)  # type: ignore[arg-type]
         with caplog.at_level(logging.INFO), meter, torch.inference_mode():
             for spec, _ in source.tensors(meter):
-                meter.advance(source.work(spec))
+                meter.advance(source.work(spec), spec.name)
     for i in range(1, 6):
         steps = [detail for detail in details if detail.startswith(f"calibrating block {i} of 5: ")]
-        assert [step.partition(": ")[2].split()[0] for step in steps] == [
-            "reading",
-            "measuring",
-            "quantizing",
-            "running",
-        ]
+        words = [step.partition(": ")[2].split()[0] for step in steps]
+        assert words == ["reading", "measuring", "quantizing", "keeping", "running"]
     first = next(s for s in seen if s.detail.startswith("calibrating block 1 "))  # type: ignore[attr-defined]
     assert first.eta_seconds is None, "nothing is known before the first block is done"
     later = [s for s in seen if s.detail.startswith("calibrating block 4 ")]  # type: ignore[attr-defined]
     assert later and all(0.55 < s.bytes_done / s.bytes_total < 0.65 for s in later)
     assert all(0 < s.eta_seconds < 60 for s in later)
     lines = [record.message for record in caplog.records if "errors, nearest -> calibrated" in record.message]
-    assert [line.split()[1] for line in lines] == [f"layers.{i}" for i in range(5)]
+    assert [line.split(", ")[:2] for line in lines] == [
+        [f"calibration: block {i + 1} of 5", f"layers.{i}"] for i in range(5)
+    ]
     assert all(f"{key} " in line for line in lines for key in PRODUCTS)
+    steps = caplog.records[-1].message.partition(": ")[2]
+    assert re.fullmatch(
+        r"[\d.]+ s: reading [\d.]+, measuring [\d.]+, quantizing [\d.]+, keeping [\d.]+, running [\d.]+", steps
+    )
 
 
 # ---------------------------------------------------------------- memory

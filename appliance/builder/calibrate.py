@@ -94,6 +94,8 @@ class CalibratedTensors:
                         at, stored = index, self._store.tensors(index) if index < self._resumed else work.block(index)
                     plan = plan_tensors([spec], self._job.scheme, self._job.dtype)
                     yield spec, {tensor.name: stored[tensor.name] for tensor in plan}
+                self._store.wait()
+                work.finish()
         finally:
             reads.shutdown(cancel_futures=True)
 
@@ -163,6 +165,7 @@ class _Work:
         self._ahead: dict[int, Future[Tensors]] = {}  # the next block's weights, in host memory
         self._runner: BlockRunner | None = None
         self._hidden = torch.empty(0)  # [tokens, hidden], in the dtype that the runner computes in
+        self._steps = StepTimer(job.device)
 
     def block(self, index: int) -> Tensors:
         """The stored tensors of block `index`, by their names in the engine, in host memory. Called for each block in
@@ -182,13 +185,20 @@ class _Work:
         others = {key: tensor for key, tensor in tensors.items() if _is_other(key)}
         del weights, tensors, statistics  # the quantized block takes the place of the original
         stored = {f"{name}.{key}": tensor.cpu() for key, tensor in (others | _stored(job, found)).items()}
+        self._say(index, "keeping the block before it")
+        self._store.wait()  # the hidden states may still be written
         self._say(index, "running it quantized")
-        self._store.wait()  # it may still be writing the hidden states
         runner.advance(runner.block(index, others | _take_dequantized(found, runner.dtype)), self._hidden)
+        self._steps.end()
         report = _report(name, time.monotonic() - started, found)
-        log.info("calibration: %s", describe(report, len(self._blocks)))
+        log.info("calibration: block %d of %d, %s", index + 1, len(self._blocks), describe(report))
         self._store.save(stored, self._hidden, report)
         return stored
+
+    def finish(self) -> None:
+        """After the last block: what took how long."""
+        if self._steps.seconds:
+            log.info("calibration: %s", self._steps)
 
     def _read(self, index: int) -> Tensors:
         """This block's weights, in host memory; the next one's are read from now on."""
@@ -237,6 +247,7 @@ class _Work:
         self._job.checkpoint.release(source)
 
     def _say(self, index: int, what: str) -> None:
+        self._steps.begin(what.partition(" ")[0])
         self._meter.advance(0, f"calibrating block {index + 1} of {len(self._blocks)}: {what}")
 
 
@@ -283,14 +294,39 @@ def _report(name: str, seconds: float, found: QuantizedBlock) -> BlockReport:
     )
 
 
-def describe(report: BlockReport, count: int) -> str:
+def describe(report: BlockReport) -> str:
     """One line: errors of the products rounded to nearest -> as stored, and what was chosen."""
     parts = [
         f"{key} {report.nearest[key]:.2%} -> {report.result[key]:.2%} ({report.choices.get(key, '-')})"
         for key in PRODUCTS
     ]
-    return f"{report.name} of {count} in {report.seconds:.1f} s; errors, nearest -> calibrated: {', '.join(parts)}"
+    return f"{report.name}, in {report.seconds:.1f} s; errors, nearest -> calibrated: {', '.join(parts)}"
 
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6) if values else 0.0
+
+
+class StepTimer:
+    """Seconds of steps by name, each of which ends when the next begins. Waits for the GPU at every end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._name, self._since = "", 0.0
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._name, self._since = name, time.monotonic()
+
+    def end(self) -> None:
+        if self._name:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            taken = time.monotonic() - self._since
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + taken
+            self._name = ""
+
+    def __str__(self) -> str:
+        parts = [f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()]
+        return f"{sum(self.seconds.values()):.1f} s: {', '.join(parts)}"
