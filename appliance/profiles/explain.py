@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from appliance.errors import ProfileError
+from appliance.profiles import kernels
 from appliance.profiles.judge import Outcome
 from appliance.profiles.select import Selection
 from appliance.sizes import format_size
@@ -63,6 +64,7 @@ def _reasons(selection: Selection) -> Iterator[str]:
                 f"the checkpoint is already quantized to {published.label} and is served as it is: only "
                 f"{published.precision} profiles were considered"
             )
+        yield from _kernels(selection, selected)
         yield from _passed_over(selection, selected)
         yield from _about_gpus(selection, selected)
     yield from selection.hardware.notes
@@ -79,6 +81,14 @@ def _why(selection: Selection, chosen: Outcome) -> str:
         f"{chosen.name} on {on}: highest priority that can run{size}; needs {per_gpu}, predicted "
         f"{chosen.decode_ms:.2f} ms per token of one request, context up to {chosen.max_model_len} tokens"
     )
+
+
+def _kernels(selection: Selection, chosen: Outcome) -> Iterator[str]:
+    """What would run there, and whether it ever has."""
+    capability = selection.places[chosen.order].compute_capability
+    if chosen.backend == "cuda" and capability is not None:
+        head = chosen.head if selection.model.quantization is None else None  # of a published engine: as it came
+        yield f"kernels: {kernels.described(chosen.precision, chosen.activations, capability, head)}"
 
 
 def _gpu_list(selection: Selection, chosen: Outcome) -> str:

@@ -48,6 +48,8 @@ class Outcome(Struct, frozen=True):
     roomy: bool = False  # they serve several users at once
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
+    activations: str = ""  # the precision in which it computes what is not quantized
+    head: str | None = None  # how lm_head is stored ("fp8", "bf16": the model's own 16 bits); None: as the other layers
     max_kl: float | None = None  # the profile's limit on what quantization may do to the model's predictions
     devices: tuple[str, ...] = ()  # UUIDs, one per rank; empty on the CPU
     gpu_indices: tuple[int, ...] = ()
@@ -76,6 +78,8 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         priority=profile.priority_on(None if on_cpu else place.compute_capability),
         max_num_seqs=asked.max_num_seqs or profile.batching[objective].max_num_seqs,
         max_num_batched_tokens=asked.max_num_batched_tokens or profile.batching[objective].max_num_batched_tokens,
+        activations=activations(candidate, place),
+        head=_head(candidate, place, question),
         max_kl=profile.quality.max_kl if profile.quality is not None else None,
     )
     if draft.reason is not None:
@@ -119,14 +123,19 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
 
 def _stored(candidate: Candidate, place: Place, question: Question) -> predict.Stored:
     """How its weights lie in memory there; of a scheme that this build does not contain, all alike."""
-    profile, build = candidate.profile, question.capabilities
-    scheme, backend = build.scheme_of(profile.precision, profile.scheme), build.backends.get(profile.backend)
+    profile = candidate.profile
+    backend = question.capabilities.backends.get(profile.backend)
     return predict.stored_as(
         profile.precision,
         on_cpu=profile.backend == "cpu",
-        head=scheme.head_on(place.compute_capability) if scheme is not None else None,
+        head=_head(candidate, place, question),
         packed=backend.packed if backend is not None else (),
     )
+
+
+def _head(candidate: Candidate, place: Place, question: Question) -> str | None:
+    scheme = question.capabilities.scheme_of(candidate.profile.precision, candidate.profile.scheme)
+    return None if scheme is None else scheme.head_on(place.compute_capability)
 
 
 def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
