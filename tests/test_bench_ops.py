@@ -12,6 +12,7 @@ from quantized_helpers import needs_fp8
 
 from appliance.bench import int4_ops, ops
 from appliance.errors import HardwareError, SettingsError
+from appliance.kernels import int8_linear
 from appliance.kernels import skinny_linear as skinny
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.int4_linear import int4_linear_reference
@@ -76,6 +77,28 @@ def test_every_config_is_checked_and_the_quickest_is_named(
     assert "16, 64, 2, 4, 3, False" in printed and "16, 64, 1, 4, 3, False" not in printed
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
+def test_int8_has_tiles_beside_the_kernel_for_few_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the interpreter, with invented times: the library's two, one config for few rows, two tiles."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times = iter([9.0, 8.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(ops, "PRODUCTS", {"small": (48, 128)})
+    monkeypatch.setattr(ops, "ROTATED_BYTES", 2 * 48 * 128)
+    monkeypatch.setattr(ops, "_microseconds", lambda call, weights: call(weights[-1]) is not None and next(times))
+    monkeypatch.setattr(skinny, "candidates", lambda *shape: [skinny.Config(16, 64, 2, 4, 3, False)])
+    tiles = [int8_linear.TileConfig(32, 16, 64, 4, 3), int8_linear.TileConfig(32, 32, 64, 4, 3)]
+    monkeypatch.setattr(int8_linear, "tiles_for", lambda rows, shared: tiles)
+    monkeypatch.setattr(skinny, "shared_memory", lambda device: 1 << 17)
+    (case,) = ops._time_product("small", "int8", [3], device)
+    assert [timing["method"] for timing in case.timings] == ["deferred", "deferred, scaled", "skinny", "tiled", "tiled"]
+    summary = ops._summary(case, bandwidth=1e12)
+    assert (summary["default"], summary["tiled"], summary["config"]) == (3.0, 2.0, [32, 16, 64, 4, 3])
+    ops._show([case], 1e12, every=True)
+    assert "32, 32, 64, 4, 3" in capsys.readouterr().out
+
+
 def test_every_way_of_int4_is_checked_and_the_quickest_own_kernel_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,11 +137,11 @@ def test_every_way_of_int4_is_checked_and_the_quickest_own_kernel_is_named(
 def test_times_a_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ops, "PRODUCTS", {"small": (512, 1024)})
     monkeypatch.setattr(ops, "ROTATED_BYTES", 8 * 512 * 1024)
-    precisions = "fp8,bf16,int4" if torch.cuda.get_device_capability() >= (8, 9) else "bf16,int4"
+    precisions = "fp8,bf16,int8,int4" if torch.cuda.get_device_capability() >= (8, 9) else "bf16,int8,int4"
     assert ops.run(options("--products=small", "--rows=1,32,256", f"--precisions={precisions}")) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["best"]) == 3 * len(precisions.split(","))
-    plain = [case for case in result["best"] if case["precision"] != "int4"]
+    plain = [case for case in result["best"] if case["precision"] in ("fp8", "bf16")]
     assert all(case["skinny"] > 0 for case in plain if case["rows"] <= 64)
     assert all(case["dequantize"] > 0 and case["config"] for case in result["best"] if case["precision"] == "int4")
-    assert all(case["deferred"] > 0 for case in result["best"] if case["precision"] == "fp8")
+    assert all(case["deferred"] > 0 for case in result["best"] if case["precision"] in ("fp8", "int8"))

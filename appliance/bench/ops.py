@@ -2,6 +2,7 @@
 
 FP8 in the library: "row" applies a scale per row of either side itself; "deferred" leaves scales to the kernel that
 reads the result (where the appliance does, it costs nothing), "deferred, scaled" has a kernel of its own for them.
+INT8: "deferred" leaves exact int32 sums to that kernel, "tiled" is an own kernel for many rows.
 INT4 with 16-bit activations (int4_ops.py): "stream" and "tile" are own kernels, "dequantize" the library's behind one.
 
 Weights rotate over enough copies that no cache serves them; launches are timed in a CUDA graph, as in a decode step.
@@ -29,8 +30,8 @@ PRODUCTS = {
     "down": (4096, 14336),
     "lm_head": (128256, 4096),
 }
-PRECISIONS = ("fp8", "bf16", "int4")
-_OWN = ("skinny", "stream", "tile")  # methods with configs: own kernels
+PRECISIONS = ("fp8", "bf16", "int8", "int4")
+_OWN = ("skinny", "tiled", "stream", "tile")  # methods with configs: own kernels
 ROTATED_BYTES = 256 << 20  # five times the L2 cache of a Hopper GPU
 _MIN_LAUNCHES = 24  # in one graph, so that starting it does not count
 _REPLAYS = 7
@@ -47,8 +48,8 @@ class Case:
     m: int
     x: Any  # Tensor [m, k]
     weights: Any  # Tensor [copies, n, k]; with INT4 a list of (packed weight, scales and zero points)
-    scales: Any = None  # float32 [m, 1] with FP8
-    weight_scales: Any = None  # float32 [1, n] with FP8
+    scales: Any = None  # float32 [m, 1] with FP8 and INT8
+    weight_scales: Any = None  # float32 [1, n] with FP8 and INT8
     timings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -115,6 +116,13 @@ def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
     return parts
 
 
+def _dtype(precision: str) -> Any:
+    """Of weights, and of x."""
+    import torch
+
+    return {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}[precision]
+
+
 def _compile_ahead(precision: str, products: list[str], rows: list[int], device: Any) -> None:
     """Compile each candidate once, several at a time. What fails here is met again, and named, when it is timed."""
     import os
@@ -127,7 +135,7 @@ def _compile_ahead(precision: str, products: list[str], rows: list[int], device:
     if precision == "int4":
         int4_ops.compile_ahead(products, rows, device)
         return
-    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
+    dtype = _dtype(precision)
     sms = skinny.multiprocessors(device)
     wanted = {
         (config, skinny.block_m(m))
@@ -142,7 +150,7 @@ def _compile_ahead(precision: str, products: list[str], rows: list[int], device:
         k = config.k_bytes // dtype.itemsize * config.split * 2  # a product of that config, as small as can be
         x, weight = (torch.zeros(size, k, device=device).to(dtype) for size in (m, config.block_n))
         scales = (torch.ones(m, 1, device=device), torch.ones(1, config.block_n, device=device))
-        row_scales, weight_scales = scales if precision == "fp8" else (None, None)
+        row_scales, weight_scales = scales if dtype.itemsize == 1 else (None, None)
         try:
             torch.cuda.set_device(device)
             skinny.skinny_linear(x, weight, None, torch.bfloat16, row_scales, weight_scales, config)
@@ -161,18 +169,18 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
     import torch
 
     from appliance.bench import int4_ops
-    from appliance.kernels.fp8_linear import quantize_rows
+    from appliance.kernels.row_quantization import quantize_rows
 
     if precision == "int4":
         yield from int4_ops.time_product(name, rows, device)
         return
     n, k = PRODUCTS[name]
-    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
+    dtype = _dtype(precision)
     torch.manual_seed(0)
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
     weight_scales = None
-    if precision == "fp8":
-        weight, weight_scales = quantize_rows(weight)
+    if dtype.itemsize == 1:
+        weight, weight_scales = quantize_rows(weight, dtype)
         weight_scales = weight_scales.view(1, -1)
     copies = max(2, -(-ROTATED_BYTES // (n * k * dtype.itemsize)))
     weights = torch.empty((copies, n, k), dtype=dtype, device=device)
@@ -182,8 +190,8 @@ def _time_product(name: str, precision: str, rows: list[int], device: Any) -> An
         if not is_timed(name, m):
             continue
         x, scales = torch.randn(m, k, device=device, dtype=torch.bfloat16), None
-        if precision == "fp8":
-            x, scales = quantize_rows(x)
+        if dtype.itemsize == 1:
+            x, scales = quantize_rows(x, dtype)
         case = Case(name, precision, m, x, weights, scales, weight_scales)
         _time_case(case)
         yield case
@@ -201,9 +209,8 @@ def _time_case(case: Case) -> None:
     for method, call in _library(case).items():
         time_one(case, method, None, call, expected)
     size = case.weights.element_size()
-    if case.m > skinny.MAX_ROWS:
-        return
-    for config in skinny.candidates(n, k, case.m, skinny.multiprocessors(case.x.device), size):
+    configs = skinny.candidates(n, k, case.m, skinny.multiprocessors(case.x.device), size)
+    for config in configs if case.m <= skinny.MAX_ROWS else ():
 
         def call(weight: Any, config: Any = config) -> Any:
             return skinny.skinny_linear(
@@ -211,6 +218,23 @@ def _time_case(case: Case) -> None:
             )
 
         time_one(case, "skinny", list(astuple(config)), call, expected)
+    if case.precision == "int8":
+        _time_tiles(case, expected)
+
+
+def _time_tiles(case: Case, expected: Any) -> None:
+    """The own INT8 kernel for many rows, in each of its configs."""
+    from appliance.kernels import int8_linear as int8
+    from appliance.kernels.skinny_linear import shared_memory
+
+    for tile in int8.tiles_for(case.m, shared_memory(case.x.device)):
+
+        def call(weight: Any, tile: Any = tile) -> Any:
+            return int8.int8_linear_triton(
+                case.x, case.scales, weight, case.weight_scales, None, _out_dtype(), config=tile
+            )
+
+        time_one(case, "tiled", list(astuple(tile)), call, expected)
 
 
 def _out_dtype() -> Any:
@@ -242,6 +266,7 @@ def _library(case: Case) -> dict[str, Callable[[Any], Any]]:
     if case.precision == "bf16":
         return {"cuBLAS bf16": lambda weight: F.linear(case.x, weight)}
     from appliance.kernels.fp8_linear import fp8_linear_deferred
+    from appliance.kernels.int8_linear import int8_linear_deferred
 
     def by_row(weight: Any) -> Any:
         return torch._scaled_mm(
@@ -249,12 +274,15 @@ def _library(case: Case) -> dict[str, Callable[[Any], Any]]:
         )
 
     def deferred(weight: Any) -> Any:
+        if case.precision == "int8":
+            return int8_linear_deferred(case.x, case.scales, weight, case.weight_scales, None, _out_dtype())
         return fp8_linear_deferred(case.x, case.scales, weight, case.weight_scales, None)
 
     def scaled(weight: Any) -> Any:
         return deferred(weight).materialize(_out_dtype())
 
-    return {"_scaled_mm row": by_row, "deferred": deferred, "deferred, scaled": scaled}
+    found: dict[str, Callable[[Any], Any]] = {"deferred": deferred, "deferred, scaled": scaled}
+    return found if case.precision == "int8" else {"_scaled_mm row": by_row, **found}
 
 
 def time_one(case: Case, method: str, config: list[Any] | None, call: Callable[[Any], Any], expected: Any) -> None:
@@ -314,7 +342,7 @@ def _summary(case: Case, bandwidth: float) -> dict[str, Any]:
         if timing["method"] not in _OWN:
             summary[timing["method"]] = timing.get("us")
     own = [timing for timing in case.timings if timing["method"] in _OWN]
-    if own:
+    if own and own[0]["method"] != "tiled":  # of which none serves untimed
         summary["default"] = own[0].get("us")
     if best := _best(case):
         share = case.weight_bytes / (best["us"] * 1e-6) / bandwidth
@@ -324,7 +352,7 @@ def _summary(case: Case, bandwidth: float) -> dict[str, Any]:
 
 def _show(cases: list[Case], bandwidth: float, *, every: bool) -> None:
     configs = "block_n, k_bytes, split, warps, stages, weight_first"
-    if cases[0].precision == "int4":
+    if cases[0].precision in ("int4", "int8"):
         configs = "config"
     n, k = PRODUCTS[cases[0].name]
     table = Table("rows", "method", "µs", "TB/s", "share", "TFLOP/s", configs)
