@@ -34,6 +34,7 @@ from appliance.checkpoint import Checkpoint, read_model_config
 from appliance.engines import EngineStore, read_manifest
 from appliance.engines.meter import ByteMeter
 from appliance.errors import EngineBuildError, NoSpaceError, SettingsError
+from appliance.hardware.host import Host
 from appliance.ipc import Progress
 from appliance.layers.decoder import Decoder
 from appliance.quantization.calibration.block import PRODUCTS
@@ -139,6 +140,18 @@ def test_no_space_counts_what_is_kept_beside_the_engine(llama: Path, tmp_path: P
         needed.append(float(refused.value.message.split("needs ")[1].split(" MiB")[0]))
     hidden = 2 * 1024 * 64 * 128 * compute_dtype(torch.bfloat16, torch.device("cpu")).itemsize / 2**20
     assert needed[1] > needed[0] + hidden
+
+
+def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        EngineBuildError, match=r"layers\.1\.mlp\.down is to stay unquantized, but calibration quantizes"
+    ):
+        build(request_of(llama, tmp_path, scheme_parameters={"unquantized": ["layers.1.mlp.down"]}))
+    monkeypatch.setattr(calibrate, "host", lambda: Host(cpu_cores=1, memory=1 << 30, free_memory=700_000))
+    with pytest.raises(
+        SettingsError, match=r"calibrating with 1536 tokens needs .* KiB of memory .* 683\.6 KiB are free"
+    ):
+        build(request_of(llama, tmp_path))
 
 
 # ---------------------------------------------------------------- progress

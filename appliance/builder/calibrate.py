@@ -12,6 +12,7 @@ Knows models only through `calibration_blocks.py`, and algorithms only through `
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,12 +33,14 @@ from appliance.builder.calibration_blocks import (
 )
 from appliance.builder.calibration_data import CalibrationTokens
 from appliance.builder.calibration_store import BlockReport, CalibrationStore
-from appliance.builder.convert import join, plan_tensors, quantize, source_bytes
+from appliance.builder.convert import join, joined_shape, plan_tensors, quantize, source_bytes
 from appliance.builder.job import Job
-from appliance.engines.disk import tree_bytes
+from appliance.engines.disk import gib, tree_bytes
 from appliance.engines.key import engine_key
 from appliance.engines.manifest import CalibrationSummary, SelfCheck
 from appliance.engines.meter import ByteMeter
+from appliance.errors import EngineBuildError, SettingsError
+from appliance.hardware.host import host
 from appliance.quantization.calibration.block import NORMS, PRODUCTS, QuantizedBlock
 from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.types import WeightSpec
@@ -50,22 +53,22 @@ _ROOM = 8  # blocks of weights that must fit beside the hidden states on a GPU, 
 
 
 class CalibratedTensors:
-    """A source of an engine's tensors (`stored.StoredTensors`)."""
+    """A source of an engine's tensors (`convert.StoredTensors`)."""
 
     exact = False
 
     def __init__(self, job: Job, tokens: CalibrationTokens, directory: Path) -> None:
         """`directory`: where finished blocks are kept until the engine is there; what is there of the same engine is
         gone on with. Raises CheckpointError for a tensor that is missing or of another shape, EngineBuildError for a
-        model that cannot be calibrated."""
+        model or parameters that cannot be calibrated, SettingsError for more text than there is memory for."""
         job.checkpoint.check(job.specs)
         self._job = job
         self._tokens = tokens
         self._blocks = blocks_of(job.specs, job.config)
-        for block in self._blocks:
-            assert all(job.scheme.of(spec.name) is job.scheme for spec in block if spec.kind == "linear")
+        _require_one_scheme(job, self._blocks)
         shape = (tokens.num_tokens, job.config.hidden_size)
         dtype = compute_dtype(job.dtype, job.device)
+        _require_memory(shape, dtype, job, self._blocks[0])
         self._store = CalibrationStore(directory, engine_key(job.inputs), shape, dtype)
         self._resumed = self._store.done
         plan = plan_tensors([spec for block in self._blocks for spec in block], job.scheme, job.dtype)
@@ -249,6 +252,27 @@ class _Work:
     def _say(self, index: int, what: str) -> None:
         self._steps.begin(what.partition(" ")[0])
         self._meter.advance(0, f"calibrating block {index + 1} of {len(self._blocks)}: {what}")
+
+
+def _require_one_scheme(job: Job, blocks: Sequence[list[WeightSpec]]) -> None:
+    for spec in (spec for block in blocks for spec in block if spec.kind == "linear"):
+        if job.scheme.of(spec.name) is not job.scheme:
+            raise EngineBuildError(
+                f"{spec.name} is to stay unquantized, but calibration quantizes all products of a block",
+                hint="leave it out of the scheme's parameters, or build with --calibration-data none",
+            )
+
+
+def _require_memory(shape: tuple[int, int], dtype: torch.dtype, job: Job, block: Sequence[WeightSpec]) -> None:
+    hidden = shape[0] * shape[1] * dtype.itemsize
+    weights = 2 * sum(math.prod(joined_shape(spec)) for spec in block) * dtype.itemsize
+    free = host().free_memory
+    if _home(shape, dtype, job, block).type == "cpu" and hidden + weights > free:
+        raise SettingsError(
+            f"calibrating with {shape[0]} tokens needs {gib(hidden)} of memory for their hidden states and "
+            f"{gib(weights)} for two blocks of weights; {gib(free)} are free",
+            hint="lower --calibration-samples or --calibration-length",
+        )
 
 
 def _is_other(name: str) -> bool:
