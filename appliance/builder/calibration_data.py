@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance import builtin
 from appliance.builder import calibration_text
+from appliance.builder.quality_text import is_builtin
 from appliance.builder.request import BuildRequest, is_calibrated
 from appliance.errors import CheckpointError, SettingsError
 from appliance.types import ModelConfig
@@ -127,19 +127,9 @@ def source_of(data: str, checkpoint: Path) -> CalibrationSource:
     model the text that ships. Raises SettingsError for what cannot be read."""
     if data:
         return _from_files(Path(data).expanduser())
-    if knows_tasks(checkpoint):
+    if is_builtin(checkpoint):  # by its tokenizer, so wherever a copy lies
         return TaskSource()
     return TextSource("the text that ships", calibration_text.DIGEST, calibration_text.text)
-
-
-def knows_tasks(checkpoint: Path) -> bool:
-    """Whether a model was trained on the built-in tasks: it has the tokenizer made for them, byte by byte. So the
-    answer is the same for a copy of the built-in model, wherever it lies."""
-    theirs, ours = checkpoint / "tokenizer.json", builtin.checkpoint_dir() / "tokenizer.json"
-    try:
-        return theirs.stat().st_size == ours.stat().st_size and theirs.read_bytes() == ours.read_bytes()
-    except OSError:
-        return False
 
 
 def key_parameters(data: str, checkpoint: Path, samples: int, length: int) -> dict[str, Any]:
