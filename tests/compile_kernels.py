@@ -48,6 +48,7 @@ INT8_PRODUCT = {"x": "*i8", "values": "*i8", "weight": "*i8", "out": "*bf16", "p
 # (kernel, constants, of which those that it has count, warps, types that differ)
 CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
     (deferred_scale._materialize_kernel, {**DEFERRED, "BLOCK": 1024}, 4, {"out": "*fp32"}),
+    (deferred_scale._materialize_kernel, {**DEFERRED, "BLOCK": 1024}, 4, {"values": "*i32", "out": "*bf16"}),
     (norm._rms_norm_kernel, {**DEFERRED, **FP8, "HAS_RESIDUAL": True, "QUANTIZE": True, "BLOCK": 4096}, 8, TO_FP8),
     (norm._qk_rms_norm_kernel, {**DEFERRED, "head_dim": 128, "BLOCK": 128}, 1, {}),
     (norm._rms_norm_kernel, {**DEFERRED, **INT8, "HAS_RESIDUAL": True, "QUANTIZE": True, "BLOCK": 4096}, 8, INT8_SUMS),
@@ -69,6 +70,13 @@ CASES: list[tuple[Any, dict[str, Any], int, dict[str, str]]] = [
         2,
         {"cache": "*fp8e4nv"},
     ),
+    (
+        rope_cache._rope_kernel,
+        {**DEFERRED, **ROPE, "HEADS": 8, "HALF": 64, "SCALED": False, "LARGEST": 448.0},
+        4,
+        {"q": "*i32", "k": "*i32", "v": "*i32", "cache": "*bf16"},
+    ),
+    (sampling._draw_kernel, {**DEFERRED, "GREEDY": True, "FILTERED": False, "BLOCK": 2048}, 4, {"logits": "*i32"}),
     (sampling._draw_kernel, {**DEFERRED, "GREEDY": True, "FILTERED": False, "BLOCK": 2048}, 4, {}),
     (sampling._best_of_blocks_kernel, {"BLOCK": 64, "PDL": True}, 1, {"out": "*i64"}),
     (sampling._draw_kernel, {**DEFERRED, "GREEDY": False, "FILTERED": True, "BLOCK": 2048}, 4, {"logits": "*fp32"}),

@@ -18,7 +18,7 @@ def test_the_cpu_backend_refuses_it(tmp_path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_numbers_do_not_depend_on_the_batch(precision: str, tmp_path) -> None:
     """Log probabilities are compared as they are: any other order of summation shows."""
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=3, prompt_logprobs=1)

@@ -92,3 +92,14 @@ def test_a_chain_of_kernels_in_a_graph(rows: int) -> None:
     for _ in range(20):
         graph.replay()
     assert torch.equal(out, eager) and eager.isfinite().all() and eager.float().std() > 0.5
+
+
+def test_rows_alone_have_the_bits_that_they_have_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TABLE, "batch_invariant", True)
+    scheme, bias = Scheme(), randn(512, dtype=torch.bfloat16, seed=2)
+    prepared = scheme.prepare(scheme.quantize(randn(512, 1024, dtype=torch.bfloat16, seed=1)))
+    x = randn(300, 1024, dtype=torch.bfloat16)
+    together = scheme.apply_deferred(prepared, x, bias, torch.bfloat16)
+    assert isinstance(together, Tensor)
+    for rows in (1, 3, 17, 64, 65, 299):
+        assert torch.equal(scheme.apply_deferred(prepared, x[:rows], bias, torch.bfloat16), together[:rows])

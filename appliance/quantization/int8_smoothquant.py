@@ -43,6 +43,7 @@ PLUGIN = {
     "precisions": ["int8"],
     "weight_bits": 8,
     "activation_bits": 8,
+    "batch_invariant": True,
     "min_compute_capability": [7, 5],
     # hidden_size, intermediate_size and heads * head_dim, each divided by the ranks that share it, must be multiples.
     "dimension_multiple": 16,
@@ -102,6 +103,8 @@ class Scheme(PrecisionScheme):
         (n, k), rows = weight.shape, x[0].shape[0]
         if bias is not None and bias.shape[0] < n:
             bias = F.pad(bias, (0, n - bias.shape[0]))
+        if TABLE.batch_invariant:  # sums are exact, and scales are applied number by number
+            return materialize(_deferred(tensors, x, bias, dtype), dtype)
         tactic = TABLE.find(str(PLUGIN["name"]), n, k, rows, lambda bucket: self.tactics(n, k, bucket, weight.device))
         product: Product = (tactic or _default(rows, weight.device))(tensors, x, bias, dtype)
         return product
