@@ -14,7 +14,7 @@ import torch
 from quantized_helpers import DEVICE, randn, strided
 from torch import Tensor
 
-from appliance.kernels import int4_linear, int4_native, int4_triton
+from appliance.kernels import int4_linear, int4_native, int4_triton, int4_wide
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.int4_linear import dequantize_reference, dequantized_linear, int4_linear_reference, ways
 from appliance.kernels.int4_triton import TileConfig, dequantize_triton, tile_linear
@@ -106,15 +106,17 @@ def test_order_bias_and_no_rows() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 256, 512, 8192])
 def test_the_default_comes_first_among_the_ways(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for native in (True, False):
+    monkeypatch.setattr(int4_native, "shared_limit", lambda index: 227 << 10)
+    for native, wide in ((True, True), (True, False), (False, False)):
         monkeypatch.setattr(int4_native, "takes", lambda group, device, native=native: native)
-        monkeypatch.setattr(int4_native, "shared_limit", lambda index: 227 << 10)
+        monkeypatch.setattr(int4_wide, "takes", lambda group, device, wide=wide: wide)
         found = ways(28672, 4096, 128, rows, torch.device("cpu"))
         first, way = next(iter(found.items()))
-        expected = int4_linear.default_way(rows, 128, torch.device("cpu"))
-        assert getattr(way, "func", way) is expected and "dequantize" in found
-        assert {name.split()[0] for name in found} <= {"stream", "tile", "dequantize"}
-        assert first.startswith("stream") == (native and rows <= 64)
+        assert getattr(way, "func", way) is int4_linear.default_way(rows, 128, torch.device("cpu"))
+        kinds = {name.split()[0] for name in found}
+        assert "dequantize" in found and kinds <= {"stream", "dequantize", "wide" if wide else "tile"}
+        assert first.startswith("stream") == (native and rows <= (16 if wide else 64))
+        assert first.startswith("wide") == (wide and 16 < rows <= 256)
         assert ("dequantize sliced" in found) and len(found) == len(set(found))
 
 

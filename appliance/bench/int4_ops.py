@@ -76,6 +76,6 @@ def time_product(name: str, rows: list[int], device: torch.device) -> Iterator[o
                 return way(x, *weight, None)
 
             method, _, config = way_name.partition(" ")
-            own = method in ("stream", "tile")
+            own = method in ("stream", "wide", "tile")
             ops.time_one(case, method if own else way_name, [config] if own else None, call, expected)
         yield case

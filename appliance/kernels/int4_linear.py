@@ -1,8 +1,8 @@
 """x @ weight.T with packed 4-bit weights and 16-bit activations (W4A16): ways to compute it, and the plain reference.
 
-Three ways: CUDA C++ that streams the weight for few rows (`int4_native.py`), Triton tiles (`int4_triton.py`), and, for
-prompts, dequantization to 16 bits in front of the library's product, a layer or a slice of it at a time: there is
-never a second copy of a model's weights. Which serves how many rows is a tactic (`kernels/tactics.py`); `default_way`
+The ways: CUDA C++ that streams the weight for few rows (`int4_native.py`), and on Hopper for more of them
+(`int4_wide.py`); Triton tiles (`int4_triton.py`) where those do not run; and, for prompts, dequantization to 16 bits in
+front of the library's product, a layer or a slice of it at a time: there is never a second copy of a model's weights. Which serves how many rows is a tactic (`kernels/tactics.py`); `default_way`
 is the choice without timings. Knows the packed layout and activation order; knows nothing of schemes or layers.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appliance.kernels import int4_native, int4_triton
+from appliance.kernels import int4_native, int4_triton, int4_wide
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.int4_layout import PER_WORD, unpack
 from appliance.kernels.skinny_linear import multiprocessors
@@ -23,8 +23,9 @@ from appliance.kernels.skinny_linear import multiprocessors
 # (x, weight, scale_zero, bias) -> x @ weight.T + bias in x's dtype
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-NATIVE_ROWS = 64  # up to so many rows the streaming kernel is the default where it runs
-TIMED_ROWS = 256  # up to so many rows both kernels are worth timing
+STREAMED_ROWS = 64  # up to so many rows the streaming kernel is the default where it runs
+FEW_ROWS = 16  # the same where the kernel for Hopper runs
+TIMED_ROWS = 256  # up to so many rows kernels are worth timing, and the default where they run
 _SLICE_BYTES = 32 << 20  # of dequantized weight: a slice is still in the L2 cache of a large GPU when it is multiplied
 
 
@@ -84,7 +85,9 @@ def dequantize(weight: Tensor, scale_zero: Tensor, dtype: torch.dtype) -> Tensor
 
 def default_way(rows: int, group: int, device: torch.device) -> Way:
     """Where nothing was timed."""
-    if rows <= NATIVE_ROWS and int4_native.takes(group, device):
+    if rows <= TIMED_ROWS and int4_wide.takes(group, device):
+        return int4_native.stream_linear if rows <= FEW_ROWS else int4_wide.wide_linear
+    if rows <= STREAMED_ROWS and int4_native.takes(group, device):
         return int4_native.stream_linear
     if rows <= TIMED_ROWS and HAS_TRITON and int4_triton.takes(group):
         return int4_triton.tile_linear
@@ -97,7 +100,12 @@ def ways(n: int, k: int, group: int, rows: int, device: torch.device) -> dict[st
     if rows <= TIMED_ROWS and int4_native.takes(group, device):
         for config in int4_native.candidates(rows, group, device):
             found[f"stream {config.name}"] = functools.partial(int4_native.stream_linear, config=config)
-    if rows <= TIMED_ROWS and HAS_TRITON and int4_triton.takes(group):
+    wide = rows <= TIMED_ROWS and int4_wide.takes(group, device)
+    if wide:
+        limit = int4_native.shared_limit(device.index or 0)
+        for block in int4_wide.candidates(n, k, rows, group, multiprocessors(device), limit):
+            found[f"wide {block.name}"] = functools.partial(int4_wide.wide_linear, config=block)
+    if rows <= TIMED_ROWS and not wide and HAS_TRITON and int4_triton.takes(group):
         limit = int4_native.shared_limit(device.index or 0)
         for tile in int4_triton.candidates(n, k, rows, multiprocessors(device), limit):
             found[f"tile {tile.name}"] = functools.partial(int4_triton.tile_linear, config=tile)

@@ -1,9 +1,8 @@
 """x @ weight.T with 4-bit weights, by own CUDA C++ (`int4/linear.cu`): streams the weight at memory bandwidth, for few
 rows of x. Compute capability 8.0 and newer.
 
-NVRTC compiles a kernel for each config, group size and dtype in less than a second, without headers; the cubin goes
-the way of all compiled kernels (`kernels/compiled.py`). Launches go to torch's current stream and can be captured; on
-Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never
+A kernel is compiled for each config, group size and dtype (`int4_launch.py`). Launches go to torch's current stream and
+can be captured; on Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never
 change, while the kernel in front still computes x. A workspace of each launch and counters taken in turn keep several
 streams apart.
 """
@@ -11,22 +10,18 @@ streams apart.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from appliance.kernels.compiled import KERNELS
 from appliance.kernels.dependent_launch import launch_options
+from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
 from appliance.kernels.skinny_linear import arrival_counters, multiprocessors
 
 MOST_COLUMN_TILES = 8  # of 8 rows of x; with more rows, a tile of the weight is multiplied more than once
-_SOURCES = ("primitives.cuh", "linear.cu")
 _SMALLEST_SHARED_LIMIT = 99 << 10  # of compute capability 8.6, 8.9 and 12.x
 _RESERVED = 1280  # bytes of shared memory of a block that are not stages
 
@@ -190,60 +185,10 @@ def stream_linear(
     return out
 
 
-class _Kernel:
-    """One compiled kernel, loaded."""
-
-    def __init__(self, code: bytes, threads: int, shared: int, index: int) -> None:
-        from cuda.bindings import driver
-        from cuda.core import ObjectCode
-
-        self._kernel = ObjectCode.from_cubin(code).get_kernel("int4_linear")
-        self._threads, self._shared = threads, shared
-        self._configs: dict[tuple[int, bool], Any] = {}
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(
-            attribute, shared, driver.CUkernel(int(self._kernel.handle)), driver.CUdevice(index)
-        )
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"an int4 kernel cannot have {shared} bytes of shared memory: {error}")
-
-    def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        config = self._configs.get((blocks, dependent))
-        if config is None:
-            config = self._configs[blocks, dependent] = LaunchConfig(
-                grid=blocks,
-                block=self._threads,
-                shmem_size=self._shared,
-                programmatic_stream_serialization=dependent,
-            )
-        launch(_current_stream(), config, self._kernel, *arguments)
-
-
-class _TorchStream:
-    """Torch's current stream, in the protocol that cuda.core takes streams by."""
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
-
-
-def _current_stream() -> Any:
-    from cuda.core import Device
-
-    device = Device(torch.cuda.current_device())
-    device.set_current()
-    return device.create_stream(_TorchStream())
-
-
 @functools.cache
-def _kernel(config: Config, group: int, dtype: torch.dtype, index: int) -> _Kernel:
-    constants = macros(config, group, dtype)
-    code = KERNELS.native(_name(constants), lambda: _compile(constants))
-    return _Kernel(code, 32 * config.warps, config.shared_bytes(8 * config.column_tiles, group), index)
-
-
-# ---------------------------------------------------------------- compiling
+def _kernel(config: Config, group: int, dtype: torch.dtype, index: int) -> Kernel:
+    shared = config.shared_bytes(8 * config.column_tiles, group)
+    return load(source(), macros(config, group, dtype), 32 * config.warps, shared, index)
 
 
 def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
@@ -263,27 +208,4 @@ def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
 
 @functools.cache
 def source() -> str:
-    directory = Path(__file__).parent / "int4"
-    return "\n".join((directory / name).read_text() for name in _SOURCES)
-
-
-def _name(constants: Mapping[str, int]) -> str:
-    """Of the cubin: a digest of all that it depends on but the architecture."""
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
-    key = f"{source()}\n{sorted(constants.items())}\nNVRTC {major}.{minor}"
-    return f"int4-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-
-
-def _compile(constants: Mapping[str, int]) -> bytes:
-    from cuda.core import Program, ProgramOptions
-
-    major, minor = torch.cuda.get_device_capability()
-    options = ProgramOptions(
-        std="c++17",
-        arch=f"sm_{major}{minor}",
-        define_macro=[(name, str(value)) for name, value in constants.items()],
-        use_fast_math=False,
-    )
-    return bytes(Program(source(), "c++", options).compile("cubin").code)
+    return read_sources("primitives.cuh", "linear.cu")

@@ -32,6 +32,7 @@ constexpr int kStageBytes = kWeightBytes + kXBytes + kScaleBytes;
 // same.
 constexpr int kParts = COLUMN_TILES * ROW_TILES == 1 ? 2 : 1;
 constexpr int kTogether = COLUMN_TILES * ROW_TILES <= 4 ? COLUMN_TILES : 4 / ROW_TILES;  // tiles of columns
+constexpr int kJoined = COLUMN_TILES * ROW_TILES <= 4 ? 8 / (COLUMN_TILES * ROW_TILES) : 1;  // blocks' sums read at a time
 constexpr int kUnrolledSpans = COLUMN_TILES * ROW_TILES >= 8 ? 1 : kSpans;  // registers hold the operands of so many
 
 static_assert(GROUP % 32 == 0 && CHUNK % 256 == 0, "what a thread takes at once has one scale; rows are whole lines");
@@ -167,13 +168,27 @@ struct XLoader {
     }
   }
 
-  // Through registers: it does not wait for the copies of weights that were begun before.
-  __device__ __forceinline__ void load_now(int stage) const {
-    uint4 held[kCopies];
+  // The first `units` chunks, through registers: that does not wait for the copies of weights that were begun before.
+  __device__ __forceinline__ void load_first(const Problem& p, int units) {
+    constexpr int kBatch = kCopies < 16 ? 16 / kCopies : 1;  // stages on their way at a time
 #pragma unroll
-    for (int i = 0; i < kCopies; i++) held[i] = there(i) ? load16(from + i * step) : uint4{0, 0, 0, 0};
+    for (int first = 0; first < STAGES - 1; first += kBatch) {
+      uint4 held[kBatch][kCopies];
 #pragma unroll
-    for (int i = 0; i < kCopies; i++) store_shared16(to + stage * kStageBytes + i * (kRowsAtOnce * kXPieces * 16), held[i]);
+      for (int b = 0; b < kBatch && first + b < STAGES - 1; b++) {
+        if (first + b >= units) continue;
+#pragma unroll
+        for (int i = 0; i < kCopies; i++) held[b][i] = there(i) ? load16(from + i * step) : uint4{0, 0, 0, 0};
+        advance(p);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch && first + b < STAGES - 1; b++) {
+        if (first + b >= units) continue;
+#pragma unroll
+        for (int i = 0; i < kCopies; i++)
+          store_shared16(to + (first + b) * kStageBytes + i * (kRowsAtOnce * kXPieces * 16), held[b][i]);
+      }
+    }
   }
 
   __device__ __forceinline__ void advance(const Problem& p) {
@@ -361,14 +376,19 @@ __device__ __forceinline__ bool join(const Problem& p, int tile, int first, int 
   __threadfence();
   sums.clear();
 #pragma unroll 1
-  for (int block = first; block <= last; block++) {
-    const float4* from = slot(p, block, block == first);
+  for (int block = first; block <= last; block += kJoined) {
+    float4 v[kJoined][COLUMN_TILES * ROW_TILES];
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; c++)
+    for (int b = 0; b < kJoined; b++)
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) {
-        const float4 v = load_others(from + (c * ROW_TILES + r) * kThreads);
-        sums.of[c][r][0] += v.x, sums.of[c][r][1] += v.y, sums.of[c][r][2] += v.z, sums.of[c][r][3] += v.w;
+      for (int i = 0; i < COLUMN_TILES * ROW_TILES; i++)
+        if (block + b <= last) v[b][i] = load_others(slot(p, block + b, block + b == first) + i * kThreads);
+#pragma unroll
+    for (int b = 0; b < kJoined; b++)
+#pragma unroll
+      for (int i = 0; i < COLUMN_TILES * ROW_TILES; i++) {
+        float(&sum)[4] = sums.of[i / ROW_TILES][i % ROW_TILES];
+        if (block + b <= last) sum[0] += v[b][i].x, sum[1] += v[b][i].y, sum[2] += v[b][i].z, sum[3] += v[b][i].w;
       }
   }
   return true;
@@ -395,11 +415,7 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   }
   wait_for_kernel_in_front();
   XLoader x_loader(p, first);
-#pragma unroll 1
-  for (int stage = 0; stage < STAGES - 1 && first + stage < end; stage++) {
-    x_loader.load_now(stage);
-    x_loader.advance(p);
-  }
+  x_loader.load_first(p, end - first);
 
   const Places places;
   Sums sums;

@@ -7,7 +7,7 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using int64_t = long long;
 
-extern __shared__ __align__(128) uint8_t shared_memory[];
+extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 // ---------------------------------------------------------------- copies into shared memory
 
@@ -67,6 +67,16 @@ __device__ __forceinline__ void store_shared16(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+__device__ __forceinline__ void store_shared4(uint32_t to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+
+__device__ __forceinline__ float4 load_floats16(uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 load16(const void* from) { return *(const uint4*)from; }
 
 // Past L1: what other blocks wrote during this launch.
@@ -118,6 +128,9 @@ __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_
   return out;
 }
 
+// Two at a time: a * b, rounded once.
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return multiply_add(a, b, 0x80008000); }
+
 __device__ __forceinline__ float half_value(uint16_t bits) {
   float v;
   asm("{.reg .f16 h;\nmov.b16 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(v) : "h"(bits));
@@ -131,6 +144,17 @@ __device__ __forceinline__ uint32_t twice(float v) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(out) : "f"(v));
 #else
   asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(out) : "f"(v));
+#endif
+  return out;
+}
+
+// Two floats, each rounded to 16 bits.
+__device__ __forceinline__ uint32_t both(float low, float high) {
+  uint32_t out;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
 #endif
   return out;
 }

@@ -1,0 +1,302 @@
+// out = x @ weight.T + bias with 4-bit weights and 16-bit activations on Hopper, for up to some hundred rows of x.
+//
+// A block has a tile of kRows weight rows by COLUMNS rows of x, and a share of the inner dimension; the SPLIT blocks of a
+// tile are a cluster, which adds the shares up in their order through its shared memory: the same bits on every run.
+//
+// The weight is the left operand of a warpgroup's product (wgmma), which comes from registers: 16-byte pieces of a row go
+// from shared memory to the four threads that have the row, each takes its two nibbles of every word (consecutive inner
+// positions, so x may lie in shared memory as it is in memory), puts them under the exponent of 128 (float16: 1024), takes off
+// 128 + zero point, which is exact, and multiplies by the scale, which is rounded to the type of x. While the tensor cores
+// multiply one piece, the next is being made.
+//
+// Compile-time: BF16 (else float16), GROUP (inner positions of a scale), COLUMNS (8 to 128), WARPGROUPS, CHUNK (inner
+// positions of a stage), STAGES, SPLIT, BLOCKS_PER_SM.
+
+constexpr int kThreads = 128 * WARPGROUPS;
+constexpr int kRows = 64 * WARPGROUPS;
+constexpr int kPieces = CHUNK / 32;   // 16 bytes of a weight row
+constexpr int kXPieces = CHUNK / 8;   // 16 bytes of a row of x
+constexpr int kLowestGroupBit = GROUP & -GROUP;
+constexpr int kSpan = kLowestGroupBit < CHUNK ? kLowestGroupBit : CHUNK;  // positions of a chunk with one scale
+constexpr int kSpans = CHUNK / kSpan;
+constexpr int kXBytes = COLUMNS * CHUNK * 2;
+constexpr int kWeightBytes = kRows * CHUNK / 2;
+constexpr int kStageBytes = (kXBytes + kWeightBytes + kRows * kSpans * 4 + 1023) / 1024 * 1024;
+constexpr int kAhead = STAGES - 2;  // chunks under way: products of the chunk before may still read theirs
+constexpr int kSumStride = kRows + 4;  // from one row of x to the next where shares are added up: without bank conflicts
+
+static_assert(GROUP % 32 == 0 && CHUNK % 64 == 0 && STAGES >= 3, "x lies in rows of 128 bytes; a piece has one scale");
+
+struct Problem {
+  const uint8_t* weight;      // [n, k / 2]
+  const uint8_t* scale_zero;  // float16 [n, k / GROUP, 2]
+  const uint16_t* x;          // [m, k], rows x_stride apart, 16-byte aligned
+  const uint16_t* bias;       // [n] or null
+  uint16_t* out;              // [m, n]
+  int m, n, k;
+  int64_t x_stride;
+  int first_row, first_column;    // of the tile
+  int first_chunk, chunk_count;   // of the share
+};
+
+// ---------------------------------------------------------------- chunks, into shared memory
+
+// A stage is x, weight, scales. Where pieces of 16 bytes lie in x (as the tensor cores want them) and in the weight: the eight
+// rows that a warp reads at once have the same piece in different banks.
+__device__ __forceinline__ int x_place(int row, int piece) {
+  return piece / 8 * (COLUMNS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
+}
+__device__ __forceinline__ int weight_place(int row, int piece) {
+  constexpr int kRowsOfLine = kPieces < 8 ? 8 / kPieces : 1;
+  return (row * kPieces + (piece ^ row / kRowsOfLine % (kPieces < 8 ? kPieces : 8))) * 16;
+}
+
+// This thread's share of weight and scales, of one chunk after the other. What is not there becomes zeros.
+struct WeightLoader {
+  static constexpr int kRowsAtOnce = kThreads / kPieces, kCopies = kRows / kRowsAtOnce;
+  static constexpr int kScaleCopies = (kRows * kSpans + kThreads - 1) / kThreads;
+  static_assert(kRowsAtOnce % 8 == 0, "places of a thread's copies differ by a constant");
+
+  uint64_t policy;
+  const uint8_t* from;
+  int64_t step;
+  int inner, rows_left;
+  uint32_t to;
+
+  __device__ __forceinline__ WeightLoader(const Problem& p) : policy(read_once_policy()) {
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    inner = p.first_chunk * CHUNK;
+    from = p.weight + (p.first_row + row) * (int64_t)(p.k / 2) + inner / 2 + piece * 16;
+    step = (int64_t)kRowsAtOnce * (p.k / 2);
+    rows_left = p.n - p.first_row - row;
+    to = shared_base() + kXBytes + weight_place(row, piece);
+  }
+
+  __device__ __forceinline__ void load_next(const Problem& p, int stage) {
+    const bool inside = inner + (int)(threadIdx.x % kPieces) * 32 < p.k;
+#pragma unroll
+    for (int i = 0; i < kCopies; i++)
+      copy16_once(to + stage * kStageBytes + i * (kRowsAtOnce * kPieces * 16), from + i * step, inside && i * kRowsAtOnce < rows_left, policy);
+#pragma unroll
+    for (int i = 0; i < kScaleCopies; i++) {
+      const int at = threadIdx.x + i * kThreads, span = at % kSpans, row = at / kSpans;
+      const int position = inner + span * kSpan;
+      const uint8_t* scale = p.scale_zero + ((p.first_row + row) * (int64_t)(p.k / GROUP) + position / GROUP) * 4;
+      if (kRows * kSpans % kThreads == 0 || at < kRows * kSpans)
+        copy4(shared_base() + stage * kStageBytes + kXBytes + kWeightBytes + (span * kRows + row) * 4, scale,
+              position < p.k && p.first_row + row < p.n);
+    }
+    from += CHUNK / 2, inner += CHUNK;
+  }
+};
+
+// The same for x.
+struct XLoader {
+  static constexpr int kRowsAtOnce = kThreads / kXPieces, kCopies = (COLUMNS + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kBatch = kCopies < 16 ? 16 / kCopies : 1;  // stages that are in registers at a time, at the beginning
+  static_assert(kRowsAtOnce % 8 == 0, "places of a thread's copies differ by a constant");
+
+  const uint16_t* from;
+  int64_t step;
+  int inner, rows_left;
+  uint32_t to;
+  bool busy;  // there are more threads than pieces of a narrow x
+
+  __device__ __forceinline__ XLoader(const Problem& p) {
+    const int row = threadIdx.x / kXPieces, piece = threadIdx.x % kXPieces;
+    inner = p.first_chunk * CHUNK + piece * 8;
+    from = p.x + (p.first_column + row) * p.x_stride + inner;
+    step = kRowsAtOnce * p.x_stride;
+    rows_left = p.m - p.first_column - row;
+    to = shared_base() + x_place(row, piece);
+    busy = row < COLUMNS;
+  }
+
+  __device__ __forceinline__ void load_next(const Problem& p, int stage) {
+#pragma unroll
+    for (int i = 0; i < kCopies; i++)
+      if (busy) copy16(to + stage * kStageBytes + i * kRowsAtOnce * 128, from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
+    from += CHUNK, inner += CHUNK;
+  }
+
+  // The first `count` chunks, through registers: that does not wait for the copies of weights that were begun before.
+  __device__ __forceinline__ void load_first(const Problem& p, int count) {
+#pragma unroll
+    for (int first = 0; first < kAhead; first += kBatch) {
+      uint4 held[kBatch][kCopies];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+#pragma unroll
+        for (int i = 0; i < kCopies; i++) {
+          const bool there = busy && first + b < count && inner + b * CHUNK < p.k && i * kRowsAtOnce < rows_left;
+          held[b][i] = first + b < kAhead && there ? load16(from + b * CHUNK + i * step) : uint4{0, 0, 0, 0};
+        }
+#pragma unroll
+      for (int b = 0; b < kBatch && first + b < kAhead; b++)
+#pragma unroll
+        for (int i = 0; i < kCopies; i++)
+          if (busy) store_shared16(to + (first + b) * kStageBytes + i * kRowsAtOnce * 128, held[b][i]);
+      const int done = kAhead - first < kBatch ? kAhead - first : kBatch;
+      from += done * CHUNK, inner += done * CHUNK;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- products
+
+// The left operand's numbers of this thread: rows lane / 4 and 8 more of its warp's, nibbles lane % 4 and 4 more of a word.
+struct Rows {
+  uint32_t weight_at, scale_at;  // of piece 0, span 0, stage 0
+  int shift;
+  uint32_t minus_zero[2], scale[2];
+
+  __device__ __forceinline__ Rows() {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    weight_at = shared_base() + kXBytes + weight_place(row, 0);
+    scale_at = shared_base() + kXBytes + kWeightBytes + row * 4;
+    shift = threadIdx.x % 4 * 4;
+  }
+
+  __device__ __forceinline__ void load_scales(int stage, int span) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t pair = load_shared4(scale_at + stage * kStageBytes + (span * kRows + half * 8) * 4);
+      scale[half] = twice(half_value((uint16_t)pair));
+      minus_zero[half] = twice((BF16 ? -128.f : -1024.f) - half_value((uint16_t)(pair >> 16)));
+    }
+  }
+
+  __device__ __forceinline__ uint32_t number(uint32_t word, int half) const {
+    const uint32_t nibbles = and_or(word >> shift, 0x000f000f, BF16 ? 0x43004300 : 0x64006400);
+    return multiply(multiply_add(nibbles, BF16 ? 0x3f803f80 : 0x3c003c00, minus_zero[half]), scale[half]);
+  }
+
+  // 32 inner positions: left operands of two products.
+  __device__ __forceinline__ void load(int stage, int piece, uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 words = load_shared16((weight_at + stage * kStageBytes ^ piece * 16) + half * (8 * kPieces * 16));
+      a[0][half] = number(words.x, half), a[0][half + 2] = number(words.y, half);
+      a[1][half] = number(words.z, half), a[1][half + 2] = number(words.w, half);
+    }
+  }
+};
+
+// Begins the products of a chunk; when it returns, at most those of its last piece are under way.
+__device__ __forceinline__ void multiply_chunk(Rows& rows, int stage, uint32_t (&a)[2][2][4], float (&sums)[COLUMNS / 2]) {
+#pragma unroll
+  for (int piece = 0; piece < kPieces; piece++) {
+    if (piece * 32 % kSpan == 0) rows.load_scales(stage, piece * 32 / kSpan);
+    rows.load(stage, piece, a[piece % 2]);
+    const uint64_t b = describe(shared_base() + stage * kStageBytes + piece / 2 * (COLUMNS * 128) + piece % 2 * 64);
+    warpgroup_fence();
+    begin_product(sums, a[piece % 2][0], b);
+    begin_product(sums, a[piece % 2][1], b + (32 >> 4));
+    warpgroup_commit();
+    warpgroup_wait<1>();  // the next piece goes where the one before this lies
+  }
+}
+
+// ---------------------------------------------------------------- results
+
+// The tile's sums of this block to the beginning of its shared memory: [COLUMNS, kSumStride].
+__device__ __forceinline__ void leave_sums(const float (&sums)[COLUMNS / 2]) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++)
+    store_shared4(shared_base() + ((i / 4 * 8 + column + i % 2) * kSumStride + row + i / 2 % 2 * 8) * 4, sums[i]);
+}
+
+__device__ __forceinline__ void write4(const Problem& p, int column, int row, float4 v) {
+  const int count = p.n - row < 4 ? p.n - row : 4;
+  float4 bias{0.f, 0.f, 0.f, 0.f};
+  if (p.bias != nullptr) {
+    bias.x = value(p.bias[row]);
+    if (count > 1) bias.y = value(p.bias[row + 1]);
+    if (count > 2) bias.z = value(p.bias[row + 2]);
+    if (count > 3) bias.w = value(p.bias[row + 3]);
+  }
+  const uint32_t low = both(v.x + bias.x, v.y + bias.y), high = both(v.z + bias.z, v.w + bias.w);
+  uint16_t* to = p.out + (int64_t)column * p.n + row;
+  if (p.n % 4 == 0) {
+    *(uint2*)to = uint2{low, high};
+  } else {
+    to[0] = (uint16_t)low;
+    if (count > 1) to[1] = (uint16_t)(low >> 16);
+    if (count > 2) to[2] = (uint16_t)high;
+    if (count > 3) to[3] = (uint16_t)(high >> 16);
+  }
+}
+
+// Every block of the cluster adds up its part of the tile's rows.
+__device__ __forceinline__ void write_results(const Problem& p, int rank) {
+  constexpr int kFours = kRows / 4;
+  const int first = kFours * rank / SPLIT, fours = kFours * (rank + 1) / SPLIT - first;
+  const int columns = p.m - p.first_column < COLUMNS ? p.m - p.first_column : COLUMNS;
+  for (int i = threadIdx.x; i < columns * fours; i += kThreads) {
+    const int column = i / fours, row = (first + i % fours) * 4;
+    if (p.first_row + row >= p.n) continue;
+    const uint32_t at = shared_base() + (column * kSumStride + row) * 4;
+    float4 part[SPLIT];
+#pragma unroll
+    for (int share = 0; share < SPLIT; share++) part[share] = SPLIT == 1 ? load_floats16(at) : load_cluster16(at, share);
+    float4 total = part[0];
+#pragma unroll
+    for (int share = 1; share < SPLIT; share++)
+      total.x += part[share].x, total.y += part[share].y, total.z += part[share].z, total.w += part[share].w;
+    write4(p, p.first_column + column, p.first_row + row, total);
+  }
+}
+
+// ---------------------------------------------------------------- the kernel
+
+extern "C" __global__ void CLUSTER __launch_bounds__(kThreads, BLOCKS_PER_SM)
+int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m,
+            int64_t n, int64_t k, int64_t x_stride) {
+  Problem p{weight, scale_zero, x, bias, out, (int)m, (int)n, (int)k, x_stride};
+  const int rank = SPLIT == 1 ? 0 : cluster_rank(), tile = blockIdx.x / SPLIT;
+  const int column_blocks = (p.m + COLUMNS - 1) / COLUMNS, chunks = (p.k + CHUNK - 1) / CHUNK;
+  p.first_row = tile / column_blocks * kRows, p.first_column = tile % column_blocks * COLUMNS;
+  p.first_chunk = chunks * rank / SPLIT, p.chunk_count = chunks * (rank + 1) / SPLIT - p.first_chunk;
+
+  // Weights do not change: they may be read while the kernel in front still computes x.
+  WeightLoader weight_loader(p);
+#pragma unroll 1
+  for (int stage = 0; stage < kAhead; stage++) {
+    if (stage < p.chunk_count) weight_loader.load_next(p, stage);
+    end_group();
+  }
+  wait_for_kernel_in_front();
+  XLoader x_loader(p);
+  x_loader.load_first(p, p.chunk_count);
+
+  Rows rows;
+  uint32_t a[2][2][4];
+  float sums[COLUMNS / 2];
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0.f;
+  int stage = 0, ahead_stage = kAhead;
+#pragma unroll 1
+  for (int chunk = 0; chunk < p.chunk_count; chunk++) {
+    wait_group<kAhead - 1>();
+    show_to_tensor_cores();
+    __syncthreads();
+    if (chunk + kAhead < p.chunk_count) {  // where the chunk before the last one was: all its products have ended
+      weight_loader.load_next(p, ahead_stage);
+      x_loader.load_next(p, ahead_stage);
+    }
+    end_group();
+    multiply_chunk(rows, stage, a, sums);
+    if (++stage == STAGES) stage = 0;
+    if (++ahead_stage == STAGES) ahead_stage = 0;
+  }
+  warpgroup_wait<0>();
+  hold(sums);
+  let_next_kernel_start();  // not before: its blocks would be in the way
+  __syncthreads();          // sums lie where chunks did
+  leave_sums(sums);
+  if (SPLIT == 1) __syncthreads();
+  else cluster_barrier();
+  write_results(p, rank);
+  if (SPLIT > 1) cluster_barrier();  // a block's shared memory stays as long as others read it
+}

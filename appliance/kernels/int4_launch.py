@@ -1,0 +1,99 @@
+"""Own CUDA C++ of INT4 products: compiled by NVRTC, loaded, launched to torch's current stream.
+
+NVRTC compiles a kernel in about a second, without headers; the cubin goes the way of all compiled kernels
+(`kernels/compiled.py`). Knows nothing of what a kernel computes or how it is cut up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance.kernels.compiled import KERNELS
+
+ENTRY = "int4_linear"  # the name of every kernel here
+
+
+def read_sources(*names: str) -> str:
+    """Files of `int4/`, one after the other."""
+    directory = Path(__file__).parent / "int4"
+    return "\n".join((directory / name).read_text() for name in names)
+
+
+class Kernel:
+    """One compiled kernel, loaded."""
+
+    def __init__(self, code: bytes, threads: int, shared: int, index: int) -> None:
+        from cuda.bindings import driver
+        from cuda.core import ObjectCode
+
+        self._kernel = ObjectCode.from_cubin(code).get_kernel(ENTRY)
+        self._threads, self._shared = threads, shared
+        self._configs: dict[tuple[int, bool], Any] = {}
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(
+            attribute, shared, driver.CUkernel(int(self._kernel.handle)), driver.CUdevice(index)
+        )
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"an int4 kernel cannot have {shared} bytes of shared memory: {error}")
+
+    def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
+        from cuda.core import LaunchConfig, launch
+
+        config = self._configs.get((blocks, dependent))
+        if config is None:
+            config = self._configs[blocks, dependent] = LaunchConfig(
+                grid=blocks,
+                block=self._threads,
+                shmem_size=self._shared,
+                programmatic_stream_serialization=dependent,
+            )
+        launch(_current_stream(), config, self._kernel, *arguments)
+
+
+class _TorchStream:
+    """Torch's current stream, in the protocol that cuda.core takes streams by."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
+def _current_stream() -> Any:
+    from cuda.core import Device
+
+    device = Device(torch.cuda.current_device())
+    device.set_current()
+    return device.create_stream(_TorchStream())
+
+
+def load(source: str, macros: Mapping[str, int], threads: int, shared: int, index: int, features: str = "") -> Kernel:
+    """The kernel in `source` with compile-time constants `macros`, on the GPU of that index, which is current: blocks
+    of so many threads and bytes of shared memory. `features`: "a" for instructions of this architecture alone."""
+    code = KERNELS.native(_name(source, macros), lambda: _compile(source, macros, features))
+    return Kernel(code, threads, shared, index)
+
+
+def _name(source: str, macros: Mapping[str, int]) -> str:
+    """Of the cubin: a digest of all that it depends on but the architecture."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    key = f"{source}\n{sorted(macros.items())}\nNVRTC {major}.{minor}"
+    return f"int4-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+
+
+def _compile(source: str, macros: Mapping[str, int], features: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    major, minor = torch.cuda.get_device_capability()
+    options = ProgramOptions(
+        std="c++17",
+        arch=f"sm_{major}{minor}{features}",
+        define_macro=[(name, str(value)) for name, value in macros.items()],
+        use_fast_math=False,
+    )
+    return bytes(Program(source, "c++", options).compile("cubin").code)
