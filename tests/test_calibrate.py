@@ -298,10 +298,15 @@ def test_killed_calibration_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> 
     (state.parent / "foreign").write_bytes(b"x")
     hidden = list(state.parent.glob("hidden-*.bin"))
     assert 1 <= len(hidden) <= 2, "only the latest, and the one being written"
-    engine = build(request)
+    seen: list[Progress] = []
+    engine = build(request, seen.append)
     assert engine.name == whole.name
     summary = read_manifest(engine).calibration
     assert summary is not None and 2 <= summary.resumed_blocks < 8
+    told = [message.detail for message in seen]
+    assert "checking the blocks of an interrupted calibration" in told
+    assert not [detail for detail in told if detail.startswith("calibrating block 2 ")]
+    assert seen[-1].phase == "build" and seen[-1].percent == 100.0
     assert (engine / "rank-0.safetensors").read_bytes() == (whole / "rank-0.safetensors").read_bytes()
     assert not list(state.parent.parent.glob("*")), "nothing is left once the engine is there"
 

@@ -100,17 +100,18 @@ def _build(
             judge(refused, request.max_kl, config.vocab_size, f"the {request.precision} engine of {source.name}")
         with Checkpoint(source) as checkpoint:
             job = Job.start(request, inputs, config, checkpoint, load_plugin)
-            weights = _source(job, tokens, store)
+            weights = _source(job, tokens, store, send)
             _reserve(job, weights, store)
             with store.staging(key) as staging:
                 _write_engine(job, weights, staging, store, send)
                 return store.publish(key, staging)
 
 
-def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore) -> StoredTensors:
+def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send: SendFn) -> StoredTensors:
     """Where this engine's tensors come from. Raises what making the source raises."""
     if tokens is not None:
-        return CalibratedTensors(job, tokens, store.calibration_staging(engine_key(job.inputs)))
+        directory = store.calibration_staging(engine_key(job.inputs))
+        return CalibratedTensors(job, tokens, directory, sender("build", send))
     return PlainTensors(job) if job.config.quantization is None else PublishedTensors(job)
 
 

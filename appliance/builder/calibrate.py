@@ -38,7 +38,7 @@ from appliance.builder.job import Job
 from appliance.engines.disk import gib, tree_bytes
 from appliance.engines.key import engine_key
 from appliance.engines.manifest import CalibrationSummary, SelfCheck
-from appliance.engines.meter import ByteMeter
+from appliance.engines.meter import ByteMeter, ProgressFn
 from appliance.errors import EngineBuildError, SettingsError
 from appliance.hardware.host import host
 from appliance.quantization.calibration.block import NORMS, PRODUCTS, QuantizedBlock
@@ -57,10 +57,13 @@ class CalibratedTensors:
 
     exact = False
 
-    def __init__(self, job: Job, tokens: CalibrationTokens, directory: Path) -> None:
+    def __init__(
+        self, job: Job, tokens: CalibrationTokens, directory: Path, progress: ProgressFn | None = None
+    ) -> None:
         """`directory`: where finished blocks are kept until the engine is there; what is there of the same engine is
-        gone on with. Raises CheckpointError for a tensor that is missing or of another shape, EngineBuildError for a
-        model or parameters that cannot be calibrated, SettingsError for more text than there is memory for."""
+        checked, which `progress` is told of, and gone on with. Raises CheckpointError for a tensor that is missing or
+        of another shape, EngineBuildError for a model or parameters that cannot be calibrated, SettingsError for more
+        text than there is memory for."""
         job.checkpoint.check(job.specs)
         self._job = job
         self._tokens = tokens
@@ -69,7 +72,7 @@ class CalibratedTensors:
         shape = (tokens.num_tokens, job.config.hidden_size)
         dtype = compute_dtype(job.dtype, job.device)
         _require_memory(shape, dtype, job, self._blocks[0])
-        self._store = CalibrationStore(directory, engine_key(job.inputs), shape, dtype)
+        self._store = CalibrationStore(directory, engine_key(job.inputs), shape, dtype, progress)
         self._resumed = self._store.done
         plan = plan_tensors([spec for block in self._blocks for spec in block], job.scheme, job.dtype)
         # Bytes that are yet to be written beside the engine: finished blocks, and hidden states twice for a moment.

@@ -24,6 +24,7 @@ from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan
 from appliance.engines.digest import TreeHasher, hash_files
 from appliance.engines.disk import remove_tree, write_atomically
 from appliance.engines.manifest import EngineFile
+from appliance.engines.meter import ByteMeter, ProgressFn
 
 _STATE = "state.json"
 _VERSION = 1
@@ -53,15 +54,23 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CalibrationStore:
     """A context manager; leaving it waits for what is being written, unless an error makes that worthless."""
 
-    def __init__(self, directory: Path, key: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        progress: ProgressFn | None = None,
+    ) -> None:
         """`directory` exists; `shape` and `dtype` are those of the hidden states. What is there and cannot be gone on
-        with is removed: of another key, shape or version, damaged, or not part of it."""
+        with is removed: of another key, shape or version, damaged, or not part of it. `progress` is told how far the
+        files are read."""
         self._directory = directory
         self._hidden = (_name(dtype), shape)
         self._key = key
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="calibration")
         self._saving: Future[None] | None = None
-        self._state = self._usable()
+        self._state = self._usable(progress)
         known = {_STATE, *(file.name for file in _files(self._state))} if self._state else set()
         for path in directory.iterdir():
             if path.name not in known:
@@ -142,7 +151,7 @@ class CalibrationStore:
 
     # -------------------------------------------------- reading
 
-    def _usable(self) -> _State | None:
+    def _usable(self, progress: ProgressFn | None) -> _State | None:
         """What state.json says, if it is of this engine and every file is as it was written."""
         with contextlib.suppress(OSError, msgspec.DecodeError):
             state = msgspec.json.decode((self._directory / _STATE).read_bytes(), type=_State)
@@ -154,7 +163,10 @@ class CalibrationStore:
                 return None
             if any(path.stat().st_size != file.size for path, file in zip(paths, files)):
                 return None
-            return state if hash_files(paths) == [file.digest for file in files] else None
+            total = sum(file.size for file in files)
+            with ByteMeter(total, progress, detail="checking the blocks of an interrupted calibration") as meter:
+                found = hash_files(paths, meter=meter)
+            return state if found == [file.digest for file in files] else None
         return None
 
 
