@@ -56,7 +56,7 @@ def common(arch: int) -> list[Case]:
     halves = dict.fromkeys(("q", "k", "v", "out", "cache", "x", "weight", "bias", "residual", "rotated"), HALF)
     # As `paged_attention.py` cuts tiles: smaller ones where Triton has no tensor cores.
     decode = {**ATTENTION, "BLOCK_N": 64 if arch >= 80 else 32, "SPLITS": 4}
-    prefill = {**decode, "BLOCK_M": 128 if arch >= 80 else 32}
+    prefill = {**decode, "INVARIANT": False, "BLOCK_M": 128 if arch >= 80 else 32}
     cases: list[Case] = [
         (norm._rms_norm_kernel, {**NOW, **FP8, **whole}, 8, 3, halves | {"values": HALF}),
         (norm._qk_rms_norm_kernel, {**NOW, "head_dim": 128, "BLOCK": 128}, 1, 3, {}),

@@ -206,7 +206,7 @@ class TritonAttention:
             out.stride(0), out.stride(1), *kv_cache.stride()[:4],
             num_kv_heads=shape.num_kv_heads, group=shape.group, page_size=shape.page_size, head_dim=shape.head_dim,
             DIM=shape.dim_block, BLOCK_M=block_m, BLOCK_N=shape.block_n,
-            WINDOWED=window is not None, PRECISION=shape.precision,
+            WINDOWED=window is not None, INVARIANT=self._batch_invariant, PRECISION=shape.precision,
             num_warps=8 if block_m == 128 else 4, num_stages=3 if shape.narrow else 2,
         )  # fmt: skip
 

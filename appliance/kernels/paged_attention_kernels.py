@@ -226,6 +226,7 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
+    INVARIANT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (tile, K/V head): BLOCK_M // group consecutive query tokens of a sequence, all heads of the group."""
@@ -260,10 +261,14 @@ def prefill_kernel(
     begin = first_position * 0
     full_begin = begin
     full_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    if INVARIANT:
+        full_end = begin  # which blocks need no mask depends on the tile, and compilers fuse the two loops differently
     if WINDOWED:
         begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.maximum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, begin)
         full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+        if INVARIANT:
+            full_begin = begin
         full_end = tl.maximum(full_end, full_begin)
         acc, row_max, row_sum = _kv_loop(
             q, acc, row_max, row_sum, kv_ptr, table_row, position, begin, tl.minimum(full_begin, end), window,
