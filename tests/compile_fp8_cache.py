@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from appliance.kernels import paged_attention_kernels, rope_cache, widen_pages
 
 TYPES = {  # of arguments; int32 where not listed
-    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
+    **dict.fromkeys(("q_ptr", "rotated_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
     **dict.fromkeys(("partial_ptr", "stats_ptr", "cos_sin_ptr"), "*fp32"),
     **dict.fromkeys(("seq_lens_ptr", "table_ptr", "tiles_ptr", "query_start_ptr", "pages_ptr"), "*i32"),
     **dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64"),
