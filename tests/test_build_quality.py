@@ -35,7 +35,12 @@ def architecture_of(checkpoint: Path) -> ModuleType:
 
 
 def measure(
-    checkpoint: Path, scheme: Any, rank_file: Path, seconds: float = 60.0, clock: Clock = time.monotonic
+    checkpoint: Path,
+    scheme: Any,
+    rank_file: Path,
+    seconds: float = 60.0,
+    clock: Clock = time.monotonic,
+    device: str = "cpu",
 ) -> Quality:
     """Of an engine that a builder would write with this scheme."""
     config, architecture = read_model_config(checkpoint), architecture_of(checkpoint)
@@ -46,7 +51,7 @@ def measure(
     if not rank_file.exists():
         tensors = engine_tensors(specs, stored, scheme, torch.bfloat16)
         save_file({name: tensor.clone() for name, tensor in tensors}, rank_file)
-    subject = Subject(config, architecture, specs, scheme, torch.bfloat16, CPU)
+    subject = Subject(config, architecture, specs, scheme, torch.bfloat16, torch.device(device))
     with Checkpoint(checkpoint) as opened:
         return measure_quality(rank_file, checkpoint, opened, subject, seconds, clock)
 
@@ -150,3 +155,17 @@ def test_prompts(random_checkpoint: Path, tmp_path: Path) -> None:
     copied.write_text((TRAINED / "tokenizer.json").read_text() + "\n")  # another tokenizer, then
     text, prompts = default_prompts(tmp_path, 2048, 300, 200)
     assert text == SHIPPED_TEXT and [len(p.counted) for p in prompts] == [199, 100]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("scheme", "most"), [("fp8", 1e-3), ("int8_smoothquant", 1e-3), ("int4_awq", 1e-2), ("none", 1e-3)]
+)
+def test_on_a_gpu_kernels_give_what_the_cpu_gives(tmp_path: Path, scheme: str, most: float) -> None:
+    """The engine's own kernels against the checkpoint in its own dtype; weights rounded to nearest."""
+    plugin = registry.load("quantization", scheme).Scheme()
+    on_cpu = measure(TRAINED, plugin, tmp_path / "rank.safetensors")
+    on_gpu = measure(TRAINED, plugin, tmp_path / "rank.safetensors", device="cuda")
+    assert on_gpu.reference == "bfloat16" and on_gpu.tokens == on_cpu.tokens
+    assert on_gpu.kl_divergence is not None and on_gpu.kl_divergence < most
+    assert on_gpu.top1_agreement is not None and on_gpu.top1_agreement > 0.99

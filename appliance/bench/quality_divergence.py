@@ -79,9 +79,10 @@ def _hidden_states(model: Decoder, options: EngineOptions, prompts: list[Prompt]
     device = next(iter(model.norm.parameters())).device
     name = options.kv_cache_dtype
     kv_dtype = model.dtype if name == "auto" else KV_DTYPES[name]
+    longest = max(len(prompt.ids) for prompt in prompts)
     for batch in _batches(prompts):
         lengths = [len(prompt.ids) for prompt in batch]
-        context = prompt_context(model.config, lengths, kv_dtype, device)
+        context = prompt_context(model.config, lengths, kv_dtype, device, longest=longest)
         ids = torch.tensor([token for prompt in batch for token in prompt.ids], device=device)
         counted, start = [], 0
         for prompt in batch:

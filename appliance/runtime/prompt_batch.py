@@ -12,6 +12,8 @@ from appliance.kernels.attention import AttentionMetadata, ReferenceAttention
 from appliance.layers.attention import ForwardContext
 from appliance.types import ModelConfig
 
+_MULTIPLE = 16  # of page sizes, which kernels like
+
 
 def prompt_context(
     config: ModelConfig,
@@ -21,13 +23,16 @@ def prompt_context(
     *,
     num_kv_heads: int | None = None,
     keep: bool = False,
+    longest: int = 0,
 ) -> ForwardContext:
     """What `Decoder.forward` or a single layer needs for whole prompts of these lengths, one behind the other in the
-    batch, each attending to itself only. `dtype`: of the KV cache. Every prompt has one page, as long as the longest.
+    batch, each attending to itself only. `dtype`: of the KV cache. Every prompt has one page, as long as the longest,
+    or as `longest` if that is more: with the same one for several batches, kernels are compiled once.
 
     `keep`: each layer has a KV cache of its own, to look at afterwards; otherwise all share one, since a layer reads
     only what it has just written."""
-    size, total = max(lengths), sum(lengths)
+    total = sum(lengths)
+    size = -(-max(*lengths, longest) // _MULTIPLE) * _MULTIPLE
     start = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     seq_lens = np.asarray(lengths, np.int32)
     table = np.arange(len(lengths), dtype=np.int32)[:, None]
@@ -36,8 +41,8 @@ def prompt_context(
     metadata = AttentionMetadata(
         num_seqs=len(lengths),
         num_tokens=total,
-        max_query_len=size,
-        max_seq_len=size,
+        max_query_len=max(lengths),
+        max_seq_len=max(lengths),
         query_start=torch.from_numpy(start).to(device),
         seq_lens=torch.from_numpy(seq_lens).to(device),
         page_table=torch.from_numpy(table).to(device),

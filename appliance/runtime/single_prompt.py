@@ -23,4 +23,4 @@ def run_prompt(model: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]
         keep=True,
     )
     hidden = model(token_ids, context)
-    return hidden, [cache[0] for cache in context.kv_caches]
+    return hidden, [cache[0, :, : len(token_ids)] for cache in context.kv_caches]
