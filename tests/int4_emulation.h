@@ -1,5 +1,5 @@
-// The functions of appliance/kernels/int4/primitives.cuh and hopper.cuh for a CPU, so that linear.cu and wide.cu run there as
-// C++: clusters (of one block, where there are none) one after the other, the threads of a cluster as fibers that take turns.
+// The functions of appliance/kernels/int4/primitives.cuh and hopper.cuh for a CPU, so that the kernels run there as C++:
+// clusters (of one block, where there are none) one after the other, the threads of a cluster as fibers that take turns.
 // Copies into shared memory and products of warpgroups happen as late as they may, when they are waited for, and shared memory
 // is NaN before: what does not wait computes nonsense.
 
@@ -178,6 +178,11 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 inline uint32_t multiply(uint32_t a, uint32_t b) { return multiply_add(a, b, 0x80008000); }
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
 inline float half_value(uint16_t bits) { return emulation::from_half(bits); }
 inline uint32_t twice(float v) { return emulation::rounded(v) * 0x10001u; }
 inline uint32_t both(float low, float high) { return emulation::rounded(low) | (uint32_t)emulation::rounded(high) << 16; }
@@ -309,7 +314,12 @@ inline void run_cluster(int first) {
 
 #include KERNEL
 
-#ifdef WARPGROUPS
+#ifdef DEQUANTIZE
+extern "C" void emulate(int blocks, const uint32_t* weight, const uint32_t* scale_zero, uint4* out, int64_t words) {
+  emulation::body = [=] { int4_dequantize(weight, scale_zero, out, words); };
+  for (int block = 0; block < blocks; block++) emulation::run_cluster(block);
+}
+#elif defined(WARPGROUPS)
 extern "C" void emulate(int blocks, const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x, const uint16_t* bias,
                         uint16_t* out, int64_t m, int64_t n, int64_t k, int64_t x_stride) {
   if (STAGES * kStageBytes > emulation::kSharedBytes || COLUMNS * kSumStride * 4 > emulation::kSharedBytes) abort();

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel for Hopper: run as C++ on the CPU, thread by thread and cluster by cluster; compiled; and on a GPU."""
+"""The CUDA C++ kernel for Hopper: run as C++ on the CPU, thread by thread, cluster by cluster; compiled; on a GPU."""
 
 from __future__ import annotations
 

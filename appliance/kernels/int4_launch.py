@@ -15,8 +15,6 @@ import torch
 
 from appliance.kernels.compiled import KERNELS
 
-ENTRY = "int4_linear"  # the name of every kernel here
-
 
 def read_sources(*names: str) -> str:
     """Files of `int4/`, one after the other."""
@@ -27,11 +25,11 @@ def read_sources(*names: str) -> str:
 class Kernel:
     """One compiled kernel, loaded."""
 
-    def __init__(self, code: bytes, threads: int, shared: int, index: int) -> None:
+    def __init__(self, code: bytes, entry: str, threads: int, shared: int, index: int) -> None:
         from cuda.bindings import driver
         from cuda.core import ObjectCode
 
-        self._kernel = ObjectCode.from_cubin(code).get_kernel(ENTRY)
+        self._kernel = ObjectCode.from_cubin(code).get_kernel(entry)
         self._threads, self._shared = threads, shared
         self._configs: dict[tuple[int, bool], Any] = {}
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -70,11 +68,20 @@ def _current_stream() -> Any:
     return device.create_stream(_TorchStream())
 
 
-def load(source: str, macros: Mapping[str, int], threads: int, shared: int, index: int, features: str = "") -> Kernel:
-    """The kernel in `source` with compile-time constants `macros`, on the GPU of that index, which is current: blocks
-    of so many threads and bytes of shared memory. `features`: "a" for instructions of this architecture alone."""
+def load(
+    source: str,
+    macros: Mapping[str, int],
+    threads: int,
+    shared: int,
+    index: int,
+    entry: str = "int4_linear",
+    features: str = "",
+) -> Kernel:
+    """The kernel `entry` in `source` with compile-time constants `macros`, on the GPU of that index, which is current:
+    blocks of so many threads and bytes of shared memory. `features`: "a" for instructions of this architecture alone.
+    """
     code = KERNELS.native(_name(source, macros), lambda: _compile(source, macros, features))
-    return Kernel(code, threads, shared, index)
+    return Kernel(code, entry, threads, shared, index)
 
 
 def _name(source: str, macros: Mapping[str, int]) -> str:

@@ -1,9 +1,10 @@
 """x @ weight.T with packed 4-bit weights and 16-bit activations (W4A16): ways to compute it, and the plain reference.
 
 The ways: CUDA C++ that streams the weight for few rows (`int4_native.py`), and on Hopper for more of them
-(`int4_wide.py`); Triton tiles (`int4_triton.py`) where those do not run; and, for prompts, dequantization to 16 bits in
-front of the library's product, a layer or a slice of it at a time: there is never a second copy of a model's weights. Which serves how many rows is a tactic (`kernels/tactics.py`); `default_way`
-is the choice without timings. Knows the packed layout and activation order; knows nothing of schemes or layers.
+(`int4_wide.py`); Triton tiles (`int4_triton.py`) where those do not run; and, for prompts, dequantization to 16 bits
+(`int4_dequantize.py`) in front of the library's product, a layer or a slice of it at a time: there is never a second
+copy of a model's weights. Which serves how many rows is a tactic (`kernels/tactics.py`); `default_way` is the choice
+without timings. Knows the packed layout and activation order; knows nothing of schemes or layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appliance.kernels import int4_native, int4_triton, int4_wide
+from appliance.kernels import int4_dequantize, int4_native, int4_triton, int4_wide
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.int4_layout import PER_WORD, unpack
 from appliance.kernels.skinny_linear import multiprocessors
@@ -75,6 +76,8 @@ def dequantize_reference(weight: Tensor, scale_zero: Tensor, dtype: torch.dtype)
 
 def dequantize(weight: Tensor, scale_zero: Tensor, dtype: torch.dtype) -> Tensor:
     """`dequantize_reference`, by a kernel on a GPU."""
+    if int4_dequantize.takes(weight.shape[1] * PER_WORD // scale_zero.shape[1], dtype, weight.device):
+        return int4_dequantize.dequantize_native(weight, scale_zero, dtype)
     if weight.is_cuda and HAS_TRITON:
         return int4_triton.dequantize_triton(weight, scale_zero, dtype)
     return dequantize_reference(weight, scale_zero, dtype)

@@ -2,9 +2,9 @@
 rows of x. Compute capability 8.0 and newer.
 
 A kernel is compiled for each config, group size and dtype (`int4_launch.py`). Launches go to torch's current stream and
-can be captured; on Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first weights, which never
-change, while the kernel in front still computes x. A workspace of each launch and counters taken in turn keep several
-streams apart.
+can be captured; on Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first
+weights, which never change, while the kernel in front still computes x. A workspace of each launch and counters taken
+in turn keep several streams apart.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def staged(
     """The config with as many stages as fit, or as a share needs; None if that is too few."""
     config = WideConfig(warpgroups, columns, chunk, 4, split, per_sm)
     room = min((limit + _RESERVED) // per_sm - _RESERVED, limit)
-    needed = -(-(-(-k // chunk)) // split) + 2
+    chunks = -(-k // chunk)
+    needed = -(-chunks // split) + 2
     stages = min(room // config.stage_bytes(group), max(needed, 4), _MOST_STAGES)
     config = WideConfig(warpgroups, columns, chunk, stages, split, per_sm)
     return config if stages >= 4 and config.shared_bytes(group) <= room else None
