@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from model_helpers import PagedRunner, PagedSequence, load_model, make_checkpoint
 from quantized_helpers import DEVICE, randn, ulp
 from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
 
 from appliance.kernels import activation, norm, rope_cache, sampling
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.deferred_scale import DeferredScale, materialize, materialize_reference, materialize_triton
+from appliance.kernels.int8_linear import int8_sums_reference
+from appliance.kernels.row_quantization import quantize_rows_reference
+from appliance.quantization import int8_smoothquant
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter truncates to bfloat16
@@ -87,3 +95,56 @@ def test_rotation_gives_queries_a_place_of_their_own() -> None:
 def test_greedy_choice() -> None:
     logits = sums(4, 3000)
     assert torch.equal(sampling.argmax(logits), logits.scaled().argmax(-1))
+
+
+# ---------------------------------------------------------------- models
+
+
+class Deferring(int8_smoothquant.Scheme):
+    """INT8 whose products defer exact sums wherever they may, in plain torch; weights padded as on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__({"head": "int8"})
+        self.deferred = 0
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        padding = -len(tensors["weight"]) % 16
+        weight = torch.nn.functional.pad(tensors["weight"], (0, 0, 0, padding), value=7)
+        return {"weight": weight, "weight_scale": torch.nn.functional.pad(tensors["weight_scale"].T, (0, padding))}
+
+    def apply_deferred(self, tensors: Any, x: Any, bias: Tensor | None, dtype: torch.dtype) -> DeferredScale:
+        self.deferred += 1
+        values, scales = quantize_rows_reference(x, torch.int8) if isinstance(x, Tensor) else x
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias, (0, len(tensors["weight"]) - len(bias)))
+        found = int8_sums_reference(values, tensors["weight"])
+        return DeferredScale(found, scales, tensors["weight_scale"], bias, dtype)
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 120,  # no multiple of 16
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+MODELS = {
+    "llama-biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),  # norm of heads
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_defer_sums_compute_the_same(name: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, MODELS[name])
+    prompt = torch.randint(3, 120, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = int8_smoothquant.Scheme({"head": "int8"})
+    want = PagedRunner(load_model(tmp_path, scheme=plain)).step([(PagedSequence(), prompt)])[0]
+    scheme = Deferring()
+    got = PagedRunner(load_model(tmp_path, scheme=scheme)).step([(PagedSequence(), prompt)])[0]
+    assert scheme.deferred == 2 * 4 + 1, "qkv, o, gate and up, down of two layers, and the logits"
+    assert got.dtype == torch.float32 and got.shape == (40, 120)
+    # Now and then the last bit of a float32 sum decides a rounding.
+    assert (got - want).norm() / want.norm() < 0.02
