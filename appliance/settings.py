@@ -92,6 +92,9 @@ class Settings:
     kv_cache_dtype: KvCacheDtype = _select("auto", "precision of the KV cache")
     tp_size: int | None = _select(None, "tensor-parallel size", also="NIM_TENSOR_PARALLEL_SIZE", limits=(1, 64))
     pp_size: int | None = _select(None, "pipeline-parallel size", also="NIM_PIPELINE_PARALLEL_SIZE", limits=(1, 64))
+    replicas: int | None = _select(
+        None, "copies of the engine behind one endpoint, each on GPUs of its own; default: chosen", limits=(1, 64)
+    )
     backend: str | None = _select(None, "what computes (cuda, cpu); default: the profile's")
     on_quality_failure: Literal["fallback", "fail", "ignore"] = _select(
         "fallback", "when quantization changes a model too much: serve another precision, end, or serve all the same"

@@ -459,3 +459,12 @@ def test_a_scheme_that_this_build_lacks_is_named():
     chosen = choose("a10", build=FULL, profile="int4-gptq")
     assert require(chosen).scheme == "int4_gptq" and require(choose("a10", build=FULL)).scheme == "int4_awq"
     assert {p["name"]: p["scheme"] for p in explain_json(chosen)["profiles"]}["bf16-tp1"] is None
+
+
+def test_replicas_that_this_build_lacks_are_refused():
+    assert names(choose("h200-x4", replicas=1))[0] == "fp8-tp1"
+    with pytest.raises(ProfileError, match="2 replicas behind one endpoint are not built yet") as caught:
+        require(choose("h200-x4", replicas=2))
+    assert "leave --replicas (or its profile) out, or choose 1" in str(caught.value)
+    with pytest.raises(SettingsError, match="replicas is 0, and must be 1 or more"):
+        choose("h200-x4", replicas=0)

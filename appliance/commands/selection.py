@@ -30,6 +30,7 @@ NAMES = [
     "kv_cache_dtype",
     "tp_size",
     "pp_size",
+    "replicas",
     "backend",
     "require_gpu",
     "max_model_len",

@@ -60,6 +60,7 @@ def overrides_of(settings: Settings) -> Overrides:
         precision=settings.precision,
         tp_size=settings.tp_size,
         pp_size=settings.pp_size,
+        replicas=settings.replicas,
         profile=settings.profile,
         tags=settings.tags,
         backend=settings.backend,
@@ -205,6 +206,8 @@ def options_of_directory(
     """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
     HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have."""
     _check_attention(settings, manifest.backend)
+    if settings.replicas not in (None, 1):
+        raise SettingsError("--replicas does not go with an engine directory", hint="serve its checkpoint instead")
     _check_batch_invariant(settings, manifest.backend, manifest.scheme)
     options = EngineOptions(
         engine_dir=str(engine_dir),

@@ -11,6 +11,10 @@ from appliance import registry
 from appliance.profiles.load import parse_capability
 from appliance.types import Struct
 
+# Whether the launcher serves several copies of an engine behind one endpoint. It is above this layer, so it cannot be
+# asked; whoever builds that says so here.
+REPLICAS_BUILT = False
+
 
 class SchemeFacts(Struct, frozen=True):
     """A precision that a quantization plug-in builds and runs."""
@@ -41,6 +45,7 @@ class Capabilities(Struct, frozen=True):
     schemes: dict[str, SchemeFacts]  # by precision
     backends: dict[str, BackendFacts]  # by plug-in name
     named: dict[str, SchemeFacts] = msgspec.field(default_factory=dict)  # schemes by plug-in name
+    replicas: bool = False  # several copies of an engine behind one endpoint
 
     def scheme_of(self, precision: str, name: str | None) -> SchemeFacts | None:
         """The scheme of that name, or the one that serves a precision; None if this build has none."""
@@ -84,4 +89,4 @@ def capabilities() -> Capabilities:
         )
         for name, plugin in registry.plugins("backends").items()
     }
-    return Capabilities(schemes=schemes, backends=backends, named=named)
+    return Capabilities(schemes=schemes, backends=backends, named=named, replicas=REPLICAS_BUILT)

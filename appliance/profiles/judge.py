@@ -97,7 +97,7 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     )
     useful = predict.useful_tokens(question.model, asked.max_model_len, draft.max_num_batched_tokens)
     required = need.required(useful, asked.memory_fraction)
-    missing = unbuilt(candidate, draft.kv_cache, question.capabilities)
+    missing = unbuilt(candidate, draft.kv_cache, question)
     draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required, built=missing is None)
     ranks = draft.tp_size * draft.pp_size
     free = question.hardware.free_memory if on_cpu else place.free(ranks)

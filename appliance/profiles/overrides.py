@@ -20,6 +20,7 @@ class Overrides(Struct, frozen=True):
     precision: Precision | None = None
     tp_size: int | None = None
     pp_size: int | None = None
+    replicas: int | None = None  # copies of the engine, each on GPUs of its own
     profile: str | None = None  # name, id or the start of an id
     tags: str | None = None  # "precision=fp8,tp=1"
     backend: str | None = None
@@ -55,7 +56,7 @@ def normalize(
     _one_of("precision", merged.precision, _PRECISIONS)
     _one_of("kv_cache_dtype", merged.kv_cache_dtype, _KV_CACHES)
     _one_of("backend", merged.backend, sorted({*backends, *(p.backend for p in profiles)}))
-    for name in ("tp_size", "pp_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+    for name in ("tp_size", "pp_size", "replicas", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         value = getattr(merged, name)
         if value is not None and value < 1:
             raise SettingsError(f"{name} is {value}, and must be 1 or more")

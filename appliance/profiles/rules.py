@@ -77,9 +77,9 @@ def activations(candidate: Candidate, place: Place) -> str:
     return "bf16" if place.facts is None or "bf16" in place.facts.precisions else "fp16"
 
 
-def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> Rejection | None:
+def unbuilt(candidate: Candidate, kv_cache: str, question: Question) -> Rejection | None:
     """What of it this build does not contain yet."""
-    profile = candidate.profile
+    profile, capabilities = candidate.profile, question.capabilities
 
     def missing(reason: str, field: str, allowed: str) -> Rejection:
         flag = f"--{field.replace('_', '-')}"
@@ -104,6 +104,9 @@ def unbuilt(candidate: Candidate, kv_cache: str, capabilities: Capabilities) -> 
     if candidate.pp_size > backend.max_pp:
         reason = f"pipeline parallelism over {candidate.pp_size} is not built yet"
         return missing(reason, "pp_size", _at_most(backend.max_pp))
+    replicas = question.overrides.replicas or 1
+    if replicas > 1 and not capabilities.replicas:
+        return missing(f"{replicas} replicas behind one endpoint are not built yet", "replicas", "1")
     if kv_cache not in backend.kv_cache:
         have = ", ".join(backend.kv_cache)
         reason = f"a {kv_cache} KV cache is not built yet for the {profile.backend} backend, which has {have}"
