@@ -127,7 +127,7 @@ class CalibratedTensors:
         """For each of the four products, the block where its error over the calibration text is largest."""
         found = []
         for key, name in PRODUCTS.items():
-            worst = max(self._store.reports, key=lambda report: report.result[key])
+            worst = max(self._store.reports, key=lambda report: (math.isnan(report.result[key]), report.result[key]))
             found.append(
                 SelfCheck(
                     name=f"{worst.name}.{name} over the calibration text, of all blocks",
