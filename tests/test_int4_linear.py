@@ -104,7 +104,7 @@ def test_order_bias_and_no_rows() -> None:
     assert int4_linear.int4_linear(x[:0], *arguments, bias, tensors["order"]).shape == (0, 48)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 64, 256, 512, 8192])
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 256, 512, 2048, 8192])
 def test_the_default_comes_first_among_the_ways(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_native, "shared_limit", lambda index: 227 << 10)
     for native, wide in ((True, True), (True, False), (False, False)):
@@ -116,7 +116,7 @@ def test_the_default_comes_first_among_the_ways(rows: int, monkeypatch: pytest.M
         kinds = {name.split()[0] for name in found}
         assert "dequantize" in found and kinds <= {"stream", "dequantize", "wide" if wide else "tile"}
         assert first.startswith("stream") == (native and rows <= (16 if wide else 64))
-        assert first.startswith("wide") == (wide and 16 < rows <= 256)
+        assert first.startswith("wide") == (wide and 16 < rows <= 1024)
         assert ("dequantize sliced" in found) and len(found) == len(set(found))
 
 

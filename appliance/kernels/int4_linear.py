@@ -26,7 +26,9 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 STREAMED_ROWS = 64  # up to so many rows the streaming kernel is the default where it runs
 FEW_ROWS = 16  # the same where the kernel for Hopper runs
-TIMED_ROWS = 256  # up to so many rows kernels are worth timing, and the default where they run
+TIMED_ROWS = 256  # up to so many rows kernels that run anywhere are worth timing
+WIDE_ROWS = 1024  # up to so many rows the kernel for Hopper is the default where it runs
+MOST_WIDE_ROWS = 2048  # and worth timing
 _SLICE_BYTES = 32 << 20  # of dequantized weight: a slice is still in the L2 cache of a large GPU when it is multiplied
 
 
@@ -88,7 +90,7 @@ def dequantize(weight: Tensor, scale_zero: Tensor, dtype: torch.dtype) -> Tensor
 
 def default_way(rows: int, group: int, device: torch.device) -> Way:
     """Where nothing was timed."""
-    if rows <= TIMED_ROWS and int4_wide.takes(group, device):
+    if rows <= WIDE_ROWS and int4_wide.takes(group, device):
         return int4_native.stream_linear if rows <= FEW_ROWS else int4_wide.wide_linear
     if rows <= STREAMED_ROWS and int4_native.takes(group, device):
         return int4_native.stream_linear
@@ -103,7 +105,7 @@ def ways(n: int, k: int, group: int, rows: int, device: torch.device) -> dict[st
     if rows <= TIMED_ROWS and int4_native.takes(group, device):
         for config in int4_native.candidates(rows, group, device):
             found[f"stream {config.name}"] = functools.partial(int4_native.stream_linear, config=config)
-    wide = rows <= TIMED_ROWS and int4_wide.takes(group, device)
+    wide = rows <= MOST_WIDE_ROWS and int4_wide.takes(group, device)
     if wide:
         limit = int4_native.shared_limit(device.index or 0)
         for block in int4_wide.candidates(n, k, rows, group, multiprocessors(device), limit):

@@ -80,6 +80,7 @@ _BLOCKS: dict[int, tuple[tuple[int, int, int], ...]] = {
     64: ((4, 128, 1), (2, 128, 2), (2, 128, 1), (1, 128, 3)),
     128: ((4, 64, 1), (4, 128, 1), (2, 64, 2), (2, 128, 1)),
 }
+_PROMPT_ROWS = 256  # beyond, only the first two blocks are worth timing, with one split
 
 
 def takes(group: int, device: torch.device) -> bool:
@@ -121,11 +122,12 @@ def candidates(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list
     """Configs worth timing for x [m, k] and weight [n, k], the default first. `limit`: bytes of shared memory that a
     block can have; `sms`: multiprocessors."""
     columns = columns_for(m)
+    blocks, splits_each = (_BLOCKS[columns], 2) if m <= _PROMPT_ROWS else (_BLOCKS[columns][:2], 1)
     found: list[WideConfig] = []
-    for warpgroups, chunk, per_sm in _BLOCKS[columns]:
+    for warpgroups, chunk, per_sm in blocks:
         splits = [staged(warpgroups, columns, chunk, per_sm, split, k, group, limit) for split in _SPLITS]
         fitting = [config for config in splits if config is not None and config.split * 2 * chunk <= k]
-        found += sorted(fitting, key=lambda config: _cost(config, n, k, m, sms))[:2]
+        found += sorted(fitting, key=lambda config: _cost(config, n, k, m, sms))[:splits_each]
     if not found:  # a short inner dimension
         smallest = staged(1, columns, 64, 1, 1, k, group, limit)
         assert smallest is not None

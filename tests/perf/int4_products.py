@@ -1,6 +1,6 @@
 """Times INT4 products (W4A16) of an 8B Llama on a GPU: every config of every kernel, beside bf16 and FP8.
 
-    python tests/perf/int4_products.py --products qkv,o,gate_up,down --rows 1,8,32,64,128,256 --output all.json
+    python tests/perf/int4_products.py --products qkv,o,gate_up,down --rows 1,8,32,64,128,256,1024 --output all.json
 
 Weights rotate over enough copies that no cache serves them; calls are replayed from one CUDA graph, and no kernel
 begins before the one in front has ended, unless --dependent says so (then products of the same kernel overlap, as no
@@ -130,7 +130,7 @@ def time_int4(name: str, m: int, words: list[Tensor], scales: list[Tensor], grou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--products", default="qkv,o,gate_up,down")
-    parser.add_argument("--rows", default="1,8,32,64,128,256")
+    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,2048")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--top", type=int, default=3, help="lines for each product and number of rows")
     parser.add_argument("--output", type=Path, help="write all timings there, as JSON")
@@ -149,13 +149,18 @@ def main() -> None:
             size = n * k // 2 + n * k // args.group * 4
             torch.cuda.empty_cache()
             words, scales = packed(n, k, args.group, max(2, -(-ROTATED // size)))
+            written = size + n * k * 2
             whole = in_graph(lambda i: dequantize(words[i], scales[i], torch.bfloat16), len(words), 4096)  # noqa: B023
-            print(f"\n{name} {n}x{k}: floor {size / bandwidth * 1e6:.1f} µs, dequantizing all {whole:.1f} µs")
+            print(
+                f"\n{name} {n}x{k}: floor {size / bandwidth * 1e6:.1f} µs, dequantizing all {whole:.1f} µs "
+                f"({written / whole / 1e6:.2f} TB/s)"
+            )
             for m in rows:
                 timed = time_int4(name, m, words, scales, args.group)
                 ranked = sorted(timed.items(), key=lambda item: item[1])
                 print(f" m={m}: bf16 {others[m]['bf16']:.1f}, fp8 {others[m]['fp8']:.1f} µs")
-                shown = ranked[: args.top] + [item for item in ranked[args.top :] if item[0].startswith("deq")]
+                best = {way_name.split()[0]: (way_name, us) for way_name, us in reversed(ranked)}  # of each kind
+                shown = ranked[: args.top] + [item for item in ranked[args.top :] if item in best.values()]
                 for way_name, us in shown:
                     print(f"   {us:7.2f} µs {size / (us * 1e-6) / bandwidth:4.0%}  {way_name}")
                 result.append({"product": name, "rows": m, **others[m], "int4": {k: round(v, 2) for k, v in ranked}})
