@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 from appliance.bench import driver
 from appliance.bench.offline import Rows
+from appliance.bench.quality_columns import columns, open_column
 from appliance.bench.random_model import choose_tactics, engine_tensors, load_random, write_checkpoint
 from appliance.bench.shapes import SHAPES, shape_config
 from appliance.checkpoint import read_model_config
 from appliance.cli import main
+from appliance.engines import read_manifest
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import build_model
@@ -145,6 +148,34 @@ def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in columns[1:]:
         assert 0 < found[name]["kl_divergence"] < 0.01 and found[name]["top1_agreement"] > 0.99, name
     assert found["fp8"]["kl_divergence"] != found["fp8 + fp8 KV"]["kl_divergence"], "the cache counts, too"
+
+
+def test_quality_columns() -> None:
+    """Schemes by name, rounding to nearest beside them, KV caches of their own, and the whole table by one word."""
+    table = columns("all", "fp8")
+    names = ["bf16", "fp8", "fp8 + fp8 KV", "int8_smoothquant", "int8_rtn", "int4_awq", "int4_gptq", "int4_rtn"]
+    assert list(table) == names
+    assert [(c.precision, c.nearest, c.kv_cache) for c in table.values()] == [
+        ("bf16", False, "auto"),
+        ("fp8", False, "auto"),
+        ("fp8", False, "fp8"),
+        ("int8", False, "auto"),
+        ("int8", True, "auto"),
+        ("int4", False, "auto"),
+        ("int4", False, "auto"),
+        ("int4", True, "auto"),
+    ]
+    assert table["int4_gptq"].scheme == "int4_gptq" and table["int4_rtn"].scheme == "int4_awq"
+    assert list(columns("int4, bf16+bf16", "auto,fp8")) == ["int4", "int4 + fp8 KV", "bf16 + bf16 KV"]
+
+
+def test_rounding_to_nearest_is_an_engine_of_its_own(cache: str) -> None:
+    """Without any calibration, so quick; a scheme's usual engine has another key."""
+    args = argparse.Namespace(model="builtin", backend="cpu", cache=cache, attention="auto")
+    manifest = read_manifest(Path(open_column(args, columns("int4_rtn", "auto")["int4_rtn"]).engine_dir))
+    assert manifest.scheme == "int4_awq" and manifest.key_inputs.calibration == {}
+    assert manifest.quality is not None and manifest.quality.limit is None, "the bench looks at whatever comes out"
+    assert 1e-6 < (manifest.quality.kl_divergence or 0) < 0.01
 
 
 def test_quality_over_a_file(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ from test_quantized_checkpoints import make, with_tokenizer
 from torch import Tensor
 
 from appliance import builtin
+from appliance.checkpoint import Checkpoint
+from appliance.checkpoint.scale_numbers import check_scale_numbers
 from appliance.cli import main
 from appliance.errors import CheckpointError, ProfileError, SettingsError
 
@@ -137,6 +139,24 @@ def test_scales_that_are_none(
     path = with_tensor(checkpoints(kind), tmp_path / "bad", name, lambda t: t.view(-1)[5].fill_(value))
     code, error = build(path)
     assert code == CheckpointError.exit_code and name in error and words in error, error
+    assert not (tmp_path / "cache" / "digests").exists(), "it was hashed before anybody looked"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_are_looked_at_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    sound = {"a.scales": torch.rand(3, 5).to(dtype) + 0.5, "b.input_scale": torch.tensor(0.25, dtype=dtype)}
+    for number, (name, value, words) in enumerate(
+        [("a.scales", float("-inf"), "-inf"), ("b.input_scale", float("nan"), "NaN"), ("a.scales", 0.0, "0")]
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        save_file(sound, file)
+        with Checkpoint(file) as checkpoint:
+            check_scale_numbers(checkpoint)
+        bad = {key: tensor.clone() for key, tensor in sound.items()}
+        bad[name].view(-1)[-1] = value
+        save_file(bad, file)
+        with Checkpoint(file) as checkpoint, pytest.raises(CheckpointError, match=rf"{name} .*a scale is {words},"):
+            check_scale_numbers(checkpoint)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])

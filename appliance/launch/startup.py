@@ -23,6 +23,7 @@ from appliance.builder import BuildRequest, key_of
 from appliance.checkpoint import Checkpoint, digest, read_model_config, resolve, resolve_text
 from appliance.checkpoint.expected import expected_sha256
 from appliance.checkpoint.files import require_tokenizer
+from appliance.checkpoint.scale_numbers import check_scale_numbers
 from appliance.engines import (
     DamagedFileError,
     EnginePublishedError,
@@ -40,10 +41,9 @@ from appliance.engines import (
 )
 from appliance.engines.disk import ensure_writable
 from appliance.engines.manifest import MANIFEST_NAME
-from appliance.engines.quality import judge
-from appliance.errors import ApplianceError, EngineBuildError, EngineDamagedError, EngineQualityError, ProfileError
-from appliance.ipc import Built, Failed, Progress, ToServer
-from appliance.launch.child import Child, error_of
+from appliance.engines.quality import Quality, judge, numbers
+from appliance.errors import EngineBuildError, EngineDamagedError, EngineQualityError, ProfileError
+from appliance.launch.build import run_builder
 from appliance.launch.engine import show_progress
 from appliance.launch.plan import (
     Plan,
@@ -58,7 +58,7 @@ from appliance.launch.plan import (
 from appliance.server.lifecycle import Lifecycle, Phase
 from appliance.server.state import ServerState
 from appliance.server.tokenizer import load_tokenizer
-from appliance.settings import Settings, child_environment, cuda_visible_devices, export_hub_environment
+from appliance.settings import Settings, cuda_visible_devices, export_hub_environment
 from appliance.types import EngineOptions, Hardware
 
 log = logging.getLogger("appliance.launch")
@@ -302,6 +302,9 @@ class Startup:
             raise EngineBuildError(f"engine {key[:12]} was damaged as soon as it was made", hint="check the disk")
         if not fetched:
             self._publish(engine_dir)
+        quality = self._state.manifest.get("quality") if self._state.manifest else None
+        if quality:
+            log.info("against its checkpoint: %s", numbers(msgspec.convert(quality, Quality)))
         return engine_dir
 
     @property
@@ -371,11 +374,13 @@ class Startup:
 
 def _check_checkpoint(path: Path, offline: bool) -> None:
     """Raises CheckpointError for what a look at the files shows, before the minutes of hashing and converting them: a
-    missing, truncated or pickled shard; no tokenizer; offline also any file that is known to have been there."""
+    missing, truncated or pickled shard; scales that are no numbers; no tokenizer; offline also any file that is known
+    to have been there."""
     if offline:
         expected_sha256(path)
-    with Checkpoint(path):
-        pass
+    with Checkpoint(path) as checkpoint:
+        if read_model_config(path).quantization is not None:
+            check_scale_numbers(checkpoint)
     require_tokenizer(path)
 
 
@@ -398,30 +403,3 @@ def _copy_to_source(engine_dir: Path, url: str) -> None:
 
 def _say_holder(holder: LockHolder | None) -> None:
     log.info("waiting for another process that makes the same engine (%s)", holder or "unknown")
-
-
-async def run_builder(
-    request: BuildRequest, settings: Settings, directory: Path, on_progress: Callable[[Progress], None]
-) -> Built:
-    """Build in a child process, killed when cancelled. Raises what it failed with; EngineBuildError if it died."""
-    encoded = msgspec.json.encode(request).decode()
-    environment = child_environment(settings)
-    child = Child("builder", "appliance.builder", ["--request", encoded], directory=directory, environment=environment)
-    ended: list[Built | ApplianceError] = []
-
-    def on_message(message: ToServer) -> None:
-        if isinstance(message, Progress):
-            on_progress(message)
-        elif isinstance(message, Built):
-            ended.append(message)
-        elif isinstance(message, Failed):
-            ended.append(error_of(message, EngineBuildError))
-
-    try:
-        exited = await child.listen(on_message)
-    finally:
-        child.close()
-    outcome = ended[0] if ended else EngineBuildError(str(exited), hint="see the log above")
-    if isinstance(outcome, ApplianceError):
-        raise outcome
-    return outcome
