@@ -259,29 +259,32 @@ def prefill_kernel(
     # Blocks that every row sees whole need no mask: [full_begin, full_end). Before them the window's edge, after them
     # the causal one.
     begin = first_position * 0
-    full_begin = begin
-    full_end = (first_position + 1) // BLOCK_N * BLOCK_N
-    if INVARIANT:
-        full_end = begin  # which blocks need no mask depends on the tile, and compilers fuse the two loops differently
     if WINDOWED:
         begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.maximum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, begin)
-        full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-        if INVARIANT:
-            full_begin = begin
-        full_end = tl.maximum(full_end, full_begin)
+    if INVARIANT:  # which blocks need no mask depends on the tile, and compilers fuse the loops differently
         acc, row_max, row_sum = _kv_loop(
-            q, acc, row_max, row_sum, kv_ptr, table_row, position, begin, tl.minimum(full_begin, end), window,
-            page_stride, kv_stride, token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, True, PRECISION,
+            q, acc, row_max, row_sum, kv_ptr, table_row, position, begin, end, window, page_stride, kv_stride,
+            token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, WINDOWED, PRECISION,
         )  # fmt: skip
-    acc, row_max, row_sum = _kv_loop(
-        q, acc, row_max, row_sum, kv_ptr, table_row, position, full_begin, full_end, window, page_stride, kv_stride,
-        token_stride, scale, page_size, head_dim, DIM, BLOCK_N, False, WINDOWED, PRECISION,
-    )  # fmt: skip
-    acc, row_max, row_sum = _kv_loop(
-        q, acc, row_max, row_sum, kv_ptr, table_row, position, full_end, end, window, page_stride, kv_stride,
-        token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, WINDOWED, PRECISION,
-    )  # fmt: skip
+    else:
+        full_begin = begin
+        full_end = (first_position + 1) // BLOCK_N * BLOCK_N
+        if WINDOWED:
+            full_begin = tl.maximum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, begin)
+            full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+            full_end = tl.maximum(full_end, full_begin)
+            acc, row_max, row_sum = _kv_loop(
+                q, acc, row_max, row_sum, kv_ptr, table_row, position, begin, tl.minimum(full_begin, end), window,
+                page_stride, kv_stride, token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, True, PRECISION,
+            )  # fmt: skip
+        acc, row_max, row_sum = _kv_loop(
+            q, acc, row_max, row_sum, kv_ptr, table_row, position, full_begin, full_end, window, page_stride,
+            kv_stride, token_stride, scale, page_size, head_dim, DIM, BLOCK_N, False, WINDOWED, PRECISION,
+        )  # fmt: skip
+        acc, row_max, row_sum = _kv_loop(
+            q, acc, row_max, row_sum, kv_ptr, table_row, position, full_end, end, window, page_stride, kv_stride,
+            token_stride, scale, page_size, head_dim, DIM, BLOCK_N, True, WINDOWED, PRECISION,
+        )  # fmt: skip
     out = acc * (out_scale / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     out_place = q_row[:, None] * out_token_stride + head[:, None] * out_head_stride + lane[None, :]
     tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=valid)

@@ -362,16 +362,17 @@ def pack_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
     its rank (1: no token is more likely), its logprob (float32 bits), num_top token ids, num_top logprobs (bits).
     """
     chosen = logits.gather(1, token_ids[:, None])
-    normalizer = logits.logsumexp(1, keepdim=True)
+    # Not by logsumexp, whose order of summation depends on the number of rows.
+    logprobs = logits.log_softmax(1)
     rank = (logits > chosen).sum(1, keepdim=True) + 1
     top = logits.topk(num_top, dim=1)
     return torch.cat(
         (
             token_ids[:, None].int(),
             rank.int(),
-            (chosen - normalizer).view(torch.int32),
+            logprobs.gather(1, token_ids[:, None]).view(torch.int32),
             top.indices.int(),
-            (top.values - normalizer).contiguous().view(torch.int32),
+            logprobs.gather(1, top.indices).view(torch.int32),
         ),
         dim=1,
     )
