@@ -55,38 +55,43 @@ __device__ __forceinline__ int weight_place(int row, int piece) {
 struct WeightLoader {
   static constexpr int kRowsAtOnce = kThreads / kPieces, kCopies = kRows / kRowsAtOnce;
   static constexpr int kScaleCopies = (kRows * kSpans + kThreads - 1) / kThreads;
-  static_assert(kRowsAtOnce % 8 == 0, "places of a thread's copies differ by a constant");
+  static_assert(kRowsAtOnce % 8 == 0 && kThreads % kSpans == 0, "places of a thread's copies differ by a constant");
+  static constexpr int kScaleRowsAtOnce = kThreads / kSpans;
 
   uint64_t policy;
-  const uint8_t* from;
-  int64_t step;
-  int inner, rows_left;
-  uint32_t to;
+  const uint8_t *from, *scale_from;  // of the first copy; of the scales of its row
+  int64_t step, scale_step;          // from one copy to the next
+  int inner, scale_inner;            // positions of the first copy and scale
+  int rows_left, scale_rows_left;
+  uint32_t to, scale_to;  // in a stage
 
   __device__ __forceinline__ WeightLoader(const Problem& p) : policy(read_once_policy()) {
     const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-    inner = p.first_chunk * CHUNK;
-    from = p.weight + (p.first_row + row) * (int64_t)(p.k / 2) + inner / 2 + piece * 16;
+    inner = p.first_chunk * CHUNK + piece * 32;
+    from = p.weight + (p.first_row + row) * (int64_t)(p.k / 2) + inner / 2;
     step = (int64_t)kRowsAtOnce * (p.k / 2);
     rows_left = p.n - p.first_row - row;
     to = shared_base() + kXBytes + weight_place(row, piece);
+    const int scale_row = threadIdx.x / kSpans, span = threadIdx.x % kSpans;
+    scale_inner = p.first_chunk * CHUNK + span * kSpan;
+    scale_from = p.scale_zero + (p.first_row + scale_row) * (int64_t)(p.k / GROUP) * 4;
+    scale_step = (int64_t)kScaleRowsAtOnce * (p.k / GROUP) * 4;
+    scale_rows_left = scale_row < kRows ? p.n - p.first_row - scale_row : 0;
+    scale_to = shared_base() + kXBytes + kWeightBytes + (span * kRows + scale_row) * 4;
   }
 
-  __device__ __forceinline__ void load_next(const Problem& p, int stage) {
-    const bool inside = inner + (int)(threadIdx.x % kPieces) * 32 < p.k;
+  // Into the stage that begins at `stage`.
+  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < kCopies; i++)
-      copy16_once(to + stage * kStageBytes + i * (kRowsAtOnce * kPieces * 16), from + i * step, inside && i * kRowsAtOnce < rows_left, policy);
+      copy16_once(to + stage + i * (kRowsAtOnce * kPieces * 16), from + i * step, inner < p.k && i * kRowsAtOnce < rows_left, policy);
+    const uint8_t* scale = scale_from + (uint32_t)scale_inner / GROUP * 4;
 #pragma unroll
-    for (int i = 0; i < kScaleCopies; i++) {
-      const int at = threadIdx.x + i * kThreads, span = at % kSpans, row = at / kSpans;
-      const int position = inner + span * kSpan;
-      const uint8_t* scale = p.scale_zero + ((p.first_row + row) * (int64_t)(p.k / GROUP) + position / GROUP) * 4;
-      if (kRows * kSpans % kThreads == 0 || at < kRows * kSpans)
-        copy4(shared_base() + stage * kStageBytes + kXBytes + kWeightBytes + (span * kRows + row) * 4, scale,
-              position < p.k && p.first_row + row < p.n);
-    }
-    from += CHUNK / 2, inner += CHUNK;
+    for (int i = 0; i < kScaleCopies; i++)
+      if (kRows % kScaleRowsAtOnce == 0 || threadIdx.x / kSpans < kRows)
+        copy4(scale_to + stage + i * (kScaleRowsAtOnce * 4), scale + i * scale_step,
+              scale_inner < p.k && i * kScaleRowsAtOnce < scale_rows_left);
+    from += CHUNK / 2, inner += CHUNK, scale_inner += CHUNK;
   }
 };
 
@@ -112,10 +117,10 @@ struct XLoader {
     busy = row < COLUMNS;
   }
 
-  __device__ __forceinline__ void load_next(const Problem& p, int stage) {
+  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < kCopies; i++)
-      if (busy) copy16(to + stage * kStageBytes + i * kRowsAtOnce * 128, from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
+      if (busy) copy16(to + stage + i * kRowsAtOnce * 128, from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
     from += CHUNK, inner += CHUNK;
   }
 
@@ -157,10 +162,10 @@ struct Rows {
     shift = threadIdx.x % 4 * 4;
   }
 
-  __device__ __forceinline__ void load_scales(int stage, int span) {
+  __device__ __forceinline__ void load_scales(uint32_t stage, int span) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t pair = load_shared4(scale_at + stage * kStageBytes + (span * kRows + half * 8) * 4);
+      const uint32_t pair = load_shared4(scale_at + stage + (span * kRows + half * 8) * 4);
       scale[half] = twice(half_value((uint16_t)pair));
       minus_zero[half] = twice((BF16 ? -128.f : -1024.f) - half_value((uint16_t)(pair >> 16)));
     }
@@ -172,10 +177,10 @@ struct Rows {
   }
 
   // 32 inner positions: left operands of two products.
-  __device__ __forceinline__ void load(int stage, int piece, uint32_t (&a)[2][4]) const {
+  __device__ __forceinline__ void load(uint32_t stage, int piece, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint4 words = load_shared16((weight_at + stage * kStageBytes ^ piece * 16) + half * (8 * kPieces * 16));
+      const uint4 words = load_shared16((weight_at + stage ^ piece * 16) + half * (8 * kPieces * 16));
       a[0][half] = number(words.x, half), a[0][half + 2] = number(words.y, half);
       a[1][half] = number(words.z, half), a[1][half + 2] = number(words.w, half);
     }
@@ -183,12 +188,12 @@ struct Rows {
 };
 
 // Begins the products of a chunk; when it returns, at most those of its last piece are under way.
-__device__ __forceinline__ void multiply_chunk(Rows& rows, int stage, uint32_t (&a)[2][2][4], float (&sums)[COLUMNS / 2]) {
+__device__ __forceinline__ void multiply_chunk(Rows& rows, uint32_t stage, uint32_t (&a)[2][2][4], float (&sums)[COLUMNS / 2]) {
 #pragma unroll
   for (int piece = 0; piece < kPieces; piece++) {
     if (piece * 32 % kSpan == 0) rows.load_scales(stage, piece * 32 / kSpan);
     rows.load(stage, piece, a[piece % 2]);
-    const uint64_t b = describe(shared_base() + stage * kStageBytes + piece / 2 * (COLUMNS * 128) + piece % 2 * 64);
+    const uint64_t b = describe(shared_base() + stage + piece / 2 * (COLUMNS * 128) + piece % 2 * 64);
     warpgroup_fence();
     begin_product(sums, a[piece % 2][0], b);
     begin_product(sums, a[piece % 2][1], b + (32 >> 4));
@@ -263,7 +268,7 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   WeightLoader weight_loader(p);
 #pragma unroll 1
   for (int stage = 0; stage < kAhead; stage++) {
-    if (stage < p.chunk_count) weight_loader.load_next(p, stage);
+    if (stage < p.chunk_count) weight_loader.load_next(p, stage * kStageBytes);
     end_group();
   }
   wait_for_kernel_in_front();
@@ -275,7 +280,7 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   float sums[COLUMNS / 2];
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0.f;
-  int stage = 0, ahead_stage = kAhead;
+  uint32_t stage = 0, ahead_stage = kAhead * kStageBytes;  // where they begin
 #pragma unroll 1
   for (int chunk = 0; chunk < p.chunk_count; chunk++) {
     wait_group<kAhead - 1>();
@@ -287,8 +292,8 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
     }
     end_group();
     multiply_chunk(rows, stage, a, sums);
-    if (++stage == STAGES) stage = 0;
-    if (++ahead_stage == STAGES) ahead_stage = 0;
+    stage = stage == (STAGES - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    ahead_stage = ahead_stage == (STAGES - 1) * kStageBytes ? 0 : ahead_stage + kStageBytes;
   }
   warpgroup_wait<0>();
   hold(sums);
