@@ -47,6 +47,7 @@ class Lifecycle:
         self.was_ready = False
         self.draining = False
         self.time_to_ready: float | None = None  # seconds from process start to the first "ready"
+        self.replicas: Callable[[], list[dict[str, Any]]] = list  # for `as_dict`, where there are several
 
     def enter(self, phase: Phase, detail: str = "") -> None:
         """Begin a phase. After "draining" only "failed" is taken: nothing makes a leaving server ready again."""
@@ -134,6 +135,7 @@ class Lifecycle:
 
     def as_dict(self) -> dict[str, Any]:
         """The body of the health endpoints."""
+        replicas = self.replicas()
         return {
             "phase": self.phase,
             "percent": None if self.percent is None else round(self.percent, 1),
@@ -144,4 +146,4 @@ class Lifecycle:
             "phase_seconds": {name: round(value, 3) for name, value in self.phase_seconds.items()},
             "uptime_seconds": round(self.uptime_seconds, 3),
             "time_to_ready": None if self.time_to_ready is None else round(self.time_to_ready, 3),
-        }
+        } | ({"replicas": replicas} if replicas else {})

@@ -22,6 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
 _E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 480.0)
+_COUNTERS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")  # of EngineStats
 _COUNT_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 
 
@@ -72,26 +73,33 @@ class ServerMetrics:
         self.max_requests: Callable[[], int] = lambda: 0  # set by the journal
         self.profile: dict[str, str] = {}  # labels of profile_info
         self.engine_cache_hit: bool | None = None  # the engine was found and not built; None: not known yet
-        self.engine: EngineInfo | None = None
-        self._stats = EngineStats()
-        self._lost = EngineStats()  # totals of engines that are gone: their counters began at 0
+        self.engines: dict[int, EngineInfo] = {}  # what the newest engine of each replica said of itself
+        self.in_flight_on: Callable[[int], int] = lambda replica: 0  # set by the journal
+        self.replica_phases: Callable[[], list[str]] = list  # set by the launcher where there are several
+        self._stats: dict[int, EngineStats] = {}  # of each replica's engine
+        self._lost: Counter[str] = Counter()  # totals of engines that are gone: their counters began at 0
+        self._restarts: Counter[int] = Counter()  # by replica
         self.registry = CollectorRegistry()
         self.registry.register(_ServerCollector(self))
         ProcessCollector(registry=self.registry)
 
     # ------------------------------------------------------------ what happens
 
-    def engine_stats(self, stats: EngineStats) -> None:
-        self._stats = stats
+    def engine_stats(self, stats: EngineStats, replica: int = 0) -> None:
+        self._stats[replica] = stats
 
-    def engine_lost(self) -> None:
+    def engine_lost(self, replica: int = 0) -> None:
         self.engine_restarts += 1
-        self._lost = EngineStats(
-            num_preemptions=self._lost.num_preemptions + self._stats.num_preemptions,
-            prefix_cache_queries=self._lost.prefix_cache_queries + self._stats.prefix_cache_queries,
-            prefix_cache_hits=self._lost.prefix_cache_hits + self._stats.prefix_cache_hits,
-        )
-        self._stats = EngineStats()
+        self._restarts[replica] += 1
+        stats = self._stats.pop(replica, EngineStats())
+        self._lost.update({name: getattr(stats, name) for name in _COUNTERS})
+
+    def stats_of(self, replica: int) -> EngineStats:
+        """What its engine said last; zeros before it said anything."""
+        return self._stats.get(replica, EngineStats())
+
+    def restarts_of(self, replica: int) -> int:
+        return self._restarts[replica]
 
     def request_started(
         self, num_prompt_tokens: int, num_cached_tokens: int, seconds: float, queue_seconds: float
@@ -127,27 +135,38 @@ class ServerMetrics:
 
     @property
     def num_running(self) -> int:
-        return min(self._stats.num_running, self.in_flight())
+        return min(sum(stats.num_running for stats in self._stats.values()), self.in_flight())
 
     @property
     def num_waiting(self) -> int:
-        """Accepted and not running: queued in the engine, on the way there, or held while it restarts."""
+        """Accepted and not running: queued in an engine, on the way there, or held while it restarts."""
         return self.in_flight() - self.num_running
+
+    def running_on(self, replica: int) -> int:
+        return min(self.stats_of(replica).num_running, self.in_flight_on(replica))
 
     @property
     def kv_cache_usage(self) -> float:
+        """Of all replicas' pages."""
+        pages = {replica: info.num_pages for replica, info in self.engines.items()} or {0: 1}
+        return sum(self.kv_cache_usage_of(replica) * count for replica, count in pages.items()) / sum(pages.values())
+
+    def kv_cache_usage_of(self, replica: int) -> float:
         # Stats come with outputs only; with nothing in flight no page is referenced, whatever the last ones said.
-        return self._stats.kv_cache_usage if self.in_flight() else 0.0
+        return self.stats_of(replica).kv_cache_usage if self.in_flight_on(replica) else 0.0
+
+    def _total(self, counter: str) -> int:
+        """Over all engines of this process, those that are gone included."""
+        return self._lost[counter] + sum(int(getattr(stats, counter)) for stats in self._stats.values())
 
     @property
     def num_preemptions(self) -> int:
-        return self._lost.num_preemptions + self._stats.num_preemptions
+        return self._total("num_preemptions")
 
     @property
     def prefix_cache(self) -> tuple[int, int]:
-        """Prompt tokens looked up and found, over all engines of this process."""
-        queries = self._lost.prefix_cache_queries + self._stats.prefix_cache_queries
-        return queries, self._lost.prefix_cache_hits + self._stats.prefix_cache_hits
+        """Prompt tokens looked up and found."""
+        return self._total("prefix_cache_queries"), self._total("prefix_cache_hits")
 
     def render(self) -> bytes:
         """Prometheus text format."""
@@ -183,6 +202,7 @@ class _ServerCollector(Collector):
         yield _count("requests_resubmitted", "Requests handed to a restarted engine.", labels, m.resubmitted)
         yield from self._histograms(labels)
         yield from self._by_label(labels)
+        yield from self._replicas(labels)
         yield from self._startup()
 
     def _histograms(self, labels: dict[str, str]) -> Iterable[Metric]:
@@ -226,6 +246,27 @@ class _ServerCollector(Collector):
             rejected.add_metric([*labels.values(), code], count)
         yield rejected
 
+    def _replicas(self, labels: dict[str, str]) -> Iterable[Metric]:
+        """Only where there are several."""
+        m, phases = self._metrics, self._metrics.replica_phases()
+        if not phases:
+            return
+        numbers = range(len(phases))
+        for name, text, values in (
+            ("replica_up", "1: the replica serves.", [float(phase == "ready") for phase in phases]),
+            ("replica_requests_running", "Requests in its running batch.", [m.running_on(n) for n in numbers]),
+            ("replica_requests", "Requests on it, waiting ones included.", [m.in_flight_on(n) for n in numbers]),
+            ("replica_cache_usage_perc", "Share of its pages in use.", [m.kv_cache_usage_of(n) for n in numbers]),
+        ):
+            family = GaugeMetricFamily(name, text, labels=[*labels, "replica"])
+            for number, value in enumerate(values):
+                family.add_metric([*labels.values(), str(number)], value)
+            yield family
+        restarts = CounterMetricFamily("replica_restarts", "Engine processes lost.", labels=[*labels, "replica"])
+        for number in numbers:
+            restarts.add_metric([*labels.values(), str(number)], m.restarts_of(number))
+        yield restarts
+
     def _startup(self) -> Iterable[Metric]:
         m = self._metrics
         phases = GaugeMetricFamily("startup_phase_seconds", "Seconds spent in each start-up phase.", labels=["phase"])
@@ -238,11 +279,12 @@ class _ServerCollector(Collector):
         if m.engine_cache_hit is not None:
             hit = int(m.engine_cache_hit)
             yield from _plain_gauge("engine_cache_hit", "1: the engine was found, 0: it was built.", {}, hit)
-        if m.engine is not None:
+        if m.engines:
+            infos = list(m.engines.values())
             config = {
-                "num_gpu_blocks": str(m.engine.num_pages),
-                "block_size": str(m.engine.page_size),
-                "cache_dtype": m.engine.kv_cache_dtype,
+                "num_gpu_blocks": str(sum(info.num_pages for info in infos)),
+                "block_size": str(infos[0].page_size),
+                "cache_dtype": infos[0].kv_cache_dtype,
             }
             yield from _plain_gauge("vllm:cache_config_info", "The KV cache.", config, 1)
 

@@ -41,7 +41,6 @@ class ServerState:
     started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
     metrics: ServerMetrics = field(init=False)
     journal: RequestJournal = field(init=False)
-    _engine: EngineInfo | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         assert self.model_names, "a server has at least one model name"
@@ -58,23 +57,25 @@ class ServerState:
     def _phase_seconds(self) -> dict[str, float]:
         """Of this process by phase, and of the newest engine process by "engine.<phase>": its import of torch runs
         beside the first phases here, the rest is inside of "loading" and "warming"."""
-        inside = self._engine.startup_seconds if self._engine is not None else {}
+        engine = self.engine
+        inside = engine.startup_seconds if engine is not None else {}
         own = {"python": self.before_seconds, **self.lifecycle.phase_seconds}
         return own | {f"engine.{phase}": seconds for phase, seconds in inside.items()}
 
     @property
     def engine(self) -> EngineInfo | None:
-        """What the running engine said of itself; set it when `ipc.Ready` comes."""
-        return self._engine
+        """What the running engine said of itself; set it when `ipc.Ready` comes. Of several replicas the one with the
+        smallest context, so that whatever is accepted fits each of them."""
+        return min(self.metrics.engines.values(), key=lambda info: info.max_model_len, default=None)
 
     @engine.setter
     def engine(self, info: EngineInfo | None) -> None:
-        self._engine = info
-        self.metrics.engine = info
+        self.metrics.engines = {} if info is None else {0: info}
 
     @property
     def system_fingerprint(self) -> str | None:
-        return f"fp_{self._engine.engine_key[:12]}" if self._engine is not None else None
+        engine = self.engine
+        return f"fp_{engine.engine_key[:12]}" if engine is not None else None
 
     def resolve_model(self, name: str | None) -> str:
         """The served name to answer with. Raises ModelNotFoundError."""
@@ -93,6 +94,7 @@ class ServerState:
 
     def require_engine(self) -> EngineInfo:
         """Raises UnavailableError before the engine was up for the first time."""
-        if self._engine is None:
+        engine = self.engine
+        if engine is None:
             raise UnavailableError("the engine is not loaded yet", retry_after=self.lifecycle.retry_after)
-        return self._engine
+        return engine
