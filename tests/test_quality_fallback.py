@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from selection_cases import FACTS, LLAMA_8B, PROFILES, machine
 from torch import Tensor
 
 from appliance import builtin, registry
@@ -20,6 +21,7 @@ from appliance.engines.quality import recall
 from appliance.errors import EngineQualityError
 from appliance.ipc import Built, Progress
 from appliance.launch.prepare import prepare_engine
+from appliance.profiles import capabilities, reasons, select
 from appliance.profiles.load import default_directory
 
 LIMIT = 0.1
@@ -148,3 +150,12 @@ def test_a_start_fails_or_ignores_as_it_is_told(tmp_path: Path, damaged_builder:
     again = prepare_engine("builtin", cache=tmp_path)
     assert read_manifest(Path(again.engine_dir)).precision == "bf16"
     assert damaged_builder == ["fp8", "fp8", "bf16"]
+
+
+def test_the_selection_says_why_another_precision_serves() -> None:
+    bad = dict.fromkeys(("fp8", "fp8-kv8"), "was refused: the fp8 engine of m differs too much")
+    selection = select(
+        machine("h200-x1"), LLAMA_8B, PROFILES, capabilities=capabilities(), gpu_facts=FACTS, refused=bad
+    )
+    assert selection.selected is not None and selection.selected.name == "bf16-tp1"
+    assert "not fp8-tp1: was refused: the fp8 engine of m differs too much" in reasons(selection)
