@@ -20,7 +20,7 @@ from appliance.kernels.int4_native import shared_limit, unavailable
 from appliance.kernels.skinny_linear import multiprocessors
 
 MOST_COLUMNS = 128  # rows of x of a tile: with more, a thread's registers do not hold the sums
-_SPLITS = (1, 2, 4, 8)  # blocks of a cluster; 8 is what every Hopper GPU can have
+_SPLITS = (1, 2, 3, 4, 5, 6, 8)  # blocks of a cluster; 8 is what every Hopper GPU can have
 _MOST_STAGES = 16
 _RESERVED = 1024  # bytes of shared memory that each block has beside its own
 
