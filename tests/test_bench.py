@@ -12,6 +12,7 @@ import torch
 
 from appliance.bench import driver
 from appliance.bench.offline import Rows
+from appliance.bench.quality import against_nearest
 from appliance.bench.quality_columns import columns, open_column
 from appliance.bench.random_model import choose_tactics, engine_tensors, load_random, write_checkpoint
 from appliance.bench.shapes import SHAPES, shape_config
@@ -19,6 +20,7 @@ from appliance.checkpoint import read_model_config
 from appliance.cli import main
 from appliance.engines import read_manifest
 from appliance.kernels.tactics import TABLE
+from appliance.runtime.divergence import Divergence
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import build_model
 from appliance.types import EngineOptions
@@ -167,6 +169,16 @@ def test_quality_columns() -> None:
     ]
     assert table["int4_gptq"].scheme == "int4_gptq" and table["int4_rtn"].scheme == "int4_awq"
     assert list(columns("int4, bf16+bf16", "auto,fp8")) == ["int4", "int4 + fp8 KV", "bf16 + bf16 KV"]
+
+
+def test_what_calibration_gained_is_said() -> None:
+    chosen = columns("bf16,int4_awq,int4_gptq,int4_rtn,int8,int8_rtn", "auto")
+    kl = {"bf16": 0.0, "int4_awq": 0.02, "int4_gptq": 0.01, "int4_rtn": 0.04, "int8": 0.003, "int8_rtn": 0.002}
+    found = {name: Divergence(positions=10, kl_sum=10 * value) for name, value in kl.items()}
+    assert against_nearest(chosen, found) == [
+        "KL as a share of int4_rtn's: int4_awq 0.50, int4_gptq 0.25",
+        "KL as a share of int8_rtn's: int8 1.50",
+    ]
 
 
 def test_rounding_to_nearest_is_an_engine_of_its_own(cache: str) -> None:

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if sets:
         show_accuracy(accuracy, args.samples)
     show_divergence(divergence, comparison.text)
+    for line in against_nearest(chosen, divergence):
+        say(line)
     means = {name: mean(column) for name, column in accuracy.items()}
     result: dict[str, Any] = {
         "bench": "quality",
@@ -136,6 +138,24 @@ def show_divergence(divergence: Mapping[str, Divergence], text: str) -> None:
         kl, agreement = (f"{found.kl_divergence:.3g}", f"{found.top1_agreement:.2%}") if name != first else ("", "")
         table.row(name, f"{found.perplexity:.6g}", kl, agreement)
     table.show(f"predictions, {divergence[first].positions} positions of {text}")
+
+
+def against_nearest(chosen: Mapping[str, Column], divergence: Mapping[str, Divergence]) -> list[str]:
+    """What calibration gained: per column rounded to nearest, the KL divergence of the calibrated ones of its precision
+    and KV cache as a share of its own."""
+    lines = []
+    for name, nearest in chosen.items():
+        kl = divergence[name].kl_divergence
+        if not nearest.nearest or not kl:
+            continue
+        same = [
+            (other, divergence[other].kl_divergence / kl)
+            for other, column in chosen.items()
+            if (column.precision, column.kv_cache) == (nearest.precision, nearest.kv_cache) and not column.nearest
+        ]
+        if same:
+            lines.append(f"KL as a share of {name}'s: " + ", ".join(f"{other} {share:.2f}" for other, share in same))
+    return lines
 
 
 def figures(found: Divergence) -> dict[str, float]:
