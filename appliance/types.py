@@ -247,6 +247,9 @@ class EngineOptions(Struct, frozen=True):
     engine_dir: str
     backend: str  # plug-in name: "cuda", "cpu"
     devices: tuple[str, ...] = ()  # CUDA device UUIDs or indices, one per rank; empty for the CPU
+    # Engines like this one that serve beside each other. For a server `devices` lists those of each in turn; in what
+    # an engine process gets they are its own. On the CPU they share cores and memory.
+    replicas: int = 1
     max_model_len: int = 0  # 0: the model's own limit, or what fits
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192

@@ -50,7 +50,8 @@ _MEMORY_SHARE = 0.25  # of free memory, for the KV cache when the page count is 
 
 def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
     """Load the engine's weights into memory, as float32 where they are not quantized."""
-    torch.set_num_threads(min(psutil.cpu_count(logical=False) or 1, host().cpu_cores))
+    cores = min(psutil.cpu_count(logical=False) or 1, host().cpu_cores)
+    torch.set_num_threads(max(1, cores // options.replicas))
     with timer.phase("load_weights"):
         return load_engine(options, _DEVICE, torch.float32, progress)
 
@@ -93,7 +94,7 @@ def _pages_that_fit(options: EngineOptions, model_limit: int, page_bytes: int) -
     """Pages for every slot at full length, or what a share of free memory holds. HardwareError if that is too few."""
     longest = options.max_model_len or model_limit
     wanted = options.max_num_seqs * -(-longest // options.page_size)
-    budget = int(psutil.virtual_memory().available * _MEMORY_SHARE)
+    budget = int(psutil.virtual_memory().available * _MEMORY_SHARE / options.replicas)
     pages = min(wanted, budget // page_bytes)
     if pages < 2:
         raise HardwareError(

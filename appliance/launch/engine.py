@@ -43,8 +43,11 @@ PHASES: dict[ChildPhase, ServerPhase] = {
 
 
 def show_progress(lifecycle: Lifecycle, message: Progress, load_bytes: int = 0) -> None:
-    """A child's progress as the server's. While an engine restarts the phase stays "restarting". `load_bytes`: what
-    100% of loading is, as the engine process reports that phase in percent of the bytes read."""
+    """A child's progress as the server's. While an engine restarts the phase stays "restarting", and what is done for
+    one replica while others serve is not shown. `load_bytes`: what 100% of loading is, as the engine process reports
+    that phase in percent of the bytes read."""
+    if lifecycle.is_ready:
+        return
     phase = PHASES[message.phase]
     detail = message.detail
     if lifecycle.phase == "restarting":
@@ -71,7 +74,7 @@ def _weight_bytes(engine_dir: Path) -> int:
 
 
 class Journal(Protocol):
-    """What the supervisor needs of `server.journal.RequestJournal`."""
+    """What the supervisor needs of `server.journal.RequestJournal`, or of what that shows one of several replicas."""
 
     @property
     def in_flight(self) -> int: ...
@@ -97,7 +100,7 @@ class Link:
 class EngineSupervisor:
     """`spawn` starts an engine process. `repair` makes a damaged engine whole and returns the options to go on with.
     `on_ready` is told what every newly loaded engine says of itself. `probe_token_ids` is any valid prompt.
-    `prepared` is a process that was started already, to be used first."""
+    `prepared` is a process that was started already, to be used first. `name` is for the log."""
 
     def __init__(
         self,
@@ -112,7 +115,9 @@ class EngineSupervisor:
         backoff_seconds: float = 1.0,
         hang_seconds: float = _HANG_SECONDS,
         prepared: Child | None = None,
+        name: str = "the engine",
     ) -> None:
+        self._name = name
         self._spawn = spawn
         self._lifecycle = lifecycle
         self._journal = journal
@@ -189,7 +194,7 @@ class EngineSupervisor:
                 idle_since = time.monotonic()
             silent = time.monotonic() - max(idle_since, self._last_message)
             if silent > self._hang_seconds:
-                log.error("the engine has said nothing for %.0f s with requests in flight: ending it", silent)
+                log.error("%s has said nothing for %.0f s with requests in flight: ending it", self._name, silent)
                 child.kill()
                 return
 
@@ -231,10 +236,10 @@ class EngineSupervisor:
                 probe.cancel()
                 await asyncio.gather(probe, token, return_exceptions=True)
             if self._lifecycle.was_ready:
-                log.info("the engine is ready again")
+                log.info("%s is ready again", self._name)
             self._lifecycle.enter("ready")
         except (ApplianceError, OSError) as error:
-            log.error("the engine was loaded but does not answer: %s", error)
+            log.error("%s was loaded but does not answer: %s", self._name, error)
             child.kill()
 
     async def _wait_for_restart(self, error: ApplianceError) -> None:
@@ -246,13 +251,14 @@ class EngineSupervisor:
         count = len(self._crashes)
         if count > self._budget:
             raise EngineCrashedError(
-                f"the engine failed {count} times within {BUDGET_WINDOW_SECONDS / 60:g} minutes, last: {error.message}",
+                f"{self._name} failed {count} times within {BUDGET_WINDOW_SECONDS / 60:g} minutes, "
+                f"last: {error.message}",
                 hint=error.hint or "see the log above; `doctor` checks this machine",
             )
         seconds = min(_MAX_BACKOFF_SECONDS, self._backoff_seconds * 2.0 ** (count - 2)) if count > 1 else 0.0
         if self._lifecycle.was_ready:
             self._lifecycle.enter("restarting", f"{error.message}; restart {count} of {self._budget}")
-        log.warning("restarting the engine (%d of %d in 10 minutes) in %.1f s", count, self._budget, seconds)
+        log.warning("restarting %s (%d of %d in 10 minutes) in %.1f s", self._name, count, self._budget, seconds)
         self.prepare()
         await asyncio.sleep(seconds)
 

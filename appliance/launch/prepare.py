@@ -12,6 +12,7 @@ import msgspec
 
 from appliance.builder import BuildRequest
 from appliance.errors import SettingsError
+from appliance.launch.replicas import split
 from appliance.launch.report import report_progress
 from appliance.launch.scratch import socket_directory
 from appliance.launch.startup import Startup
@@ -59,8 +60,9 @@ def prepare(
     watch: Callable[[Lifecycle], Coroutine[Any, Any, None]] = report_progress,
     adapt: Callable[[BuildRequest], BuildRequest] = lambda request: request,
 ) -> EngineOptions:
-    """The start-up sequence in a thread with an event loop: the caller may be inside of one, as in a notebook. `watch`
-    shows how far it is, and is cancelled in the end. Raises what the steps raise."""
+    """The start-up sequence in a thread with an event loop: the caller may be inside of one, as in a notebook. The
+    options are those of one engine, also where a server would have replicas. `watch` shows how far it is, and is
+    cancelled in the end. Raises what the steps raise."""
     result: list[EngineOptions] = []
     failure: list[BaseException] = []
 
@@ -89,7 +91,7 @@ async def _prepare(
     reporter = asyncio.create_task(watch(state.lifecycle))
     try:
         startup = Startup(settings, state, directory, adapt)
-        options = await startup.prepare()
+        options = msgspec.structs.replace(split(await startup.prepare())[0], replicas=1)
         if startup.publication is not None:
             await startup.publication
         return options

@@ -29,10 +29,10 @@ from appliance.settings import Settings, child_environment, export_otel_environm
 
 if TYPE_CHECKING:
     from appliance.errors import EngineDamagedError
-    from appliance.launch.engine import EngineSupervisor
+    from appliance.launch.replicas import Replicas
     from appliance.server.state import ServerState
     from appliance.server.tracing import RequestTracer
-    from appliance.types import EngineInfo, EngineOptions
+    from appliance.types import EngineOptions
 
 log = logging.getLogger("appliance.launch")
 
@@ -122,13 +122,13 @@ class _Process:
 
         before_seconds = report.process_age_seconds()
         state = self._make_state(before_seconds)
-        supervisor = self._make_supervisor(state, first_engine)
+        replicas = self._make_replicas(state, first_engine)
         helpers = [asyncio.create_task(report.report_progress(state.lifecycle))]
         helpers.append(asyncio.create_task(self._say_when_ready(state, before_seconds)))
         if os.getpid() == 1:
             helpers.append(asyncio.create_task(_reap_for_ever()))
         http = asyncio.create_task(self._serve_http(state))
-        work = asyncio.create_task(self._work(state, supervisor))
+        work = asyncio.create_task(self._work(state, replicas))
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({http, work, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -138,14 +138,14 @@ class _Process:
         finally:
             if self._watchdog is not None:
                 self._watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
-            await self._leave(supervisor, first_engine, http, work, [stop, *helpers])
+            await self._leave(replicas, http, work, [stop, *helpers])
             if state.tracer is not None:
                 state.tracer.shutdown()
 
     # ------------------------------------------------------------ making the parts
 
-    def _spawn_engine(self) -> Child:
-        return Child("engine", self._engine_module, [], directory=self._directory, environment=self._environment)
+    def _spawn_engine(self, name: str = "engine") -> Child:
+        return Child(name, self._engine_module, [], directory=self._directory, environment=self._environment)
 
     def _make_watchdog(self) -> Watchdog | None:
         if not self._settings.stuck_seconds:
@@ -190,35 +190,29 @@ class _Process:
         export_otel_environment(self._settings)
         return make_tracer(model_name, otel_exporters())
 
-    def _make_supervisor(self, state: ServerState, first: Child) -> EngineSupervisor:
-        from appliance.launch.engine import EngineSupervisor
+    def _make_replicas(self, state: ServerState, first: Child) -> Replicas:
+        from appliance.launch.replicas import Replicas
 
         if self._make_sequence is None:
             from appliance.launch.startup import Startup
 
             self._make_sequence = Startup
         self._sequence = self._make_sequence(self._settings, state, self._directory)
-
-        def on_ready(info: EngineInfo) -> None:
-            state.engine = info
-
-        return EngineSupervisor(
+        return Replicas(
             self._spawn_engine,
-            state.lifecycle,
-            state.journal,
+            state,
             repair=self._sequence.repair,
-            on_ready=on_ready,
-            restart_budget=self._settings.restart_budget,
             prepared=first,
+            restart_budget=self._settings.restart_budget,
         )
 
     # ------------------------------------------------------------ running
 
-    async def _work(self, state: ServerState, supervisor: EngineSupervisor) -> None:
-        """The start-up sequence, then the engine. Ends only with an error, or when the supervisor is stopped."""
+    async def _work(self, state: ServerState, replicas: Replicas) -> None:
+        """The start-up sequence, then the engines. Ends only with an error, or when the replicas are stopped."""
         options = await self._sequence.prepare()
         state.lifecycle.enter("loading")
-        await supervisor.run(options)
+        await replicas.run(options)
 
     async def _serve_http(self, state: ServerState) -> None:
         import uvicorn
@@ -306,22 +300,21 @@ class _Process:
 
     async def _leave(
         self,
-        supervisor: EngineSupervisor,
-        first_engine: Child,
+        replicas: Replicas,
         http: asyncio.Task[None],
         work: asyncio.Task[None],
         others: list[asyncio.Task[Any]],
     ) -> None:
-        """HTTP first, so that last bytes reach clients; then the engine, then everything else."""
+        """HTTP first, so that last bytes reach clients; then the engines, then everything else."""
         if self._http is not None:
             self._http.should_exit = True
         await asyncio.wait({http}, timeout=_HTTP_SHUTDOWN_SECONDS + 1)
-        await supervisor.stop()
+        await replicas.stop()
         tasks = [http, work, *others]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        first_engine.close()
+        replicas.close()
 
 
 async def _reap_for_ever() -> None:

@@ -148,8 +148,11 @@ class Startup:
     # ------------------------------------------------------------ steps
 
     def _enter(self, phase: Phase, detail: str = "") -> None:
-        """A phase of the start; while an engine is repaired the server stays "restarting"."""
-        if self._life.phase == "restarting":
+        """A phase of the start; while an engine is repaired the server stays "restarting", or "ready" if other
+        replicas serve."""
+        if self._life.is_ready:
+            log.info("%s%s", phase, f": {detail}" if detail else "")
+        elif self._life.phase == "restarting":
             self._life.progress(detail=f"{phase}: {detail}" if detail else phase)
         else:
             self._life.enter(phase, detail)
@@ -159,6 +162,8 @@ class Startup:
         loop = asyncio.get_running_loop()
 
         def show(snapshot: Snapshot) -> None:
+            if self._life.is_ready:
+                return  # a repair while other replicas serve
             self._life.progress(
                 percent=snapshot.percent,
                 detail=snapshot.detail,

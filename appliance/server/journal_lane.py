@@ -27,7 +27,6 @@ class Lane:
     def __init__(self, number: int, on_unsendable: Callable[[Entry, Exception], None]) -> None:
         self.number = number
         self.link: EngineLink | None = None
-        self.given_up = False  # no engine will come any more
         self.entries: dict[Entry, None] = {}  # assigned to it, in the order in which they were
         self.tokens = 0  # of all these, prompts and outputs: its load
         self._on_unsendable = on_unsendable

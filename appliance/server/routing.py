@@ -1,4 +1,4 @@
-"""Which replica a prompt goes to: the one whose prefix cache most likely holds most of it, unless it has too much to do.
+"""Which replica a prompt goes to: the one whose prefix cache most likely holds most of it, unless it has too much work.
 
 Knows token ids, numbers of replicas and their loads in tokens. Does not know requests, engines or time; changes nothing
 but its own memory of what was sent where.
