@@ -1,4 +1,4 @@
-// The functions of appliance/kernels/int4/primitives.cuh and hopper.cuh for a CPU, so that the kernels run there as C++:
+// The functions of appliance/kernels/int4/primitives.cuh, cluster.cuh and warpgroup.cuh for a CPU, so that the kernels run there as C++:
 // clusters (of one block, where there are none) one after the other, the threads of a cluster as fibers that take turns.
 // Copies into shared memory and products of warpgroups happen as late as they may, when they are waited for, and shared memory
 // is NaN before: what does not wait computes nonsense.
@@ -22,8 +22,9 @@
 #define CLUSTER
 #ifdef WARPGROUPS  // wide.cu
 #define WARPS (4 * WARPGROUPS)
-#else
-#define SPLIT 1
+#endif
+#ifndef SPLIT
+#define SPLIT 0
 #endif
 
 struct uint2 { uint32_t x, y; };
@@ -34,9 +35,10 @@ static Dim threadIdx, blockIdx, gridDim;
 
 namespace emulation {
 
+constexpr int kBlocks = SPLIT ? SPLIT : 1;  // of a cluster
 constexpr int kBlockThreads = WARPS * 32, kSharedBytes = 232448, kStackBytes = 128 << 10;
-alignas(1024) static uint8_t shared_of[SPLIT][kSharedBytes];
-static uint8_t stacks[SPLIT * kBlockThreads][kStackBytes];
+alignas(1024) static uint8_t shared_of[kBlocks][kSharedBytes];
+static uint8_t stacks[kBlocks * kBlockThreads][kStackBytes];
 
 struct Copy {
   uint32_t to;
@@ -65,12 +67,12 @@ struct Fiber {
   std::vector<std::vector<Product>> product_groups;
   std::vector<Product> open_products;
 };
-static Fiber fibers[SPLIT * kBlockThreads];
-static int current, first_block;  // fiber that runs; of the cluster
+static Fiber fibers[kBlocks * kBlockThreads];
+static int current;  // fiber that runs
 static ucontext_t scheduler;
-static Barrier cluster, blocks[SPLIT], warpgroups[SPLIT * kBlockThreads / 128 + 1];
-static int product_arrivals[WARPS][2];
-static uint32_t operands[WARPS][2][32][6];
+static Barrier whole_cluster, blocks[kBlocks], warpgroups[kBlocks * kBlockThreads / 128 + 1];
+static int product_arrivals[kBlocks * WARPS][2];
+static uint32_t operands[kBlocks * WARPS][2][32][6];
 
 inline Fiber& self() { return fibers[current]; }
 inline uint8_t* shared() { return shared_of[current / kBlockThreads]; }
@@ -190,7 +192,7 @@ inline float value(uint16_t bits) { return emulation::number(bits); }
 
 // The fragments of mma.m16n8k16 as the PTX manual lays them out (Matrix Fragments for mma.m16n8k16).
 inline void tensor_product(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = emulation::current / 32, lane = emulation::current % 32;
   const int turn = emulation::self().warp_products++;
   auto& given = emulation::operands[warp][turn % 2];
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -261,16 +263,16 @@ inline void warpgroup_wait() {
   }
 }
 
+#endif
+
 inline uint32_t cluster_rank() { return emulation::current / emulation::kBlockThreads; }
-inline void cluster_barrier() { emulation::meet(emulation::cluster, SPLIT * emulation::kBlockThreads); }
+inline void cluster_barrier() { emulation::meet(emulation::whole_cluster, emulation::kBlocks * emulation::kBlockThreads); }
 inline float4 load_cluster16(uint32_t from, uint32_t rank) {
   float4 v;
-  if (from % 16 || rank >= SPLIT || emulation::fibers[rank * emulation::kBlockThreads].done) abort();
+  if (from % 16 || rank >= emulation::kBlocks || emulation::fibers[rank * emulation::kBlockThreads].done) abort();
   memcpy(&v, emulation::shared_of[rank] + from, 16);
   return v;
 }
-
-#endif
 
 namespace emulation {
 
@@ -284,11 +286,11 @@ inline void fiber_main() {
 
 inline void run_cluster(int first) {
   memset(shared_of, 0xff, sizeof(shared_of));
-  cluster = Barrier{};
+  whole_cluster = Barrier{};
   for (auto& barrier : blocks) barrier = Barrier{};
   for (auto& barrier : warpgroups) barrier = Barrier{};
   memset(product_arrivals, 0, sizeof(product_arrivals));
-  constexpr int kFibers = SPLIT * kBlockThreads;
+  constexpr int kFibers = kBlocks * kBlockThreads;
   for (int i = 0; i < kFibers; i++) {
     Fiber& fiber = fibers[i];
     fiber.done = false, fiber.warp_products = 0;
@@ -312,6 +314,7 @@ inline void run_cluster(int first) {
 
 }  // namespace emulation
 
+#include "shares.cuh"
 #include KERNEL
 
 #ifdef DEQUANTIZE
@@ -322,19 +325,19 @@ extern "C" void emulate(int blocks, const uint32_t* weight, const uint32_t* scal
 #elif defined(WARPGROUPS)
 extern "C" void emulate(int blocks, const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x, const uint16_t* bias,
                         uint16_t* out, int64_t m, int64_t n, int64_t k, int64_t x_stride) {
-  if (STAGES * kStageBytes > emulation::kSharedBytes || COLUMNS * kSumStride * 4 > emulation::kSharedBytes) abort();
+  if (STAGES * kStageBytes > emulation::kSharedBytes || COLUMNS * kSumStride<kRows> * 4 > emulation::kSharedBytes) abort();
   gridDim.x = blocks;
   emulation::body = [=] { int4_linear(weight, scale_zero, x, bias, out, m, n, k, x_stride); };
   for (int first = 0; first < blocks; first += SPLIT) emulation::run_cluster(first);
 }
 #else
-// Blocks in the order given, each number from 0 to blocks - 1 once.
+// Blocks, or clusters of them, in the order given, each number once.
 extern "C" void emulate(const int* order, int blocks, const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
                         const uint16_t* bias, uint16_t* out, float4* partial, uint32_t* counters, int64_t m, int64_t n, int64_t k,
                         int64_t x_stride) {
   if (STAGES * kStageBytes > emulation::kSharedBytes) abort();
   gridDim.x = blocks;
   emulation::body = [=] { int4_linear(weight, scale_zero, x, bias, out, partial, counters, m, n, k, x_stride); };
-  for (int i = 0; i < blocks; i++) emulation::run_cluster(order[i]);
+  for (int i = 0; i < blocks / emulation::kBlocks; i++) emulation::run_cluster(order[i] * emulation::kBlocks);
 }
 #endif

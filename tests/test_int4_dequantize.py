@@ -28,7 +28,19 @@ def test_every_thread_does_its_part(n: int, k: int, group: int, dtype: torch.dty
     constants = macros(group, dtype) | {"DEQUANTIZE": 1, "WARPS": 8}
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     library = tmp_path / "dequantize.so"
-    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *defines, f'-DKERNEL="{kernel}"', "-x", "c++"]
+    command = [
+        "g++",
+        "-O2",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-I{kernel.parent}",
+        *defines,
+        f'-DKERNEL="{kernel}"',
+        "-x",
+        "c++",
+    ]
     subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
     words = n * k // 8
     out = torch.full((n, k), float("nan"), dtype=dtype)

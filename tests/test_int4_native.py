@@ -15,7 +15,7 @@ from nvrtc import compile_cubin, spilled_bytes, unavailable
 from quantized_helpers import randn, strided
 from torch import Tensor
 
-from appliance.kernels import int4_native
+from appliance.kernels import int4_native, int4_wide
 from appliance.kernels.int4_linear import int4_linear_reference
 from appliance.kernels.int4_native import CONFIGS, Config, macros, stream_linear
 from appliance.quantization.int4_storage import to_stored
@@ -45,18 +45,33 @@ class Emulator:
         defines = [f"-D{name}={value}" for name, value in macros(config, group, dtype).items()]
         kernel = Path(int4_native.__file__).parent / "int4" / "linear.cu"
         library = directory / f"{config.name.replace(' ', '-')}-{group}-{dtype}.so"
-        command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *defines, f'-DKERNEL="{kernel}"', "-x", "c++"]
+        command = [
+            "g++",
+            "-O2",
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            "-w",
+            f"-I{kernel.parent}",
+            *defines,
+            f'-DKERNEL="{kernel}"',
+            "-x",
+            "c++",
+        ]
         subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
         self._emulate = ctypes.CDLL(str(library)).emulate
 
     def run(
         self, x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | None, blocks: int, order: list[int]
     ) -> Tensor:
-        """As `stream_linear`, by so many blocks, which run in that order, one after the other."""
+        """As `stream_linear`, by so many blocks, which run in that order, one (or cluster of them) after the other."""
         (m, k), n = x.shape, weight.shape[0]
         columns = 8 * self.config.column_tiles
         tiles = -(-n // self.config.rows) * -(-m // columns)
-        assert blocks <= tiles * -(-k // self.config.chunk) and sorted(order) == list(range(blocks))
+        if split := self.config.split:
+            assert blocks == tiles * split and sorted(order) == list(range(tiles))
+        else:
+            assert blocks <= tiles * -(-k // self.config.chunk) and sorted(order) == list(range(blocks))
         out = torch.full((m, n), float("nan"), dtype=x.dtype)
         partial = torch.full((blocks * 2 * self.config.rows * columns,), float("nan"))
         counters = torch.zeros(tiles, dtype=torch.int32)
@@ -65,7 +80,7 @@ class Emulator:
             for t in (weight, scale_zero, x, bias, out, partial, counters)
         ]
         sizes = [ctypes.c_int64(size) for size in (m, n, k, x.stride(0))]
-        self._emulate((ctypes.c_int * blocks)(*order), blocks, *pointers, *sizes)
+        self._emulate((ctypes.c_int * len(order))(*order), blocks, *pointers, *sizes)
         assert not counters.any()
         return out
 
@@ -81,6 +96,9 @@ CASES = [
     (Config(4, 2, 256, 3, 2, 4), 32, torch.float16, 70, 200, 288, 3),
     (Config(4, 2, 256, 2, 1, 8), 256, torch.bfloat16, 70, 140, 768, 5),
     (Config(4, 1, 256, 3, 1, 1), 640, torch.bfloat16, 1, 70, 640, 2),
+    (Config(4, 1, 256, 3, 2, 1, split=4), 128, torch.bfloat16, 5, 200, 1280, 16),  # shares of one chunk and of two
+    (Config(4, 2, 256, 2, 1, 2, split=3), 64, torch.float16, 19, 130, 1408, 12),  # clusters of three, two tiles of x
+    (Config(4, 1, 256, 3, 1, 1, split=1), 32, torch.bfloat16, 8, 66, 544, 2),
 ]
 
 
@@ -100,9 +118,10 @@ def test_every_thread_does_its_part(
     x.copy_(torch.randn(m, k, generator=torch.Generator().manual_seed(0)))
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = int4_linear_reference(x, weight, scale_zero, bias)
-    first = emulator.run(x, weight, scale_zero, bias, blocks, list(range(blocks)))
+    in_turn = list(range(blocks // max(config.split, 1)))
+    first = emulator.run(x, weight, scale_zero, bias, blocks, in_turn)
     assert error(first, expected) < (1e-3 if dtype == torch.bfloat16 else 1e-4)
-    order = random.Random(0).sample(range(blocks), blocks)
+    order = random.Random(0).sample(in_turn, len(in_turn))
     assert torch.equal(emulator.run(x, weight, scale_zero, bias, blocks, order), first)  # whoever comes last
     without = emulator.run(x, weight, scale_zero, None, blocks, order)
     assert error(without, int4_linear_reference(x, weight, scale_zero, None)) < 2e-3
@@ -125,6 +144,15 @@ def test_default_kernels_compile_and_spill_little(arch: str, columns: int) -> No
         assert code[:4] == b"\x7fELF" and b"int4_linear" in code
         spilled = spilled_bytes(code)
         assert spilled is None or spilled <= 64
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("m", [1, 16])
+def test_kernels_with_clusters_compile_and_spill_little(m: int) -> None:
+    for config in int4_native.clustered(4096, 4096, m, 128, 132, 227 << 10):
+        code = compile_cubin(int4_native.source(), "sm_90", macros(config.resolved(m), 128, torch.bfloat16))
+        spilled = spilled_bytes(code)
+        assert spilled is None or spilled <= 64, config
 
 
 @needs_nvrtc
@@ -175,7 +203,11 @@ def test_all_configs_agree_on_a_gpu(name: str, m: int) -> None:
     scales[..., 1] = torch.randint(0, 16, (n, k // 128), device="cuda").half()
     x = randn(m, k, dtype=torch.bfloat16)
     expected = int4_linear_reference(x, words, scales, None)
-    for config in int4_native.candidates(m, 128, torch.device("cuda", 0)):
+    device = torch.device("cuda", 0)
+    configs = int4_native.candidates(m, 128, device)
+    if m <= 16 and int4_wide.takes(128, device):
+        configs += int4_native.clustered(n, k, m, 128, 132, 227 << 10)
+    for config in configs:
         assert error(stream_linear(x, words, scales, None, config), expected) < 2e-3, config
 
 

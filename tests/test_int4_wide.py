@@ -31,7 +31,19 @@ def emulate(
     defines = [f"-D{name}={value}" for name, value in config.macros(group, x.dtype).items()]
     kernel = Path(int4_wide.__file__).parent / "int4" / "wide.cu"
     library = directory / "wide.so"
-    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *defines, f'-DKERNEL="{kernel}"', "-x", "c++"]
+    command = [
+        "g++",
+        "-O2",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-I{kernel.parent}",
+        *defines,
+        f'-DKERNEL="{kernel}"',
+        "-x",
+        "c++",
+    ]
     subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
     (m, k), n = x.shape, weight.shape[0]
     out = torch.full((m, n), float("nan"), dtype=x.dtype)

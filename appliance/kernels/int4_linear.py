@@ -108,6 +108,9 @@ def ways(n: int, k: int, group: int, rows: int, device: torch.device) -> dict[st
     wide = rows <= MOST_WIDE_ROWS and int4_wide.takes(group, device)
     if wide:
         limit = int4_native.shared_limit(device.index or 0)
+        if rows <= FEW_ROWS:
+            for config in int4_native.clustered(n, k, rows, group, multiprocessors(device), limit):
+                found[f"stream {config.name}"] = functools.partial(int4_native.stream_linear, config=config)
         for block in int4_wide.candidates(n, k, rows, group, multiprocessors(device), limit):
             found[f"wide {block.name}"] = functools.partial(int4_wide.wide_linear, config=block)
     if rows <= TIMED_ROWS and not wide and HAS_TRITON and int4_triton.takes(group):

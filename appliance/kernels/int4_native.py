@@ -36,12 +36,16 @@ class Config:
     stages: int  # in shared memory, the one being multiplied counted
     per_sm: int  # blocks of a multiprocessor
     column_tiles: int = 0  # of 8 rows of x; 0: what the rows of x need
+    split: int = 0  # shares of a tile, each a block of a cluster, on Hopper; 0: work is dealt out evenly
 
     @property
     def name(self) -> str:
         """Says what it is, for people and for tables of tactics."""
         columns = f"x{8 * self.column_tiles}" if self.column_tiles else ""
-        return f"{self.rows}{columns} warps{self.warps} chunk{self.chunk} stages{self.stages} blocks{self.per_sm}"
+        split = f" split{self.split}" if self.split else ""
+        return (
+            f"{self.rows}{columns}{split} warps{self.warps} chunk{self.chunk} stages{self.stages} blocks{self.per_sm}"
+        )
 
     @property
     def rows(self) -> int:
@@ -56,10 +60,11 @@ class Config:
         return replace(self, column_tiles=min(needed, MOST_COLUMN_TILES))
 
     def shared_bytes(self, m: int, group: int) -> int:
-        """Of a block: stages with weights, x and scales."""
+        """Of a block: stages with weights, x and scales; in their place in the end sums."""
         span = 128 if group % 128 == 0 else 64 if group % 64 == 0 else 32
         rows_of_x = 8 * self.resolved(m).column_tiles
-        return self.stages * self.chunk * (self.rows // 2 + 2 * rows_of_x + self.rows * 4 // span)
+        stages = self.stages * self.chunk * (self.rows // 2 + 2 * rows_of_x + self.rows * 4 // span)
+        return max(stages, rows_of_x * (self.rows + 4) * 4 if self.split else 0)
 
     def fits(self, m: int, group: int, shared_limit: int) -> bool:
         """Whether a kernel can be made: copies are dealt to threads evenly, registers suffice, shared memory too."""
@@ -149,6 +154,36 @@ def candidates(m: int, group: int, device: torch.device) -> list[Config]:
     return [config for config in CONFIGS[columns] if config.fits(m, group, limit)] or [Config(4, 1, 256, 2, 1)]
 
 
+# Blocks with a share of a tile, worth timing for few rows of x: warps, row tiles, chunk, blocks of a multiprocessor.
+_CLUSTERED = ((8, 1, 256, 2), (4, 2, 256, 2), (4, 2, 256, 3), (8, 2, 256, 1), (4, 1, 256, 4), (16, 1, 512, 1))
+_SPLITS = (1, 2, 3, 4, 5, 6, 8)  # blocks of a cluster; 8 is what every Hopper GPU can have
+
+
+def clustered(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list[Config]:
+    """Configs with clusters worth timing for x [m, k] and weight [n, k] on Hopper. `sms`: multiprocessors; `limit`:
+    bytes of shared memory that a block can have."""
+    found: list[Config] = []
+    for warps, row_tiles, chunk, per_sm in _CLUSTERED:
+        chunks, fitting = -(-k // chunk), []
+        for split in _SPLITS:
+            for stages in range(-(-chunks // split) + 1, 2, -1):  # all of a share at once, if there is room
+                config = Config(warps, row_tiles, chunk, min(stages, 10), per_sm, split=split)
+                if split <= chunks and config.fits(m, group, limit):
+                    fitting.append(config)
+                    break
+        found += sorted(fitting, key=lambda config: _busiest(config, n, k, m, sms))[:2]
+    return found
+
+
+def _busiest(config: Config, n: int, k: int, m: int, sms: int) -> float:
+    """Cost of the multiprocessor that has most to do, in weight rows by chunks of 256 positions, with what a block
+    costs in itself: for the choice among splits."""
+    blocks = -(-n // config.rows) * -(-m // (8 * config.resolved(m).column_tiles)) * config.split
+    waves, rest = divmod(blocks, sms * config.per_sm)
+    share = -(-k // (256 * config.split)) + 1 + (config.split > 1)
+    return (waves * config.per_sm + -(-rest // sms)) * config.rows * share
+
+
 @functools.cache
 def shared_limit(index: int) -> int:
     """Bytes of shared memory that a block can have."""
@@ -175,10 +210,14 @@ def stream_linear(
     config = (config or candidates(m, group, x.device)[0]).resolved(m)
     columns = 8 * config.column_tiles
     tiles = -(-n // config.rows) * -(-m // columns)
-    blocks = min(config.per_sm * multiprocessors(x.device), tiles * -(-k // config.chunk))
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    partial = torch.empty(blocks * 2 * config.rows * columns, dtype=torch.float32, device=x.device)
-    counters = arrival_counters(x.device, tiles)
+    partial = counters = None
+    if config.split:
+        blocks = tiles * config.split
+    else:
+        blocks = min(config.per_sm * multiprocessors(x.device), tiles * -(-k // config.chunk))
+        partial = torch.empty(blocks * 2 * config.rows * columns, dtype=torch.float32, device=x.device)
+        counters = arrival_counters(x.device, tiles)
     kernel = _kernel(config, group, x.dtype, x.device.index or 0)
     pointers = [0 if t is None else t.data_ptr() for t in (weight, scale_zero, x, bias, out, partial, counters)]
     kernel.launch(blocks, bool(launch_options(x.device)["PDL"]), (*pointers, m, n, k, x.stride(0)))
@@ -203,9 +242,10 @@ def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
         "CHUNK": config.chunk,
         "STAGES": config.stages,
         "BLOCKS_PER_SM": config.per_sm,
+        "SPLIT": config.split,
     }
 
 
 @functools.cache
 def source() -> str:
-    return read_sources("primitives.cuh", "linear.cu")
+    return read_sources("primitives.cuh", "cluster.cuh", "shares.cuh", "linear.cu")

@@ -168,7 +168,7 @@ def wide_linear(
 
 @functools.cache
 def source() -> str:
-    return read_sources("primitives.cuh", "hopper.cuh", "wide.cu")
+    return read_sources("primitives.cuh", "cluster.cuh", "shares.cuh", "warpgroup.cuh", "wide.cu")
 
 
 @functools.cache

@@ -12,8 +12,11 @@
 // exponent of 128 (float16: 1024), and a fused multiply-add takes off 128 + zero point: exact. The scale of a group is
 // applied to its sums, in float32, and so nothing is rounded but the result.
 //
+// With SPLIT, on Hopper, a block has a share of one tile instead, and the SPLIT blocks of a tile are a cluster, which adds the
+// shares up through its shared memory: quicker where a tile is shared by many.
+//
 // Compile-time: BF16 (else float16), GROUP (inner positions of a scale), COLUMN_TILES, ROW_TILES (of a warp), WARPS, CHUNK,
-// STAGES (chunks in flight, the one being multiplied counted), BLOCKS_PER_SM.
+// STAGES (chunks in flight, the one being multiplied counted), BLOCKS_PER_SM, SPLIT (0: units dealt out evenly).
 
 constexpr int kThreads = WARPS * 32;
 constexpr int kRows = 16 * ROW_TILES * WARPS;
@@ -53,8 +56,14 @@ struct Problem {
   __device__ int tiles() const { return (n + kRows - 1) / kRows * column_blocks(); }
   __device__ int first_row(int tile) const { return tile / column_blocks() * kRows; }
   __device__ int first_column(int tile) const { return tile % column_blocks() * kColumns; }
-  // The units of block b begin there; the block that has unit u.
-  __device__ int first_unit(int block) const { return (int)((int64_t)tiles() * chunks() * block / gridDim.x); }
+  // The units of block b begin there; the block that has unit u, if they are dealt out evenly.
+  __device__ int first_unit(int block) const {
+#if SPLIT
+    return block / SPLIT * chunks() + chunks() * (block % SPLIT) / SPLIT;
+#else
+    return (int)((int64_t)tiles() * chunks() * block / gridDim.x);
+#endif
+  }
   __device__ int block_of(int unit) const {
     const int64_t units = (int64_t)tiles() * chunks();
     return (int)(((int64_t)(unit + 1) * gridDim.x - 1) / units);
@@ -329,6 +338,24 @@ __device__ __forceinline__ void multiply_span(const Places& places, int stage, i
 
 // ---------------------------------------------------------------- results
 
+#if SPLIT
+
+// This block's sums of its tile go where others find them (shares.cuh).
+__device__ __forceinline__ void leave_sums(const Sums& sums) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = (threadIdx.x / 32 * ROW_TILES + r) * 16 + i / 2 * 8 + lane / 4;
+        store_shared4(sum_place<kRows>(row, c * 8 + lane % 4 * 2 + i % 2), sums.of[c][r][i]);
+      }
+}
+
+#else
+
 __device__ __forceinline__ void write_results(const Problem& p, int tile, const Sums& sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
@@ -394,13 +421,14 @@ __device__ __forceinline__ bool join(const Problem& p, int tile, int first, int 
   return true;
 }
 
+#endif
+
 // ---------------------------------------------------------------- the kernel
 
-extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
+extern "C" __global__ void CLUSTER __launch_bounds__(kThreads, BLOCKS_PER_SM)
 int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x, const uint16_t* bias, uint16_t* out, float4* partial,
             uint32_t* counters, int64_t m, int64_t n, int64_t k, int64_t x_stride) {
   const Problem p{weight, scale_zero, x, bias, out, partial, counters, (int)m, (int)n, (int)k, x_stride};
-  const int chunks = p.chunks();
   const int first = p.first_unit(blockIdx.x), end = p.first_unit(blockIdx.x + 1);
 
   // Weights do not change: they may be read while the kernel in front still computes x.
@@ -420,8 +448,12 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   const Places places;
   Sums sums;
   sums.clear();
-  int tile = first / chunks, chunk = first % chunks, stage = 0, ahead_stage = STAGES - 1;
+  int stage = 0, ahead_stage = STAGES - 1;
+#if !SPLIT
+  const int chunks = p.chunks();
+  int tile = first / chunks, chunk = first % chunks;
   int from_chunk = chunk;  // where this block's part of the tile begins
+#endif
 #pragma unroll 1
   for (int unit = first; unit < end; unit++) {
     wait_group<STAGES - 2>();
@@ -437,6 +469,7 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
     for (int span = 0; span < kSpans; span++) multiply_span(places, stage, span, sums);
     if (++stage == STAGES) stage = 0;
     if (++ahead_stage == STAGES) ahead_stage = 0;
+#if !SPLIT
     if (++chunk < chunks && unit + 1 < end) continue;
 
     if (unit + 1 == end) let_next_kernel_start();  // not before: its blocks would be in the way
@@ -445,5 +478,13 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
     if (whole) write_results(p, tile, sums);
     sums.clear();
     tile++, chunk = from_chunk = 0;
+#endif
   }
+#if SPLIT
+  let_next_kernel_start();
+  __syncthreads();  // sums lie where chunks did
+  leave_sums(sums);
+  const int tile = blockIdx.x / SPLIT;
+  add_shares<kRows, kColumns, kThreads>(p, p.first_row(tile), p.first_column(tile), blockIdx.x % SPLIT);
+#endif
 }

@@ -23,7 +23,6 @@ constexpr int kXBytes = COLUMNS * CHUNK * 2;
 constexpr int kWeightBytes = kRows * CHUNK / 2;
 constexpr int kStageBytes = (kXBytes + kWeightBytes + kRows * kSpans * 4 + 1023) / 1024 * 1024;
 constexpr int kAhead = STAGES - 2;  // chunks under way: products of the chunk before may still read theirs
-constexpr int kSumStride = kRows + 4;  // from one row of x to the next where shares are added up: without bank conflicts
 
 static_assert(GROUP % 32 == 0 && CHUNK % 64 == 0 && STAGES >= 3, "x lies in rows of 128 bytes; a piece has one scale");
 
@@ -204,53 +203,12 @@ __device__ __forceinline__ void multiply_chunk(Rows& rows, uint32_t stage, uint3
 
 // ---------------------------------------------------------------- results
 
-// The tile's sums of this block to the beginning of its shared memory: [COLUMNS, kSumStride].
+// The tile's sums of this block go where others find them (shares.cuh).
 __device__ __forceinline__ void leave_sums(const float (&sums)[COLUMNS / 2]) {
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++)
-    store_shared4(shared_base() + ((i / 4 * 8 + column + i % 2) * kSumStride + row + i / 2 % 2 * 8) * 4, sums[i]);
-}
-
-__device__ __forceinline__ void write4(const Problem& p, int column, int row, float4 v) {
-  const int count = p.n - row < 4 ? p.n - row : 4;
-  float4 bias{0.f, 0.f, 0.f, 0.f};
-  if (p.bias != nullptr) {
-    bias.x = value(p.bias[row]);
-    if (count > 1) bias.y = value(p.bias[row + 1]);
-    if (count > 2) bias.z = value(p.bias[row + 2]);
-    if (count > 3) bias.w = value(p.bias[row + 3]);
-  }
-  const uint32_t low = both(v.x + bias.x, v.y + bias.y), high = both(v.z + bias.z, v.w + bias.w);
-  uint16_t* to = p.out + (int64_t)column * p.n + row;
-  if (p.n % 4 == 0) {
-    *(uint2*)to = uint2{low, high};
-  } else {
-    to[0] = (uint16_t)low;
-    if (count > 1) to[1] = (uint16_t)(low >> 16);
-    if (count > 2) to[2] = (uint16_t)high;
-    if (count > 3) to[3] = (uint16_t)(high >> 16);
-  }
-}
-
-// Every block of the cluster adds up its part of the tile's rows.
-__device__ __forceinline__ void write_results(const Problem& p, int rank) {
-  constexpr int kFours = kRows / 4;
-  const int first = kFours * rank / SPLIT, fours = kFours * (rank + 1) / SPLIT - first;
-  const int columns = p.m - p.first_column < COLUMNS ? p.m - p.first_column : COLUMNS;
-  for (int i = threadIdx.x; i < columns * fours; i += kThreads) {
-    const int column = i / fours, row = (first + i % fours) * 4;
-    if (p.first_row + row >= p.n) continue;
-    const uint32_t at = shared_base() + (column * kSumStride + row) * 4;
-    float4 part[SPLIT];
-#pragma unroll
-    for (int share = 0; share < SPLIT; share++) part[share] = SPLIT == 1 ? load_floats16(at) : load_cluster16(at, share);
-    float4 total = part[0];
-#pragma unroll
-    for (int share = 1; share < SPLIT; share++)
-      total.x += part[share].x, total.y += part[share].y, total.z += part[share].z, total.w += part[share].w;
-    write4(p, p.first_column + column, p.first_row + row, total);
-  }
+    store_shared4(sum_place<kRows>(row + i / 2 % 2 * 8, i / 4 * 8 + column + i % 2), sums[i]);
 }
 
 // ---------------------------------------------------------------- the kernel
@@ -300,8 +258,5 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   let_next_kernel_start();  // not before: its blocks would be in the way
   __syncthreads();          // sums lie where chunks did
   leave_sums(sums);
-  if (SPLIT == 1) __syncthreads();
-  else cluster_barrier();
-  write_results(p, rank);
-  if (SPLIT > 1) cluster_barrier();  // a block's shared memory stays as long as others read it
+  add_shares<kRows, COLUMNS, kThreads>(p, p.first_row, p.first_column, rank);
 }

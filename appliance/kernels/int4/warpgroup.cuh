@@ -1,7 +1,4 @@
-// What wide.cu asks of Hopper beyond primitives.cuh, as functions: products of a warpgroup, clusters of blocks. sm_90a only.
-// tests/int4_emulation.h has the same functions for a CPU.
-
-// ---------------------------------------------------------------- warpgroups
+// Products of a warpgroup, as functions: sm_90a only. tests/int4_emulation.h has the same functions for a CPU.
 
 // What this thread wrote to shared memory, copies that it waited for among it, may be read by the tensor cores (their reads
 // go another way than a thread's); a barrier of all who wrote has to follow.
@@ -70,35 +67,4 @@ __device__ __forceinline__ void begin_product(float (&sum)[COLUMNS / 2], const u
 #else
 #error "COLUMNS: 8, 16, 32, 64 or 128"
 #endif
-}
-
-// ---------------------------------------------------------------- clusters
-
-// Attribute of a kernel whose clusters have SPLIT blocks.
-#if SPLIT > 1
-#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#else
-#define CLUSTER
-#endif
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// All threads of all blocks of the cluster; what they wrote is seen by the others then.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// From the shared memory of block `rank` of the cluster; `from` is the address there, as every block counts its own.
-__device__ __forceinline__ float4 load_cluster16(uint32_t from, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(from), "r"(rank)
-      : "memory");
-  return v;
 }
