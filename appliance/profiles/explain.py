@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from appliance.errors import ProfileError
 from appliance.profiles import kernels
 from appliance.profiles.judge import Outcome
+from appliance.profiles.places import at_work
 from appliance.profiles.select import Selection
 from appliance.sizes import format_size
 from appliance.types import Gpu
@@ -59,6 +60,7 @@ def _reasons(selection: Selection) -> Iterator[str]:
         yield f"the policy wants {wanted.name}, but {reason}{serves}"
     if selected is not None:
         yield _why(selection, selected)
+        yield from _sizes(selection, selected)
         if (published := selection.model.quantization) is not None:
             yield (
                 f"the checkpoint is already quantized to {published.label} and is served as it is: only "
@@ -77,10 +79,44 @@ def _why(selection: Selection, chosen: Outcome) -> str:
         "smallest group of GPUs that fits" if selection.objective == "throughput" else "no larger group is 10% faster"
     )
     size = f", {size}" if chosen.backend != "cpu" else ""
+    copies = f"{chosen.replicas} replicas of " if chosen.replicas > 1 else ""
     return (
-        f"{chosen.name} on {on}: highest priority that can run{size}; needs {per_gpu}, predicted "
+        f"{copies}{chosen.name} on {on}: highest priority that can run{size}; needs {per_gpu}, predicted "
         f"{chosen.decode_ms:.2f} ms per token of one request, context up to {chosen.max_model_len} tokens"
     )
+
+
+def _label(outcome: Outcome) -> str:
+    """ "TP2", "TP2 × PP2"."""
+    return f"TP{outcome.tp_size}" + (f" × PP{outcome.pp_size}" if outcome.pp_size > 1 else "")
+
+
+def _sizes(selection: Selection, chosen: Outcome) -> Iterator[str]:
+    """What each size of the chosen profile is predicted to do, where there is a choice."""
+    same = [o for o in selection.outcomes if o.profile == chosen.profile]
+    same.sort(key=lambda o: (o.tp_size * o.pp_size, o.pp_size))
+    if chosen.backend == "cpu" or len(selection.places[chosen.order].gpus) == 1 or len(same) == 1:
+        return
+    larger = [o for o in same if o.status == "runnable" and o.tp_size * o.pp_size > chosen.tp_size * chosen.pp_size]
+    if chosen.replicas > 1 and larger:
+        other = larger[-1]
+        yield (
+            f"{chosen.replicas} replicas of {_label(chosen)}: predicted {chosen.tokens_per_second_per_gpu:,.0f} "
+            f"tokens/s per GPU at full load, against {other.tokens_per_second_per_gpu:,.0f} with {_label(other)}"
+        )
+    for outcome in same:
+        yield f"{_label(outcome)}: {_predicted(outcome)}"
+
+
+def _predicted(outcome: Outcome) -> str:
+    if outcome.decode_ms is None:
+        return outcome.reason or "cannot run"
+    words = (
+        f"predicted {outcome.decode_ms:.2f} ms per token of one request, "
+        f"{outcome.tokens_per_second_per_gpu:,.0f} tokens/s per GPU at full load ({outcome.full_batch} requests at "
+        f"once), {format_size(outcome.bytes_per_rank or 0)} per rank with its KV cache"
+    )
+    return words if outcome.reason is None else f"{words}; {outcome.reason}"
 
 
 def _kernels(selection: Selection, chosen: Outcome) -> Iterator[str]:
@@ -92,8 +128,14 @@ def _kernels(selection: Selection, chosen: Outcome) -> Iterator[str]:
 
 
 def _gpu_list(selection: Selection, chosen: Outcome) -> str:
-    name = selection.places[chosen.order].gpus[0].name
-    return f"GPU{'s' if len(chosen.gpu_indices) > 1 else ''} {', '.join(map(str, chosen.gpu_indices))} ({name})"
+    """ "GPU 0 (NVIDIA H200)"; of replicas "GPUs 0+1, 2+3 (NVIDIA H200)"."""
+    place = selection.places[chosen.order]
+    plural = "s" if len(chosen.gpu_groups) * len(chosen.gpu_indices) > 1 else ""
+    if len(chosen.gpu_groups) > 1:
+        groups = ["+".join(map(str, group)) for group in chosen.gpu_groups]
+    else:
+        groups = [str(index) for index in chosen.gpu_indices]
+    return f"GPU{plural} {', '.join(groups)} ({place.gpus[0].name})"
 
 
 def _passed_over(selection: Selection, chosen: Outcome) -> Iterator[str]:
@@ -123,12 +165,37 @@ def _about_gpus(selection: Selection, chosen: Outcome) -> Iterator[str]:
         yield (f"free memory leaves a small KV cache ({chosen.kv_cache_tokens} tokens): few requests run at once")
     if place.facts is not None and place.facts.generic:
         yield f"no facts are known about {place.gpus[0].name} ({place.gpus[0].pci_id}): {place.facts.name} is assumed"
+    taken = {uuid for group in chosen.device_groups for uuid in group}
     for gpu in place.gpus:
-        if gpu.uuid not in chosen.devices and gpu.free_memory < gpu.total_memory // 2:
+        if gpu.uuid in taken:
+            continue
+        if gpu.free_memory < max(gpu.total_memory // 2, chosen.requires_bytes_per_gpu or 0):
             yield f"GPU {gpu.index} is busy: {format_size(gpu.free_memory)} of {format_size(gpu.total_memory)} are free"
-    idle = [gpu.index for gpu in place.gpus if gpu.uuid not in chosen.devices and gpu.mig_profile is None]
-    if idle:
-        yield f"{len(idle)} of {len(place.gpus)} GPUs stay idle ({', '.join(map(str, idle))}): start a replica for each"
+        elif at_work(gpu):
+            yield f"GPU {gpu.index} is left out: somebody computes on it (utilization {gpu.utilization}%)"
+    yield from _idle(selection, chosen, [gpu for gpu in place.gpus if gpu.uuid not in taken])
+
+
+def _idle(selection: Selection, chosen: Outcome, idle: Sequence[Gpu]) -> Iterator[str]:
+    """What is not used of the group in use, and what would use it."""
+    if not idle or (idle[0].mig_profile is not None and not selection.replicas):
+        return
+    ranks, asked = chosen.tp_size * chosen.pp_size, selection.overrides.replicas
+    roomy = [gpu for gpu in idle if gpu.free_memory >= (chosen.requires_bytes_per_gpu or 0) and not at_work(gpu)]
+    if not selection.replicas:
+        advice = "start a replica for each"
+    elif asked is not None:
+        advice = f"as asked, with --replicas={asked}"
+    elif selection.objective == "latency" and len(roomy) >= ranks:
+        advice = f"--replicas={1 + len(roomy) // ranks} or --objective=throughput would use them"
+    elif ranks > 1:
+        advice = f"a replica of {_label(chosen)} takes {ranks}, with as much free memory as the first has"
+    else:
+        advice = "too little is free there for another replica"
+    what = "slices" if idle[0].mig_profile is not None else "GPUs"
+    stay = "stays" if len(idle) == 1 else "stay"
+    total = len(selection.places[chosen.order].gpus)
+    yield f"{len(idle)} of {total} {what} {stay} idle ({', '.join(str(gpu.index) for gpu in idle)}): {advice}"
 
 
 def _failure(selection: Selection) -> tuple[str, str | None]:
@@ -175,27 +242,54 @@ def _choice(outcome: Outcome) -> dict[str, Any]:
 
 
 def _profile_json(outcome: Outcome) -> dict[str, Any]:
-    keys = ("status", "score", "reason", "decode_ms", "requires_bytes_per_gpu", "max_model_len", "max_num_seqs")
+    keys = (
+        "status",
+        "score",
+        "reason",
+        "decode_ms",
+        "requires_bytes_per_gpu",
+        "max_model_len",
+        "max_num_seqs",
+        "replicas",
+    )
     values: dict[str, Any] = {**_choice(outcome), **{key: getattr(outcome, key) for key in keys}}
     values["max_num_batched_tokens"] = outcome.max_num_batched_tokens
     values["scheme"] = outcome.scheme  # None: the first that serves the precision
     values["gpus"] = list(outcome.gpu_indices)
+    values["predicted"] = _predicted_json(outcome)
     values["memory"] = None if outcome.memory is None else msgspec.to_builtins(outcome.memory)
     if outcome.suggested_max_model_len:
         values["suggested_max_model_len"] = outcome.suggested_max_model_len
     return values
 
 
+def _predicted_json(outcome: Outcome) -> dict[str, Any] | None:
+    """None where it does not fit. `bytes_per_rank`: with the KV cache that fits; `memory` says what else there is."""
+    if outcome.decode_ms is None:
+        return None
+    return {
+        "ms_per_token": outcome.decode_ms,
+        "tokens_per_second_per_gpu": outcome.tokens_per_second_per_gpu,
+        "full_batch": outcome.full_batch,
+        "bytes_per_rank": outcome.bytes_per_rank,
+        "kv_cache_tokens": outcome.kv_cache_tokens,
+    }
+
+
 def explain_json(selection: Selection) -> dict[str, Any]:
     """Keys: selected, wanted (each {name, id, precision, kv_cache, tp_size, pp_size, backend}; selected is null where
-    nothing can serve, and the first of the reasons says why), profiles (every candidate with its score or reason),
-    objective, devices, reasons, hardware, model. Plain values, ready for JSON."""
+    nothing can serve, and the first of the reasons says why), profiles (every candidate with its score or reason, and
+    what is predicted of it), objective, devices (of the first replica), replicas, device_groups (of each replica),
+    predicted (of the selected), reasons, hardware, model. Plain values, ready for JSON."""
     selected = selection.selected
     return {
         "selected": None if selected is None else _choice(selected),
         "wanted": _choice(selection.wanted),
         "objective": selection.objective,
         "devices": [] if selected is None else list(selected.devices),
+        "replicas": 0 if selected is None else selected.replicas,
+        "device_groups": [] if selected is None else [list(group) for group in selected.device_groups],
+        "predicted": None if selected is None else _predicted_json(selected),
         "max_model_len": None if selected is None else selected.max_model_len,
         "reasons": list(reasons(selection)),
         "profiles": [_profile_json(outcome) for outcome in selection.outcomes],

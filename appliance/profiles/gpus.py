@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from appliance.profiles.load import GpuFacts, parse_capability
+from appliance.profiles.load import GpuFacts, Measured, parse_capability
 from appliance.types import Gpu
 
 
@@ -49,6 +49,13 @@ def _slice_of(gpu: Gpu, facts: GpuFacts) -> GpuFacts:
     memory = min(1.0, gpu.total_memory / (facts.memory_gib * 2**30))
     compute = (gpu.mig_profile or "").partition("g")[0]
     share = min(7, int(compute)) / 7 if compute.isdigit() else memory
+    measured = facts.measured
+    if measured is not None:
+        measured = Measured(
+            source=measured.source,
+            memory_bandwidth_gbs=(measured.memory_bandwidth_gbs or 0.0) * memory or None,
+            tflops={precision: value * share for precision, value in measured.tflops.items()},
+        )
     return msgspec.structs.replace(
         facts,
         name=f"{facts.name} MIG {gpu.mig_profile}",
@@ -56,4 +63,5 @@ def _slice_of(gpu: Gpu, facts: GpuFacts) -> GpuFacts:
         memory_bandwidth_gbs=facts.memory_bandwidth_gbs * memory,
         tflops={precision: value * share for precision, value in facts.tflops.items()},
         nvlink_gbs=0.0,
+        measured=measured,
     )

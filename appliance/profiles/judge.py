@@ -1,4 +1,5 @@
-"""The verdict on one candidate in one place: the rules, then free memory, then what is built; with predicted speed."""
+"""The verdict on one candidate in one place: the rules, then free memory, then what is built; with the GPUs of each
+replica, and predicted speed."""
 
 from __future__ import annotations
 
@@ -6,17 +7,18 @@ from typing import Literal
 
 import msgspec
 
-from appliance.profiles import predict
+from appliance.profiles import predict, speed
 from appliance.profiles.names import Candidate
 from appliance.profiles.overrides import Overrides
-from appliance.profiles.places import Place, worst_link
+from appliance.profiles.places import LINK_RANK, Place, Team, worst_link
 from appliance.profiles.rules import Question, Rejection, activations, reject, unbuilt
 from appliance.sizes import format_size
-from appliance.types import Gpu, Objective, Struct
+from appliance.types import Objective, Struct
 
 # runnable: fits and is built. not_built: would fit. low_memory: built, and fits with a shorter context.
 Status = Literal["runnable", "not_built", "low_memory", "incompatible"]
 _LEN_STEP = 256  # suggested context limits are multiples of this, and not below it
+_REPLICA_SHARE = 0.75  # of the first replica's context limit, that another must have room for: requests go to any
 
 
 class Outcome(Struct, frozen=True):
@@ -40,7 +42,9 @@ class Outcome(Struct, frozen=True):
     requires_bytes_per_gpu: int | None = None  # free memory that the smallest useful KV cache needs, with all the rest
     memory: predict.Memory | None = None
     decode_ms: float | None = None  # predicted, one sequence
-    score: float | None = None  # predicted output tokens/s: one sequence (latency) or as many as fit (throughput)
+    tokens_per_second_per_gpu: float | None = None  # predicted output at full load, prompts of 1024 for 1024 tokens
+    full_batch: int = 0  # sequences that then run at once in one replica
+    score: float | None = None  # predicted output tokens/s: one sequence (latency) or full load on all replicas
     max_model_len: int = 0  # longest sequence that fits, up to the model's limit or what was asked for
     suggested_max_model_len: int = 0  # of a low-memory candidate: the context limit with which it would run
     suggested_bytes_per_gpu: int = 0  # and what it then needs
@@ -51,8 +55,16 @@ class Outcome(Struct, frozen=True):
     activations: str = ""  # the precision in which it computes what is not quantized
     head: str | None = None  # how lm_head is stored ("fp8", "bf16": the model's own 16 bits); None: as the other layers
     max_kl: float | None = None  # the profile's limit on what quantization may do to the model's predictions
-    devices: tuple[str, ...] = ()  # UUIDs, one per rank; empty on the CPU
+    devices: tuple[str, ...] = ()  # UUIDs of the first replica, one per rank; empty on the CPU
     gpu_indices: tuple[int, ...] = ()
+    replicas: int = 1  # copies of the engine, each on GPUs of its own, behind one endpoint
+    device_groups: tuple[tuple[str, ...], ...] = ()  # UUIDs of each replica, the first being `devices`
+    gpu_groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def bytes_per_rank(self) -> int | None:
+        """Memory that one rank is predicted to hold: weights, activations, the rest, and the KV cache that fits."""
+        return None if self.memory is None else self.memory.fixed + self.kv_cache_tokens * self.memory.kv_per_token
 
 
 def judge(candidate: Candidate, place: Place, question: Question, objective: Objective) -> Outcome:
@@ -99,26 +111,52 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     required = need.required(useful, asked.memory_fraction)
     missing = unbuilt(candidate, draft.kv_cache, question)
     draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required, built=missing is None)
-    ranks = draft.tp_size * draft.pp_size
-    free = question.hardware.free_memory if on_cpu else place.free(ranks)
+    ranks, asked_replicas = draft.tp_size * draft.pp_size, asked.replicas or 1
+    sharing = ranks * asked_replicas  # processes that the CPU's memory is for
+    free = question.hardware.free_memory // sharing if on_cpu else place.free(sharing)
     if free < required:
         unmet = None if missing is None else missing.reason
         return _too_big(draft, need, useful, free, question.overrides.memory_fraction, unmet)
-    team = () if on_cpu else place.take(ranks, required)
-    free = question.hardware.free_memory if on_cpu else min(gpu.free_memory for gpu in team)
+    cpu: list[Team] = [()] * asked_replicas
+    teams = cpu if on_cpu else _teams(draft, need, useful, place, question, objective)
+    free = free if on_cpu else min(gpu.free_memory for team in teams for gpu in team)
     tokens = need.kv_tokens(free, asked.memory_fraction)
     draft = msgspec.structs.replace(
         draft,
         status="runnable" if missing is None else "not_built",
         reason=None if missing is None else missing.reason,
         rejection=missing,
-        max_model_len=asked.max_model_len or min(question.model.max_position_embeddings, tokens),
+        max_model_len=_longest(question, tokens),
         kv_cache_tokens=tokens,
         roomy=tokens >= max(useful, predict.ROOMY_TOKENS),
-        devices=tuple(gpu.uuid for gpu in team),
-        gpu_indices=tuple(gpu.index for gpu in team),
+        devices=tuple(gpu.uuid for gpu in teams[0]),
+        gpu_indices=tuple(gpu.index for gpu in teams[0]),
+        replicas=len(teams),
+        device_groups=tuple(tuple(gpu.uuid for gpu in team) for team in teams),
+        gpu_groups=tuple(tuple(gpu.index for gpu in team) for team in teams),
     )
-    return _with_speed(draft, need, stored, place, team, tokens, question, objective)
+    return _with_speed(draft, need, stored, place, teams, question, objective)
+
+
+def _longest(question: Question, tokens: int) -> int:
+    """The context limit with a KV cache of that many tokens."""
+    return question.overrides.max_model_len or min(question.model.max_position_embeddings, tokens)
+
+
+def _teams(
+    draft: Outcome, need: predict.Memory, useful: int, place: Place, question: Question, objective: Objective
+) -> list[Team]:
+    """The GPUs of each replica; at least one, which fits. As many replicas as were asked for; else, for throughput,
+    those that the place has room for, but none with a much smaller KV cache than the first."""
+    asked, ranks = question.overrides, draft.tp_size * draft.pp_size
+    required = draft.requires_bytes_per_gpu or 0
+    if asked.replicas is not None or objective == "latency" or not question.capabilities.replicas:
+        return place.teams(ranks, required, asked.replicas or 1)
+    first = need.kv_tokens(min(gpu.free_memory for gpu in place.take(ranks, required)), asked.memory_fraction)
+    tokens = max(useful, int(_REPLICA_SHARE * min(first, _longest(question, first))))
+    roomy = max(useful, predict.ROOMY_TOKENS)
+    tokens = max(tokens, roomy) if first >= roomy else tokens
+    return place.teams(ranks, required, len(place.gpus), need.required(tokens, asked.memory_fraction))
 
 
 def _stored(candidate: Candidate, place: Place, question: Question) -> predict.Stored:
@@ -173,26 +211,25 @@ def _with_speed(
     need: predict.Memory,
     stored: predict.Stored,
     place: Place,
-    team: tuple[Gpu, ...],
-    tokens: int,
+    teams: list[Team],
     question: Question,
     objective: Objective,
 ) -> Outcome:
     if place.facts is None:
-        device = predict.cpu_device(question.hardware.cpu_cores)
+        device = speed.cpu_device(question.hardware.cpu_cores)
     else:
-        device = predict.gpu_device(place.facts, draft.precision, worst_link(team))
-    batch = max(1, min(draft.max_num_seqs, tokens // predict.SEQUENCE_TOKENS))
-    one, many = (
-        predict.step_seconds(
-            question.model,
-            device,
-            need,
-            stored=stored,
-            tp_size=draft.tp_size,
-            num_seqs=num_seqs,
-        )
-        for num_seqs in (1, batch)
+        link = max((worst_link(team) for team in teams), key=LINK_RANK.__getitem__)
+        capability = place.compute_capability or (0, 0)
+        device = speed.gpu_device(place.facts, draft.precision, link, draft.tp_size, capability)
+    ranks = speed.Ranks(question.model, stored, need.kv_per_token, device, draft.tp_size, draft.pp_size)
+    batch = max(1, min(draft.max_num_seqs, draft.kv_cache_tokens // speed.LOAD_CONTEXT))
+    one = speed.decode_seconds(ranks, 1)
+    many = speed.tokens_per_second(ranks, batch, draft.max_num_batched_tokens)
+    score = 1 / one if objective == "latency" else many * draft.replicas
+    return msgspec.structs.replace(
+        draft,
+        decode_ms=round(one * 1e3, 3),
+        tokens_per_second_per_gpu=round(many / (draft.tp_size * draft.pp_size), 1),
+        full_batch=batch,
+        score=round(score, 1),
     )
-    score = 1 / one if objective == "latency" else batch / many
-    return msgspec.structs.replace(draft, decode_ms=round(one * 1e3, 3), score=round(score, 1))

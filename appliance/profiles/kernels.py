@@ -17,6 +17,11 @@ _PERSISTENT: Capability = (9, 0)
 _NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
+def persistent_decode(precision: str, capability: Capability) -> bool:
+    """Whether decode steps of few sequences on one GPU may be one persistent kernel."""
+    return capability >= _PERSISTENT and capability in MEASURED and precision in ("fp8", "bf16", "int4")
+
+
 def products(precision: str, activations: str, capability: Capability) -> str:
     """How linear layers are computed. `activations`: precision of what is not quantized."""
     sixteen = _NAMES[activations]
@@ -57,6 +62,6 @@ def described(precision: str, activations: str, capability: Capability, head: st
     if head is not None:
         parts.append(f"lm_head in {'FP8' if head == 'fp8' else _NAMES[activations]}")
     parts.append(attention(activations, capability))
-    if capability >= _PERSISTENT and capability in MEASURED and precision in ("fp8", "bf16", "int4"):
+    if persistent_decode(precision, capability):
         parts.append("decode steps of few sequences in one persistent kernel where that is faster")
     return f"{', '.join(parts)}; {tried(capability)}"

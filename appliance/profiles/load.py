@@ -69,8 +69,28 @@ class Match(Struct, frozen=True):
     memory_gib: tuple[float, float] | None = None  # total memory as NVML reports it, in this range; not for MIG slices
 
 
+class Measured(Struct, frozen=True):
+    """What kernels reach on such a GPU, where somebody measured it. Whatever is left out is a share of the data sheet,
+    the share that the H200 reaches (`GpuFacts`)."""
+
+    source: str  # where the numbers come from, for people
+    memory_bandwidth_gbs: float | None = None
+    tflops: dict[Precision, float] = msgspec.field(default_factory=dict)
+    # Microseconds of a small message over NVLink, by ranks: the fixed cost.
+    all_reduce_us: dict[int, float] = msgspec.field(default_factory=dict)
+    all_reduce_gbs: float | None = None  # GB/s of a rank's traffic over NVLink, 2 (n - 1) / n of a large message
+
+
+# Measured over data sheet on the H200 (profiles/gpus/h200-sxm.yaml), assumed of GPUs that nobody measured.
+_BANDWIDTH_SHARE = 0.875
+_TFLOPS_SHARE: dict[str, float] = {"fp8": 0.755}
+_HALF_SHARE = 0.8  # of 16-bit products, and of all others
+_NVLINK_SHARE = 0.7  # of the one-way bandwidth, by all-reduces
+
+
 class GpuFacts(Struct, frozen=True):
-    """One file of `profiles/gpus/`: figures of the maker's data sheet; the arithmetic is dense (no sparsity)."""
+    """One file of `profiles/gpus/`: figures of the maker's data sheet, and what was measured; the arithmetic is dense
+    (no sparsity)."""
 
     name: str  # for people; never matched
     match: Match
@@ -79,10 +99,34 @@ class GpuFacts(Struct, frozen=True):
     tflops: dict[Precision, float]  # TFLOP/s of matrix products with operands of this precision
     precisions: tuple[Precision, ...]  # weights that this GPU can work with
     nvlink_gbs: float = 0.0  # GB/s one way to its peers, 0: none
+    pcie_gbs: float = 16.0  # GB/s one way: 16 lanes of PCIe 3
+    measured: Measured | None = None
 
     @property
     def generic(self) -> bool:
         return self.match.compute_capability.startswith(">=")
+
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes/s that kernels reach."""
+        known = self.measured.memory_bandwidth_gbs if self.measured is not None else None
+        return (known or self.memory_bandwidth_gbs * _BANDWIDTH_SHARE) * 1e9
+
+    def reached_flops(self, precision: str) -> float:
+        """FLOP/s that matrix products with operands of a precision reach; of one without a peak of its own: in 16
+        bits, of fp32 an eighth of that."""
+        half = "bf16" if "bf16" in self.tflops else "fp16"
+        by_name: dict[str, float] = {str(name): value for name, value in self.tflops.items()}
+        kind = precision if precision in by_name else half
+        known = {str(name): value for name, value in self.measured.tflops.items()} if self.measured is not None else {}
+        value = known.get(kind) or by_name[kind] * _TFLOPS_SHARE.get(kind, _HALF_SHARE)
+        return value * 1e12 / (8 if precision == "fp32" and precision not in by_name else 1)
+
+    @property
+    def reached_nvlink(self) -> float:
+        """Bytes/s of one rank's traffic in an all-reduce over NVLink; 0: there is none."""
+        known = self.measured.all_reduce_gbs if self.measured is not None else None
+        return (known or self.nvlink_gbs * _NVLINK_SHARE) * 1e9
 
 
 def default_directory() -> Path:
@@ -128,7 +172,12 @@ def _load_all(directory: Path, kind: type[T], what: str, check: Any) -> tuple[T,
 
 def _decode(raw: Any, kind: type[T], where: str) -> T:
     check_keys(raw, kind.__struct_fields__, where)
-    nested: dict[str, type[Struct]] = {"requires": Requires, "match": Match, "quality": QualityLimits}
+    nested: dict[str, type[Struct]] = {
+        "requires": Requires,
+        "match": Match,
+        "quality": QualityLimits,
+        "measured": Measured,
+    }
     for key, inner in nested.items():
         if key in raw and key in kind.__struct_fields__:
             check_keys(raw[key], inner.__struct_fields__, key)
@@ -161,6 +210,15 @@ def _check_facts(facts: GpuFacts) -> None:
     parse_capability(facts.match.compute_capability.removeprefix(">="))
     _positive("memory_gib and memory_bandwidth_gbs", (facts.memory_gib, facts.memory_bandwidth_gbs))
     _positive("tflops", facts.tflops.values())
+    _positive("pcie_gbs", [facts.pcie_gbs])
+    if facts.measured is not None:
+        found = facts.measured
+        _positive("measured.tflops", found.tflops.values())
+        _positive("measured.all_reduce_us", found.all_reduce_us.values())
+        speeds = (found.memory_bandwidth_gbs, found.all_reduce_gbs)
+        _positive("measured bandwidths", (speed for speed in speeds if speed is not None))
+        if unknown := found.tflops.keys() - facts.tflops.keys():
+            raise ValueError(f"measured.tflops has {', '.join(sorted(unknown))}, which tflops lacks")
     if not facts.tflops.keys() & {"fp16", "bf16"}:
         raise ValueError("tflops needs fp16 or bf16")
 

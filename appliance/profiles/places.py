@@ -9,7 +9,9 @@ from appliance.profiles.load import GpuFacts
 from appliance.types import Gpu, Hardware, Struct
 
 _BUSY_UTILIZATION = 50  # percent; among GPUs with enough memory, those below are taken first
-_LINK_RANK = {"nvlink": 0, "pcie": 1, "none": 2}
+LINK_RANK = {"nvlink": 0, "pcie": 1, "none": 2}
+
+Team = tuple[Gpu, ...]  # GPUs of one engine, one per rank
 
 
 class Place(Struct, frozen=True):
@@ -36,7 +38,7 @@ class Place(Struct, frozen=True):
         emptiest = sorted((gpu.free_memory for gpu in self.gpus), reverse=True)
         return emptiest[count - 1] if count <= len(emptiest) else 0
 
-    def take(self, count: int, required: int) -> tuple[Gpu, ...]:
+    def take(self, count: int, required: int) -> Team:
         """The `count` GPUs to run on, each with `required` free bytes: best linked first, then idle, then emptiest.
 
         Empty if there are not that many.
@@ -46,16 +48,42 @@ class Place(Struct, frozen=True):
             return ()
         teams = []
         for first in able:
-            others = sorted((gpu for gpu in able if gpu is not first), key=lambda gpu: _LINK_RANK[_link(first, gpu)])
+            others = sorted((gpu for gpu in able if gpu is not first), key=lambda gpu: LINK_RANK[_link(first, gpu)])
             team = [first, *others[: count - 1]]
-            teams.append((_LINK_RANK[worst_link(team)], sorted(map(able.index, team))))
+            teams.append((LINK_RANK[worst_link(team)], sorted(map(able.index, team))))
         best = min(teams)[1]
         return tuple(sorted((able[i] for i in best), key=self.gpus.index))
+
+    def without(self, gpus: Sequence[Gpu]) -> Place:
+        """The place when those are taken. It is not to be asked for its label when none is left."""
+        taken = {gpu.uuid for gpu in gpus}
+        return Place(self.order, tuple(gpu for gpu in self.gpus if gpu.uuid not in taken), self.facts)
+
+    def teams(self, count: int, required: int, most: int, required_of_others: int | None = None) -> list[Team]:
+        """Up to `most` disjoint teams of `count` GPUs, each as `take` chooses it among those that are left. Those after
+        the first take GPUs with `required_of_others` free bytes, if that is given, and none that is at work."""
+        found: list[Team] = []
+        left = self
+        while len(found) < most:
+            if found and required_of_others is not None:
+                idle = tuple(gpu for gpu in left.gpus if not at_work(gpu))
+                left, required = Place(self.order, idle, self.facts), required_of_others
+            team = left.take(count, required)
+            if not team:
+                break
+            found.append(team)
+            left = left.without(team)
+        return found
+
+
+def at_work(gpu: Gpu) -> bool:
+    """Whether somebody else computes on it."""
+    return gpu.utilization >= _BUSY_UTILIZATION
 
 
 def _readiness(gpu: Gpu) -> tuple[bool, int, int]:
     # Whole GiB, so that a few MiB do not decide over the order of the machine.
-    return gpu.utilization >= _BUSY_UTILIZATION, -(gpu.free_memory >> 30), gpu.index
+    return at_work(gpu), -(gpu.free_memory >> 30), gpu.index
 
 
 def _link(a: Gpu, b: Gpu) -> str:
@@ -65,7 +93,7 @@ def _link(a: Gpu, b: Gpu) -> str:
 def worst_link(gpus: Sequence[Gpu]) -> str:
     """The slowest link within a team; "nvlink" for a single GPU."""
     links = [_link(a, b) for a in gpus for b in gpus if a is not b]
-    return max(links, key=_LINK_RANK.__getitem__, default="nvlink")
+    return max(links, key=LINK_RANK.__getitem__, default="nvlink")
 
 
 def _memory_gib(gpus: Sequence[Gpu]) -> int:

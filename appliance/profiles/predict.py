@@ -1,9 +1,7 @@
-"""Predicted memory and speed of a model under a candidate profile. Arithmetic only; knows no policy.
+"""Predicted memory of a model under a candidate profile. Arithmetic only; knows no policy, and no speeds (speed.py).
 
-Memory is a bound, so that what is called runnable runs: weights as the engine stores them, activations of the largest
-step, a fixed share for CUDA context, libraries and graphs, and the KV cache. Speed is a roofline (bytes moved over the
-bandwidth, or operations over the peak, whichever is longer) plus a fixed cost per layer and all-reduces; it ranks
-profiles and is not a promise.
+It is a bound, so that what is called runnable runs: weights as the engine stores them, activations of the largest step,
+a fixed share for CUDA context, libraries and graphs, and the KV cache.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from appliance.profiles.load import GpuFacts
 from appliance.types import ModelConfig, Quantization, Struct
 
 # Bytes per stored weight, and per group of weights that share a scale.
@@ -24,22 +21,10 @@ _ACTIVATION_BYTES = 2  # bytes of an activation on a GPU; float32 on the CPU
 GPU_OVERHEAD = 1434 << 20
 CPU_OVERHEAD = 512 << 20  # interpreter and torch
 
-_BANDWIDTH_SHARE = 0.85  # of the data sheet, reached by a decode step's weight reads
-_COMPUTE_SHARE = 0.6  # of the data sheet, reached by matrix products
-_LAYER_SECONDS = 15e-6  # a dozen graphed kernels of 1 to 2 µs
-# One all-reduce of a small message: base and per doubling of the group, by link (NCCL on H200: 12 µs at two ranks, 15
-# µs at four; the other links are estimates).
-_ALL_REDUCE_SECONDS = {"nvlink": (9e-6, 3e-6), "pcie": (20e-6, 10e-6), "none": (40e-6, 20e-6)}
-_LINK_BYTES = {"pcie": 20e9, "none": 8e9}  # bytes/s; NVLink's are in the GPU's facts
-# No facts files for CPUs: a modest server with a few memory channels.
-_CPU_BANDWIDTH = 40e9  # bytes/s
-_CPU_FLOPS_PER_CORE = 30e9  # FLOP/s in float32
-
 PAGE_TOKENS = 16
 _CPU_KV_PARTS = 4  # the CPU backend's KV cache is at most this part of free memory
 USEFUL_TOKENS = 8192  # a KV cache that holds one sequence of this length (or of the model's limit) is useful
 ROOMY_TOKENS = 32768  # and one of this many tokens serves several users at once
-SEQUENCE_TOKENS = 1024  # context of a sequence, on average, when throughput is predicted
 
 
 class Memory(Struct, frozen=True):
@@ -73,12 +58,22 @@ class Memory(Struct, frozen=True):
         return tokens
 
 
-# Engine names of a layer's products and of the head, in the order of `_rank_linears`.
+class Product(Struct, frozen=True):
+    """One of a layer's four linear layers, or the head, on one rank."""
+
+    out_features: int
+    in_features: int
+    count: int  # layers of a stage; 1 for the head
+    nbytes: int  # as stored, of all of them
+
+
+# Engine names of a layer's products and of the head, in the order of `_rank_shapes`.
 _PARTS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down", "lm_head")
 
 
-def _rank_linears(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[int, int, int]]:
-    """(out_features, in_features, how many) of the linear layers on one rank; heads and rows are rounded up."""
+def _rank_shapes(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[int, int, int]]:
+    """(out_features, in_features, how many) of the linear layers on one rank; heads and rows are rounded up, so that KV
+    heads are repeated where there are fewer than ranks."""
     heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
     kv = math.ceil(model.num_key_value_heads / tp_size) * model.head_dim
     inner = math.ceil(model.intermediate_size / tp_size)
@@ -129,15 +124,21 @@ def stored_as(precision: str, *, on_cpu: bool, head: str | None = None, packed: 
     return Stored(rest, last, left_alone="fp32")
 
 
+def rank_products(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int = 1) -> tuple[Product, ...]:
+    """A layer's four linear layers in order, and lm_head, of one rank."""
+    facts, products = model.quantization, []
+    for part, (out_features, in_features, count) in zip(_PARTS, _rank_shapes(model, tp_size, pp_size)):
+        plain = _left_alone(facts, part, count)
+        other = stored.head if part == "lm_head" and stored.head is not None else stored.precision
+        size = plain * _linear_bytes(out_features, in_features, stored.left_alone, None)
+        size += (count - plain) * _linear_bytes(out_features, in_features, other, facts)
+        products.append(Product(out_features, in_features, count, size))
+    return tuple(products)
+
+
 def linear_bytes(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int = 1) -> int:
     """Bytes of the linear layers (lm_head included) of one rank: what a decode step reads."""
-    facts, total = model.quantization, 0
-    for part, (out_features, in_features, count) in zip(_PARTS, _rank_linears(model, tp_size, pp_size)):
-        plain = _left_alone(facts, part, count)
-        total += plain * _linear_bytes(out_features, in_features, stored.left_alone, None)
-        other = stored.head if part == "lm_head" and stored.head is not None else stored.precision
-        total += (count - plain) * _linear_bytes(out_features, in_features, other, facts)
-    return total
+    return sum(product.nbytes for product in rank_products(model, stored, tp_size, pp_size))
 
 
 def memory(
@@ -172,46 +173,6 @@ def memory(
         on_cpu=on_cpu,
         kv_per_token=2 * layers * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
     )
-
-
-class Device(Struct, frozen=True):
-    """The speeds of one rank's device."""
-
-    bandwidth: float  # bytes/s
-    flops: float  # FLOP/s at the candidate's precision
-    link: str = "none"  # worst link of the ranks
-    link_bandwidth: float = 1.0  # bytes/s one way
-
-
-def cpu_device(cores: int) -> Device:
-    return Device(bandwidth=_CPU_BANDWIDTH, flops=cores * _CPU_FLOPS_PER_CORE)
-
-
-def gpu_device(facts: GpuFacts, precision: str, link: str) -> Device:
-    """`link`: the worst among the ranks' GPUs. Weights of a precision without a peak of its own multiply in 16 bits."""
-    half = facts.tflops.get("bf16") or facts.tflops["fp16"]
-    by_name: dict[str, float] = {str(name): value for name, value in facts.tflops.items()}
-    peak = by_name.get(precision, half / 8 if precision == "fp32" else half)
-    link_bandwidth = facts.nvlink_gbs * 1e9 if link == "nvlink" and facts.nvlink_gbs else _LINK_BYTES.get(link, 20e9)
-    return Device(facts.memory_bandwidth_gbs * 1e9, peak * 1e12, link, link_bandwidth)
-
-
-def step_seconds(
-    model: ModelConfig, device: Device, need: Memory, *, stored: Stored, tp_size: int, num_seqs: int
-) -> float:
-    """Seconds of one decode step of `num_seqs` sequences, each of a context of 1024 tokens."""
-    moved = linear_bytes(model, stored, tp_size)
-    moved += num_seqs * SEQUENCE_TOKENS * need.kv_per_token
-    operations = 2 * num_seqs * sum(n * o * i for o, i, n in _rank_linears(model, tp_size, 1))
-    seconds = max(moved / (device.bandwidth * _BANDWIDTH_SHARE), operations / (device.flops * _COMPUTE_SHARE))
-    seconds += model.num_hidden_layers * _LAYER_SECONDS
-    if tp_size > 1:
-        base, doubling = _ALL_REDUCE_SECONDS[device.link]
-        message = num_seqs * model.hidden_size * _ACTIVATION_BYTES
-        one = base + doubling * math.log2(tp_size)
-        one += 2 * (tp_size - 1) / tp_size * message / device.link_bandwidth
-        seconds += (2 * model.num_hidden_layers + 1) * one
-    return seconds
 
 
 def useful_tokens(model: ModelConfig, max_model_len: int | None, max_num_batched_tokens: int) -> int:

@@ -65,7 +65,7 @@ def reject(candidate: Candidate, place: Place, question: Question, kv_cache: str
     if reason := _no_such_kv_cache(candidate, place, question, kv_cache):
         hint = "leave --kv-cache-dtype (or its profile) out, or choose auto"
         return Rejection(reason, 3, "kv_cache_dtype", hint)
-    return _model_lacks(candidate, question) or _too_few(candidate, place)
+    return _model_lacks(candidate, question) or _too_few(candidate, place, question)
 
 
 def activations(candidate: Candidate, place: Place) -> str:
@@ -208,6 +208,9 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
             "tp_size",
             size_hint,
         )
+    if model.vocab_size % tp:
+        reason = f"{tp} ranks do not divide the model's {model.vocab_size} vocabulary entries"
+        return Rejection(reason, 4, "tp_size", size_hint)
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
         reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
         return Rejection(reason, 4, "tp_size", size_hint)
@@ -228,15 +231,23 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     return None
 
 
-def _too_few(candidate: Candidate, place: Place) -> Rejection | None:
-    need, have = candidate.tp_size * candidate.pp_size, len(place.gpus)
-    field = "tp_size" if candidate.tp_size > 1 else "pp_size"
+def _too_few(candidate: Candidate, place: Place, question: Question) -> Rejection | None:
+    ranks, replicas = candidate.tp_size * candidate.pp_size, question.overrides.replicas or 1
+    need, have = ranks * replicas, len(place.gpus)
+    field = "tp_size" if candidate.tp_size > 1 else "pp_size" if ranks > 1 else "replicas"
     hint = f"leave --{field.replace('_', '-')} (or its profile) out"
     if candidate.profile.backend == "cpu":
-        return Rejection("the CPU backend serves on one device", 5, field, hint) if need > 1 else None
-    if need > 1 and place.gpus[0].mig_profile is not None:
+        backend = question.capabilities.backends.get("cpu")
+        able = backend is not None and candidate.tp_size <= backend.max_tp and candidate.pp_size <= backend.max_pp
+        return None if able or ranks == 1 else Rejection("the CPU backend serves on one device", 5, field, hint)
+    if ranks > 1 and place.gpus[0].mig_profile is not None:
         return Rejection("MIG slices cannot be joined: one slice serves one rank", 5, field, hint)
     if need > have:
+        reason = f"needs {need} identical GPUs, and {have} can be used"
+        if replicas > 1:
+            each = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+            reason = f"{replicas} replicas of {each} need {need} identical GPUs, and {have} can be used"
+            field, hint = "replicas", f"choose {have // ranks} or less for --replicas" if have >= ranks else hint
         hint = f"{hint}, or serve where there are {need}"
-        return Rejection(f"needs {need} identical GPUs, and {have} can be used", 5, field, hint)
+        return Rejection(reason, 5, field, hint)
     return None

@@ -4,7 +4,8 @@ Policy (design.md §6), the numbers of which are the profiles' priorities:
 
 1. The precision with the highest priority on this GPU that GPU, model and build allow and that fits free memory.
 2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, else the smallest
-   that fits at all. Objective latency: the smallest whose predicted time per token is within 10% of the best.
+   that fits at all; and where the build can, a replica of it on every other GPU with as much room. Objective latency:
+   the smallest whose predicted time per token is within 10% of the best.
 3. On a mixed machine the group of identical GPUs with the most memory; another group only if nothing runs on that one.
    The CPU only where no GPU can be used, or on request.
 
@@ -24,7 +25,7 @@ from appliance.profiles.judge import Outcome, judge
 from appliance.profiles.load import GpuFacts, Profile
 from appliance.profiles.names import Candidate, candidates
 from appliance.profiles.overrides import Overrides, normalize
-from appliance.profiles.places import Place, places
+from appliance.profiles.places import LINK_RANK, Place, places
 from appliance.profiles.rules import Question
 from appliance.types import Gpu, Hardware, ModelConfig, Objective, Struct
 
@@ -42,6 +43,7 @@ class Selection(Struct, frozen=True):
     model: ModelConfig
     objective: Objective
     overrides: Overrides  # tags merged
+    replicas: bool = False  # this build can serve several copies of an engine
 
 
 def select(
@@ -85,6 +87,7 @@ def select(
         model=model,
         objective=objective,
         overrides=asked,
+        replicas=capabilities.replicas,
     )
 
 
@@ -120,7 +123,7 @@ def _wish(
         hardware = msgspec.structs.replace(question.hardware, free_memory=memory or question.hardware.free_memory)
         roomier = msgspec.structs.replace(question, hardware=hardware)
         able = [
-            judge(candidate, _multiplied(place, candidate.tp_size * candidate.pp_size, memory), roomier, objective)
+            judge(candidate, _multiplied(place, _gpus_of(candidate, question), memory), roomier, objective)
             for candidate in options
             for place in where
         ]
@@ -139,13 +142,17 @@ def _wish(
     )
 
 
+def _gpus_of(candidate: Candidate, question: Question) -> int:
+    return candidate.tp_size * candidate.pp_size * (question.overrides.replicas or 1)
+
+
 def _multiplied(place: Place, count: int, memory: int | None) -> Place:
     """The place with `count` copies of its first GPU, idle and linked as the best linked two of it are."""
     if place.is_cpu:
         return place
     like = place.gpus[0]
     links = [link for gpu in place.gpus for link in gpu.links.values()]
-    link = "nvlink" if "nvlink" in links else "pcie"
+    link = min(links, key=LINK_RANK.__getitem__, default="pcie")
     gpus: list[Gpu] = [
         msgspec.structs.replace(
             like,

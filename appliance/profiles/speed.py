@@ -1,0 +1,186 @@
+"""Predicted speed of an engine: a decode step, and tokens per second at full load. Arithmetic only; knows no policy.
+
+A pass through the model is, layer by layer: four products, each as long as the root of the sum of squares of the time
+of its weight bytes and that of its operations (they overlap, but not wholly); K/V and activations at the bandwidth; the
+fixed costs of kernels; and with several ranks two all-reduces. Then the head, with a gather of the logits.
+
+The constants are fitted to what was measured on one H200, all under 11% of error there (tests/test_select_speed.py
+has the measurements); bandwidths, rates and links are facts of the GPU (`load.GpuFacts`).
+"""
+
+from __future__ import annotations
+
+import math
+
+from appliance.profiles import kernels
+from appliance.profiles.load import GpuFacts
+from appliance.profiles.predict import Product, Stored, rank_products
+from appliance.types import ModelConfig, Struct
+
+_PRODUCT_SECONDS = 3e-6  # of a product beyond its bytes and operations: 4 a layer
+_LAYER_SECONDS = 20e-6  # attention, norms, rotary embedding, activation: a dozen graphed kernels of 1 to 2 µs
+_SEQUENCE_SECONDS = 0.1e-6  # of a sequence in a layer's decode attention
+_PERSISTENT_SECONDS = 18e-6  # of a layer in the persistent kernel, all in all
+_PERSISTENT_ROWS = 4
+_STEP_SECONDS = 80e-6  # embedding, last norm, sampling, and the gap between steps
+_PROMPT_PRODUCTS = 0.88  # of the rate of products: at thousands of rows the clock goes down
+_PROMPT_ATTENTION = 0.5  # of the rate of 16-bit products
+_HAND_OVER_SECONDS = 10e-6  # of a small message from stage to stage: an estimate
+_LOGIT_BYTES = 12  # per logit: written in float32, read by sampling twice
+_ACTIVATIONS = (12, 4)  # elements moved per row and layer, in units of hidden_size and of a rank's intermediate_size
+
+# All-reduces, as (of a small message at two ranks, and more per doubling of them; share of the one-way bandwidth).
+# NVLink: measured on H200s (its facts file); the others are estimates: NCCL peer to peer, and through host memory.
+_ALL_REDUCE = {"nvlink": (6.5e-6, 0.5e-6), "pcie": (20e-6, 8e-6), "none": (35e-6, 15e-6)}
+_PCIE_SHARE = {"pcie": 0.65, "none": 0.3}
+
+# No facts files for CPUs: a modest server with a few memory channels.
+_CPU_BANDWIDTH = 34e9  # bytes/s that are reached
+_CPU_FLOPS_PER_CORE = 18e9  # FLOP/s in float32, likewise
+
+DECODE_CONTEXT = 1024  # tokens of context, when the time per token of one request is predicted
+PROMPT_TOKENS, OUTPUT_TOKENS = 1024, 1024  # of a request, when full load is predicted
+LOAD_CONTEXT = PROMPT_TOKENS + OUTPUT_TOKENS // 2  # tokens of context there, on average
+
+
+class Device(Struct, frozen=True):
+    """The speeds of one rank's device, as kernels reach them, and of its link to the others."""
+
+    bandwidth: float  # bytes/s
+    flops: float  # FLOP/s at the candidate's precision
+    half_flops: float  # in 16 bits
+    element: int = 2  # bytes of an activation
+    link_seconds: float = 0.0  # of a small all-reduce
+    link_bandwidth: float = 1.0  # bytes/s of a rank's traffic
+    persistent: bool = False  # has the persistent decode kernel
+
+
+def cpu_device(cores: int) -> Device:
+    """Ranks on a CPU share its memory; their all-reduces cost what a message between processes does."""
+    flops = cores * _CPU_FLOPS_PER_CORE
+    return Device(_CPU_BANDWIDTH, flops, flops, element=4, link_seconds=100e-6, link_bandwidth=4e9)
+
+
+def gpu_device(
+    facts: GpuFacts, precision: str, link: str, tp_size: int, compute_capability: tuple[int, int] = (0, 0)
+) -> Device:
+    """`link`: the worst among the ranks' GPUs ("nvlink", "pcie", "none")."""
+    if link == "nvlink" and not facts.reached_nvlink:
+        link = "pcie"
+    base, doubling = _ALL_REDUCE[link]
+    seconds = base + doubling * (math.log2(tp_size) - 1) if tp_size > 1 else 0.0
+    if link == "nvlink":
+        known = facts.measured.all_reduce_us.get(tp_size) if facts.measured is not None else None
+        seconds = seconds if known is None else known * 1e-6
+        bandwidth = facts.reached_nvlink
+    else:
+        bandwidth = facts.pcie_gbs * 1e9 * _PCIE_SHARE[link]
+    half = "fp32" if precision == "fp32" else "bf16"
+    return Device(
+        bandwidth=facts.reached_bandwidth,
+        flops=facts.reached_flops(precision),
+        half_flops=facts.reached_flops(half),
+        link_seconds=seconds,
+        link_bandwidth=bandwidth,
+        persistent=kernels.persistent_decode(precision, compute_capability),
+    )
+
+
+class Ranks(Struct, frozen=True):
+    """An engine spread over ranks: what its speed is made of."""
+
+    model: ModelConfig
+    stored: Stored
+    kv_per_token: int  # bytes on one rank, all layers of its stage
+    device: Device
+    tp_size: int = 1
+    pp_size: int = 1
+
+    @property
+    def layers(self) -> int:
+        """Of the largest stage."""
+        return math.ceil(self.model.num_hidden_layers / self.pp_size)
+
+
+def all_reduce_seconds(device: Device, tp_size: int, message: int) -> float:
+    """Of `message` bytes on each rank: a fixed cost and a rank's traffic. 0 for one rank."""
+    if tp_size == 1:
+        return 0.0
+    return device.link_seconds + 2 * (tp_size - 1) / tp_size * message / device.link_bandwidth
+
+
+def _product(product: Product, device: Device, rows: int, share: float = 1.0) -> float:
+    operations = 2 * rows * product.out_features * product.in_features
+    read = product.nbytes / product.count
+    return math.hypot(read / device.bandwidth, operations / (device.flops * share))
+
+
+def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
+    """What a layer takes with any rows: products, activations, all-reduces. Fixed costs and attention are apart."""
+    device, hidden = ranks.device, ranks.model.hidden_size
+    *products, _ = rank_products(ranks.model, ranks.stored, ranks.tp_size, ranks.pp_size)
+    whole, part = _ACTIVATIONS
+    moved = rows * device.element * (whole * hidden + part * ranks.model.intermediate_size / ranks.tp_size)
+    seconds = sum(_product(product, device, rows, share) for product in products) + moved / device.bandwidth
+    return seconds + 2 * all_reduce_seconds(device, ranks.tp_size, rows * hidden * device.element)
+
+
+def _head(ranks: Ranks, rows: int) -> float:
+    """The head's product, the gather of its parts, sampling, and what else a step has once."""
+    *_, head = rank_products(ranks.model, ranks.stored, ranks.tp_size, ranks.pp_size)
+    device, logits = ranks.device, rows * ranks.model.vocab_size
+    seconds = _product(head, device, rows) + _PRODUCT_SECONDS + _STEP_SECONDS + logits * _LOGIT_BYTES / device.bandwidth
+    if ranks.tp_size > 1:  # a gather moves half of what an all-reduce does
+        seconds += all_reduce_seconds(device, ranks.tp_size, logits * device.element // 2)
+    return seconds
+
+
+def _decode_stage(ranks: Ranks, num_seqs: int, context: int) -> float:
+    """The layers of one stage."""
+    if ranks.device.persistent and ranks.tp_size == ranks.pp_size == 1 and num_seqs <= _PERSISTENT_ROWS:
+        fixed = _PERSISTENT_SECONDS
+    else:
+        fixed = 4 * _PRODUCT_SECONDS + _LAYER_SECONDS + num_seqs * _SEQUENCE_SECONDS
+    kv_cache = num_seqs * context * ranks.kv_per_token / ranks.device.bandwidth
+    return ranks.layers * (_layer(ranks, num_seqs) + fixed) + kv_cache
+
+
+def _hand_over(ranks: Ranks, rows: int) -> float:
+    """Of activations to the next stage."""
+    if ranks.pp_size == 1:
+        return 0.0
+    message = rows * ranks.model.hidden_size * ranks.device.element
+    return max(ranks.device.link_seconds, _HAND_OVER_SECONDS) + message / ranks.device.link_bandwidth
+
+
+def decode_seconds(ranks: Ranks, num_seqs: int, context: int = DECODE_CONTEXT) -> float:
+    """Seconds of one decode step of `num_seqs` sequences, through all stages."""
+    stages = ranks.pp_size * _decode_stage(ranks, num_seqs, context) + _head(ranks, num_seqs)
+    return stages + (ranks.pp_size - 1) * _hand_over(ranks, num_seqs)
+
+
+def prompt_tokens_per_second(ranks: Ranks, rows: int, length: int = PROMPT_TOKENS) -> float:
+    """Prompt tokens per second in steps of `rows` tokens, of prompts of `length`; stages work on different steps."""
+    model, device = ranks.model, ranks.device
+    heads = math.ceil(model.num_attention_heads / ranks.tp_size) * model.head_dim
+    attention = 4 * heads * (length / 2) * rows / (device.half_flops * _PROMPT_ATTENTION)
+    layer = _layer(ranks, rows, _PROMPT_PRODUCTS) + attention + 4 * _PRODUCT_SECONDS + _LAYER_SECONDS
+    return rows / (ranks.layers * layer + _hand_over(ranks, rows))
+
+
+def tokens_per_second(
+    ranks: Ranks,
+    num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    output_tokens: int = OUTPUT_TOKENS,
+) -> float:
+    """Output tokens per second of one engine with `num_seqs` requests always running: every prompt is computed once,
+    and every output token is a row of a full decode step. Stages each have a part of the sequences in hand."""
+    context = prompt_tokens + output_tokens // 2
+    part = math.ceil(num_seqs / ranks.pp_size)
+    stage = _decode_stage(ranks, part, context) + _head(ranks, part) + _hand_over(ranks, part)
+    rows = min(max_num_batched_tokens, num_seqs * prompt_tokens)
+    prompts = prompt_tokens / prompt_tokens_per_second(ranks, rows, prompt_tokens)
+    return output_tokens / (prompts + output_tokens * stage / part)
