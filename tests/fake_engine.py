@@ -1,7 +1,8 @@
 """A child process that speaks ipc and can misbehave: what tests of `appliance.launch` supervise instead of an engine.
 
 `python -m fake_engine --ipc ADDRESS [MODE] [FILE]`; without a mode it is that of FAKE_ENGINE_MODE. Token i of a request
-is its prompt length + i, so a resumed request shows whether its tokens came with it.
+is its prompt length + i, so a resumed request shows whether its tokens came with it. The modes that begin with "steps"
+run requests together, a token each every ten milliseconds, and die of prompts that begin with POISON.
 """
 
 from __future__ import annotations
@@ -14,8 +15,21 @@ import sys
 import time
 from pathlib import Path
 
-from appliance.ipc import AddRequests, ChildEnd, Failed, Outputs, Progress, Ready, Shutdown, StartEngine
+from appliance.ipc import (
+    AbortRequests,
+    AddRequests,
+    ChildEnd,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Shutdown,
+    StartEngine,
+)
 from appliance.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+POISON = 666  # as the first token of a prompt; its third token kills, whichever engine makes it
+STEP_SECONDS = 0.01
 
 INFO = EngineInfo(
     engine_key="0" * 64,
@@ -46,6 +60,36 @@ def answer(end: ChildEnd, request: EngineRequest, delay: float, crash_at: int | 
                 stats=EngineStats(),
             )
         )
+
+
+def run_steps(end: ChildEnd) -> None:
+    """Until Shutdown: `INFO.max_num_seqs` requests at a time, the others wait."""
+    accepted: dict[str, tuple[EngineRequest, int]] = {}  # with the tokens given
+    while True:
+        outputs: list[EngineOutput] = []
+        while (message := end.receive(0.0 if accepted else 1.0)) is not None:
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, AddRequests):
+                accepted |= {request.request_id: (request, 0) for request in message.requests}
+            if isinstance(message, AbortRequests):
+                gone = [accepted.pop(request_id, None) for request_id in message.request_ids]
+                outputs += [EngineOutput(had[0].request_id, finish_reason="abort") for had in gone if had]
+            if outputs:
+                break
+        time.sleep(STEP_SECONDS)
+        for request, given in list(accepted.values())[: INFO.max_num_seqs]:
+            if request.prompt_token_ids[0] == POISON and request.num_resumed_tokens + given == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            last = given + 1 == (request.params.max_tokens or 4) - request.num_resumed_tokens
+            token = len(request.prompt_token_ids) + given
+            outputs.append(EngineOutput(request.request_id, [token], finish_reason="length" if last else None))
+            accepted[request.request_id] = (request, given + 1)
+            if last:
+                del accepted[request.request_id]
+        running = min(len(accepted), INFO.max_num_seqs)
+        if outputs:
+            end.send(Outputs(outputs, EngineStats(num_running=running, num_waiting=len(accepted) - running)))
 
 
 def crashes_this_time(mode: str, marker: Path | None) -> bool:
@@ -92,6 +136,9 @@ def main() -> int:
     if mode.startswith("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
+    if mode.startswith("steps"):
+        run_steps(end)
+        return 0
     seen = 0
     while not isinstance(message := end.receive(), Shutdown):
         for request in message.requests if isinstance(message, AddRequests) else []:
