@@ -1,46 +1,193 @@
-"""The tensor-parallel group: which share of the model a rank holds and how the ranks add their partial results.
+"""The tensor-parallel group: which share of a model a rank holds, and how the ranks put their partial results together.
 
-Knows ranks, not models: layers ask it for their share of a dimension. At size 1 every operation is a no-op. With more
-ranks the collectives run over torch.distributed's default process group, which whoever starts the ranks has set up.
+Knows ranks, not models: layers ask it for their share of a dimension. At size 1 every operation is a no-op. How numbers
+travel is a `Collectives`; the one here is torch.distributed's (gloo between CPUs, NCCL between GPUs). Whoever starts
+the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; reads no environment.
 """
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from appliance.errors import HardwareError
+
+LOOPBACK = "127.0.0.1"
+# Whoever watches the ranks ends them long before; the library's own limit must only not be in the way.
+_TIMEOUT = datetime.timedelta(hours=24)
+_JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may read its imports from a slow disk
+
+
+class Collectives(Protocol):
+    """How a group's numbers travel. All ranks call the same operations in the same order; each waits for the others.
+    On a GPU they are enqueued on the current stream and may be captured in a CUDA graph."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, with the same bits on every rank, in x's dtype; may be written over x."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [n, k] of every rank, in rank order: [size, n, k]."""
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the ranks' numbers. Waits for the device."""
+
+
+class GroupCollectives:
+    """torch.distributed's collectives over one of its process groups."""
+
+    def __init__(
+        self,
+        size: int,
+        device: torch.device,
+        group: torch.distributed.ProcessGroup | None = None,
+        on_call: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`group` None: the default group. `on_call` is called in front of every operation that the host enqueues, so
+        that somebody can tell which rank did not get that far."""
+        self._size = size
+        self._device = device
+        self._group = group
+        self._on_call = on_call
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._on_call()
+        torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self._on_call()
+        x = x.contiguous()
+        whole = x.new_empty((self._size * x.shape[0], *x.shape[1:]))
+        _gather_into(whole, x, group=self._group)
+        return whole.view(self._size, *x.shape)
+
+    def minimum(self, value: int) -> int:
+        self._on_call()
+        smallest = torch.tensor(value, dtype=torch.int64, device=self._device)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._group)
+        return int(smallest)
+
+
+# Renamed in torch 2.13.
+_gather_into = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank's place in the group."""
+    """One rank's place in the group. Without `collectives` a rank of several can be described, but not run."""
 
     rank: int = 0
     size: int = 1
+    collectives: Collectives | None = None
 
     def share(self, total: int, what: str) -> int:
         """This rank's part of a dimension. HardwareError if it does not divide evenly; `what` names it there."""
         if total % self.size:
             raise HardwareError(
-                f"{total} {what} cannot be split evenly over {self.size} GPUs",
+                f"{total} {what} cannot be split evenly over {self.size} ranks",
                 hint=f"choose a tensor-parallel size that divides {total}",
             )
         return total // self.size
 
+    def share_or_copy(self, total: int, what: str) -> int:
+        """Like `share`; where there are fewer than ranks, one, which several ranks have a copy of. HardwareError if
+        neither number divides the other."""
+        if total % self.size and self.size % total:
+            raise HardwareError(
+                f"{total} {what} can neither be split evenly over {self.size} ranks nor copied to them evenly",
+                hint=f"choose a tensor-parallel size that divides {total} or is a multiple of it",
+            )
+        return max(1, total // self.size)
+
+    def padded_share(self, total: int) -> int:
+        """A rank's part of a dimension that is padded at its end until it divides."""
+        return -(-total // self.size)
+
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in place; returns x."""
-        if self.size > 1:
-            torch.distributed.all_reduce(x)
-        return x
+        """Sum over the ranks, with the same bits on every rank; may be written over x."""
+        return x if self.size == 1 else self._together.all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Each rank's x [..., k] side by side in rank order: [..., k * size]."""
+        """Each rank's x [n, k] side by side in rank order: [n, k * size]."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+        return self._together.all_gather(x).transpose(0, 1).flatten(1)
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the ranks' numbers, for what they must agree on. Waits for the device."""
+        return value if self.size == 1 else self._together.minimum(value)
+
+    @property
+    def _together(self) -> Collectives:
+        assert self.collectives is not None, "this rank was only described"
+        return self.collectives
+
+
+# ---------------------------------------------------------------- meeting the other ranks
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where ranks meet: torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0 listens there."""
+
+    rank: int
+    world_size: int
+    master_addr: str = LOOPBACK
+    master_port: int = 0  # of rank 0 only: 0 is any free one, see `Meeting.port`
+
+
+class Meeting:
+    """A rank's end of the rendezvous. Rank 0 opens it before the others are started, since it knows the port."""
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        """HardwareError if the address cannot be listened on or reached."""
+        self._rendezvous = rendezvous
+        try:
+            self._store = TCPStore(
+                rendezvous.master_addr,
+                rendezvous.master_port,
+                rendezvous.world_size,
+                is_master=rendezvous.rank == 0,
+                timeout=_JOIN_TIMEOUT,
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:  # torch's own kinds of it
+            where = f"{rendezvous.master_addr}:{rendezvous.master_port}"
+            raise HardwareError(
+                f"rank {rendezvous.rank} cannot meet the others at {where}: {error}",
+                hint="is the address that of rank 0's machine, and its port free?",
+            ) from error
+
+    @property
+    def port(self) -> int:
+        return int(self._store.port)
+
+    def join(self, device: torch.device, on_call: Callable[[], None] = lambda: None) -> TensorParallel:
+        """Wait for all ranks and make them the default process group; `device`: this rank's, the current one if it is a
+        GPU. `on_call`: see `GroupCollectives`."""
+        rank, size = self._rendezvous.rank, self._rendezvous.world_size
+        if device.type == "cuda":
+            torch.distributed.init_process_group(
+                "nccl", store=self._store, rank=rank, world_size=size, device_id=device, timeout=_TIMEOUT
+            )
+        else:
+            options = _loopback_options() if self._rendezvous.master_addr == LOOPBACK else None
+            torch.distributed.init_process_group(
+                "gloo", store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT, pg_options=options
+            )
+        return TensorParallel(rank, size, GroupCollectives(size, device, None, on_call))
+
+
+def _loopback_options() -> Any:
+    """Of gloo on one machine: otherwise it looks the machine's name up, which may stand for none of its addresses."""
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = _TIMEOUT
+    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK, lazy_init=False)]
+    return options

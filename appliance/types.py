@@ -180,9 +180,12 @@ class WeightSpec(Struct, frozen=True):
     kind: Literal["linear", "plain"]  # linear: the precision scheme decides the stored form; plain: stored as is
     sources: tuple[str, ...]  # checkpoint tensor names, concatenated along dim 0 in this order
     shapes: tuple[tuple[int, ...], ...]  # expected shape of each source
-    # How ranks share it: column: split dim 0 of each source; row: split dim 1; none: every rank has all of it.
-    shard: Literal["column", "row", "none"] = "none"
+    # How ranks share it: column: split dim 0 of each source; row: split dim 1; vocabulary: split dim 0, padded at its
+    # end where it does not divide; none: every rank has all of it.
+    shard: Literal["column", "row", "vocabulary", "none"] = "none"
     bias_sources: tuple[str, ...] = ()  # like sources, for "<name>.bias"; shape = dim 0 of each source
+    # Of a column spec, how many heads each source consists of: one that has fewer than there are ranks is copied.
+    heads: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------- hardware

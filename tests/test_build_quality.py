@@ -53,7 +53,7 @@ def measure(
         save_file({name: tensor.clone() for name, tensor in tensors}, rank_file)
     subject = Subject(config, architecture, specs, scheme, torch.bfloat16, torch.device(device))
     with Checkpoint(checkpoint) as opened:
-        return measure_quality(rank_file, checkpoint, opened, subject, seconds, clock)
+        return measure_quality([rank_file], checkpoint, opened, subject, seconds, clock)
 
 
 def fp8() -> Any:

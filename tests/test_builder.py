@@ -25,11 +25,12 @@ from torch import nn
 from appliance import registry
 from appliance.builder import BuildRequest, key_of
 from appliance.builder.build import build
-from appliance.builder.convert import convert, plan_tensors
+from appliance.builder.convert import convert
 from appliance.builder.job import Job
 from appliance.builder.plain import PlainTensors
 from appliance.builder.process import main
 from appliance.builder.request import key_inputs_of
+from appliance.builder.shards import plan_tensors
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, read_model_config
 from appliance.engines import ByteMeter, DamagedFileError, EngineStore, read_manifest, verify_engine
 from appliance.errors import CheckpointError, EngineBuildError, EngineDamagedError, NoSpaceError
@@ -224,7 +225,7 @@ def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) 
     job = Job.start(request, key_inputs_of(request), read_model_config(source), checkpoint, registry.load)
     weights = PlainTensors(dataclasses.replace(job, specs=specs))
     with Slow(tmp_path / "x", plan_tensors(specs, scheme, torch.float32)) as writer, ByteMeter(1, None) as meter:
-        convert(weights, writer, meter)
+        convert(weights, [writer], meter)
         writer.finish()
     assert writer.written == len(names) > 10
     assert most <= 7, "two read ahead, one in hand, two or three to be written"
@@ -234,8 +235,8 @@ def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) 
 
 
 def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineBuildError, match="tp_size=2"):
-        build(request_of(source, tmp_path, tp_size=2))
+    with pytest.raises(EngineBuildError, match="pp_size=2"):
+        build(request_of(source, tmp_path, pp_size=2))
     with pytest.raises(EngineBuildError, match=r"int4 needs .* multiples of 128; layers\.0\.attention\.qkv has 64"):
         build(request_of(source, tmp_path, precision="int4", calibration_data="none"))
     for wrong, words in (

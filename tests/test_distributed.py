@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 from torch import distributed
 
-from appliance.distributed import TensorParallel
+from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.errors import HardwareError
 from appliance.layers.linear import ColumnParallelLinear, RowParallelLinear
 from appliance.quantization.unquantized import Scheme
@@ -23,15 +23,22 @@ def test_one_rank_has_everything() -> None:
 
 def test_uneven_shares_are_refused() -> None:
     assert TensorParallel(1, 4).share(12, "heads") == 3
-    with pytest.raises(HardwareError, match="10 key/value heads cannot be split evenly over 4 GPUs"):
+    with pytest.raises(HardwareError, match="10 key/value heads cannot be split evenly over 4 ranks"):
         TensorParallel(1, 4).share(10, "key/value heads")
+
+
+def test_few_heads_are_copied() -> None:
+    assert [TensorParallel(0, size).share_or_copy(4, "heads") for size in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    with pytest.raises(HardwareError, match="4 heads can neither be split evenly over 6 ranks nor copied"):
+        TensorParallel(0, 6).share_or_copy(4, "heads")
+    assert TensorParallel(1, 4).padded_share(10) == 3
 
 
 def _rank(rank: int, address: str, out: str) -> None:
     """Column-parallel then row-parallel product of one rank, with the row layer's bias."""
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.set_num_threads(1)
-    tp = TensorParallel(rank, 2)
+    tp = TensorParallel(rank, 2, GroupCollectives(2, torch.device("cpu")))
     up, down, bias = (t.float() for t in _weights())
     column = ColumnParallelLinear(6, 4, bias=False, scheme=Scheme(), dtype=torch.float32)
     column.load_state_dict({"weight": up[4 * rank : 4 * rank + 4]})

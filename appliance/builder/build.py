@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import time
@@ -14,7 +15,7 @@ import torch
 from appliance import registry
 from appliance.builder.calibrate import CalibratedTensors
 from appliance.builder.calibration_data import CalibrationTokens, tokens_for
-from appliance.builder.convert import StoredTensors, convert, plan_tensors
+from appliance.builder.convert import StoredTensors, convert
 from appliance.builder.job import Job, LoadPlugin, checked_scheme, for_gpu
 from appliance.builder.plain import PlainTensors
 from appliance.builder.progress import SendFn, sender
@@ -22,6 +23,7 @@ from appliance.builder.published import PublishedTensors, check_tensors, kv_scal
 from appliance.builder.quality import check_quality
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
+from appliance.builder.shards import plan_tensors
 from appliance.builder.tokenizer import copy_tokenizer
 from appliance.builder.warmup import WarmedUp, compile_ahead, warm_up
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
@@ -36,6 +38,7 @@ from appliance.engines.manifest import (
     EngineFile,
     EngineManifest,
     SelfCheck,
+    rank_file_name,
     write_manifest,
 )
 from appliance.engines.meter import ByteMeter
@@ -45,7 +48,6 @@ from appliance.engines.verify import DamagedFileError, verify_engine
 from appliance.ipc import Progress
 from appliance.types import ModelConfig
 
-_RANK_FILE = "rank-0.safetensors"
 # At most, of compiled kernels in an engine: some 100 cubins and a few of FlashInfer's modules.
 _KERNEL_BYTES = 256 << 20
 
@@ -119,7 +121,9 @@ def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
     """NoSpaceError, with how much is needed, before anything is written."""
     source = job.checkpoint.path
     small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
-    needed = planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype)) + sum(p.stat().st_size for p in small)
+    ranks = job.inputs.tp_size
+    needed = ranks * planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype, ranks))
+    needed += sum(p.stat().st_size for p in small)
     needed += _KERNEL_BYTES if for_gpu(job.inputs.backend) else 0
     needed += weights.scratch_bytes if isinstance(weights, CalibratedTensors) else 0
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
@@ -129,7 +133,6 @@ def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: Engine
     """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
     last."""
     source = job.checkpoint.path
-    plan = plan_tensors(job.specs, job.scheme, job.dtype)
     note = copy_tokenizer(source, staging)
     for name in CONFIG_FILES:
         if (source / name).is_file():
@@ -141,28 +144,40 @@ def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: Engine
     wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
     total = sum(weights.work(spec) for spec in job.specs)
     with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
-        with torch.inference_mode(), SafetensorsWriter(staging / _RANK_FILE, plan) as writer:
-            convert(weights, writer, meter)
-            meter.advance(0, "flushing to disk")
-            size, digest = writer.finish()
+        rank_files = _write_weights(job, weights, staging, meter)
         meter.advance(0, "checking the built engine")
+        paths = [staging / file.name for file in rank_files]
         with torch.inference_mode():
-            checks = self_check(job, weights, staging / _RANK_FILE)
-        quality = check_quality(job, staging / _RANK_FILE, store.engines, report)
-    rank_file = EngineFile(name=_RANK_FILE, size=size, digest=digest)
+            checks = self_check(job, weights, paths)
+        quality = check_quality(job, paths, store.engines, report)
     notes = (f"torch {torch.__version__}", *([note] if note else []))
     # Loading reads the manifest, so there is one before the kernels that loading makes known.
-    write_manifest(staging, _manifest(job, weights, _files(staging, rank_file), checks, quality, WarmedUp(), notes))
+    write_manifest(staging, _manifest(job, weights, _files(staging, rank_files), checks, quality, WarmedUp(), notes))
     wait_for_compilers()
     warmed = warm_up(staging, job.request, report)
     notes = (*notes, *([warmed.note] if warmed.note else []))
-    write_manifest(staging, _manifest(job, weights, _files(staging, rank_file), checks, quality, warmed, notes))
+    write_manifest(staging, _manifest(job, weights, _files(staging, rank_files), checks, quality, warmed, notes))
 
 
-def _files(staging: Path, rank_file: EngineFile) -> tuple[EngineFile, ...]:
-    """The manifest's list, of everything that is there; the weights' digest is known from writing them."""
-    others = sorted(p for p in staging.rglob("*") if p.is_file() and p.name not in (_RANK_FILE, MANIFEST_NAME))
-    found = [rank_file]
+def _write_weights(job: Job, weights: StoredTensors, staging: Path, meter: ByteMeter) -> list[EngineFile]:
+    """The weight file of every rank, in one pass over the source."""
+    ranks = job.inputs.tp_size
+    plan = plan_tensors(job.specs, job.scheme, job.dtype, ranks)
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(SafetensorsWriter(staging / rank_file_name(rank), plan)) for rank in range(ranks)
+        ]
+        convert(weights, writers, meter)
+        meter.advance(0, "flushing to disk")
+        written = [(writer.path.name, *writer.finish()) for writer in writers]
+    return [EngineFile(name=name, size=size, digest=digest) for name, size, digest in written]
+
+
+def _files(staging: Path, rank_files: list[EngineFile]) -> tuple[EngineFile, ...]:
+    """The manifest's list, of everything that is there; the weights' digests are known from writing them."""
+    known = {MANIFEST_NAME, *(file.name for file in rank_files)}
+    others = sorted(p for p in staging.rglob("*") if p.is_file() and p.name not in known)
+    found = list(rank_files)
     for path, digest in zip(others, hash_files(others)):
         name = path.relative_to(staging).as_posix()
         found.append(EngineFile(name=name, size=path.stat().st_size, digest=digest))

@@ -33,8 +33,9 @@ from appliance.builder.calibration_blocks import (
 )
 from appliance.builder.calibration_data import CalibrationTokens
 from appliance.builder.calibration_store import BlockReport, CalibrationStore
-from appliance.builder.convert import join, joined_shape, plan_tensors, quantize, source_bytes
+from appliance.builder.convert import join, quantize, source_bytes
 from appliance.builder.job import Job
+from appliance.builder.shards import joined_shape, plan_tensors
 from appliance.engines.disk import gib, tree_bytes
 from appliance.engines.key import engine_key
 from appliance.engines.manifest import CalibrationSummary, SelfCheck

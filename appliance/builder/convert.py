@@ -1,5 +1,5 @@
-"""An engine's tensors into one rank's weight file: where they come from, what is written, in which order, and a thread
-that writes while the source goes on.
+"""An engine's tensors into the ranks' weight files: where they come from, in which order they are written, and a
+thread that writes while the source goes on. Which part goes to which rank: `shards.py`.
 
 A *source* gives the tensors as they are stored, spec by spec. Three kinds: a plain checkpoint, whose weights the scheme
 rounds to nearest (`plain.py`); a plain checkpoint that is calibrated, layer by layer (`calibrate.py`); and a checkpoint
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan
+from appliance.builder.shards import shard
+from appliance.checkpoint import Checkpoint, SafetensorsWriter
 from appliance.engines.manifest import SelfCheck
 from appliance.engines.meter import ByteMeter
 from appliance.quantization.scheme import PrecisionScheme
@@ -40,7 +41,7 @@ class StoredTensors(Protocol):
 
     def tensors(self, meter: ByteMeter) -> Generator[tuple[WeightSpec, dict[str, Tensor]], None, None]:
         """Every spec of `Job.specs`, in that order, with its tensors by engine name, in the order in which
-        `convert.plan_tensors` announces them. A source may keep a tensor only until the next one is asked for. With
+        `shards.plan_tensors` announces them. A source may keep a tensor only until the next one is asked for. With
         `meter.advance(0, detail)` it says what it is doing; `convert` counts the work. Closing the iterator ends its
         threads."""
 
@@ -51,30 +52,6 @@ class StoredTensors(Protocol):
     def checks(self) -> tuple[SelfCheck, ...]:
         """What the source itself measured while it gave the tensors, for the manifest. One that failed ends the
         build."""
-
-
-def joined_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """Shape of a spec's sources on top of each other."""
-    return (sum(shape[0] for shape in spec.shapes), *spec.shapes[0][1:])
-
-
-def plan_tensors(specs: Iterable[WeightSpec], scheme: PrecisionScheme, dtype: torch.dtype) -> list[TensorPlan]:
-    """Every tensor of the weight file, in the order in which `convert` writes them. `scheme`: of the model."""
-    plan: list[TensorPlan] = []
-
-    def add(name: str, shape: tuple[int, ...], stored: torch.dtype) -> None:
-        plan.append(TensorPlan(name, str(stored).removeprefix("torch."), tuple(shape)))
-
-    for spec in specs:
-        shape = joined_shape(spec)
-        if spec.kind == "plain":
-            add(spec.name, shape, dtype)
-            continue
-        for suffix, (stored_shape, stored_dtype) in scheme.of(spec.name).tensors(shape[0], shape[1], dtype).items():
-            add(f"{spec.name}.{suffix}", stored_shape, stored_dtype)
-        if spec.bias_sources:
-            add(f"{spec.name}.bias", shape[:1], dtype)
-    return plan
 
 
 def source_bytes(checkpoint: Checkpoint, spec: WeightSpec) -> int:
@@ -103,12 +80,14 @@ def quantize(scheme: PrecisionScheme, weight: Tensor) -> dict[str, Tensor]:
     return stacked
 
 
-def convert(source: StoredTensors, writer: SafetensorsWriter, meter: ByteMeter) -> None:
-    """Write all tensors of a source; `meter` counts the work behind what is written."""
+def convert(source: StoredTensors, writers: Sequence[SafetensorsWriter], meter: ByteMeter) -> None:
+    """Write all tensors of a source, each rank's part of them to its writer; `meter` counts the work behind what is
+    written. A tensor is read and computed once, however many ranks there are."""
 
     def write(spec: WeightSpec, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+        for rank, writer in enumerate(writers):
+            for name, tensor in shard(spec, tensors, rank, len(writers)).items():
+                writer.write(name, tensor)
         meter.advance(source.work(spec), spec.name)
 
     with (

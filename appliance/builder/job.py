@@ -12,9 +12,9 @@ import torch
 
 from appliance import registry
 from appliance.builder.request import BuildRequest
+from appliance.builder.shards import check_shares
 from appliance.checkpoint import Checkpoint
 from appliance.engines.key import KeyInputs
-from appliance.errors import EngineBuildError
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.types import ModelConfig, WeightSpec
 
@@ -61,21 +61,17 @@ def for_gpu(backend: str) -> bool:
 
 def checked_scheme(inputs: KeyInputs, specs: list[WeightSpec], load_plugin: LoadPlugin) -> PrecisionScheme:
     """The scheme of an engine. Its storage may want input sizes that groups divide, its kernels on a GPU some that are
-    multiples of a number: EngineBuildError naming the layer."""
+    multiples of a number, and ranks want to share them: EngineBuildError naming the layer."""
     root: PrecisionScheme = load_plugin("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
     on_gpu = for_gpu(inputs.backend)
     for spec in specs:
         if spec.kind != "linear":
             continue
-        scheme, size = root.of(spec.name), spec.shapes[0][1]
+        scheme = root.of(spec.name)
         multiple = scheme.input_multiple
         if on_gpu:
             multiple = math.lcm(multiple, int(scheme.facts.get("dimension_multiple", 1)))
-        if size % multiple:
-            raise EngineBuildError(
-                f"{inputs.precision} needs input sizes that are multiples of {multiple}; {spec.name} has {size}",
-                hint="choose a profile of another precision, for example bf16",
-            )
+        check_shares(spec, inputs.tp_size, multiple, inputs.precision)
     return root
 
 

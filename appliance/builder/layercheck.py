@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from appliance import registry
 from appliance.builder.convert import join
 from appliance.builder.job import Job
-from appliance.checkpoint import Checkpoint
+from appliance.builder.shards import StoredEngine
 from appliance.engines.manifest import SelfCheck
 from appliance.kernels.deferred_scale import materialize
 from appliance.layers.decoder import Decoder, DecoderLayer
@@ -30,14 +30,14 @@ _FIRST = "layers.0."
 
 
 @torch.inference_mode()
-def check_first_layer(job: Job, stored: Checkpoint) -> list[SelfCheck]:
+def check_first_layer(job: Job, stored: StoredEngine) -> list[SelfCheck]:
     """||y - reference|| / ||reference|| of attention and of MLP, each behind its norm, of the first layer. Empty for an
     architecture with layers of its own. Storage is the same in all layers, so what goes wrong with it shows here."""
     table = stored.read(_EMBEDDING)
     ids = torch.arange(_TOKENS) * (job.config.vocab_size // _TOKENS or 1) % job.config.vocab_size
     x = table[ids].to(job.device)
     kind = torch.float32 if job.device.type == "cpu" else job.dtype
-    engine = _layer(job, job.scheme, kind, lambda name: stored.read(_FIRST + name).to(job.device, copy=True))
+    engine = _layer(job, job.scheme, kind, lambda name: stored.read(_FIRST + name, job.device))
     plain = registry.load("quantization", "none").Scheme()
     reference = _layer(job, plain, torch.float32, _of_checkpoint(job))
     if engine is None or reference is None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from appliance import registry
 from appliance.builder.job import Job
 from appliance.builder.quality_text import Prompt, default_prompts
+from appliance.builder.shards import StoredEngine
 from appliance.checkpoint import Checkpoint
 from appliance.engines.key import engine_key
 from appliance.engines.quality import Quality, judge, numbers, remember
@@ -56,15 +57,15 @@ class Subject:
     device: torch.device
 
 
-def check_quality(job: Job, rank_file: Path, engines: Path, report: Callable[[str], None]) -> Quality | None:
-    """Measure a finished weight file beside its engine's tokenizer, and judge it by the limit of the request. None
+def check_quality(job: Job, rank_files: Sequence[Path], engines: Path, report: Callable[[str], None]) -> Quality | None:
+    """Measure finished weight files beside its engine's tokenizer, and judge it by the limit of the request. None
     where the engine has the checkpoint's own numbers. EngineQualityError beyond the limit; `engines`, the store's
     directory, then remembers it."""
     if job.config.quantization is not None or _same_numbers(job):
         return None
     subject = Subject(job.config, job.architecture, job.specs, job.scheme, job.dtype, job.device)
     seconds = max(_SECONDS, _SHARE * (time.monotonic() - job.started))
-    quality = measure_quality(rank_file, rank_file.parent / "tokenizer", job.checkpoint, subject, seconds)
+    quality = measure_quality(rank_files, rank_files[0].parent / "tokenizer", job.checkpoint, subject, seconds)
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     report(f"against the checkpoint: {numbers(quality)}")
@@ -87,22 +88,25 @@ def _same_numbers(job: Job) -> bool:
 
 
 def measure_quality(
-    rank_file: Path,
+    rank_files: Sequence[Path],
     tokenizer_dir: Path,
     checkpoint: Checkpoint,
     subject: Subject,
     seconds: float,
     clock: Clock = time.monotonic,
 ) -> Quality:
-    """Compare an engine's weight file with the checkpoint that it was made from, in about `seconds` at most: over fewer
-    tokens where the machine is slow, and not at all, with a note, where even few would take longer. `clock` is a seam
-    for tests."""
+    """Compare an engine's weight files, by rank, with the checkpoint that it was made from, in about `seconds` at most:
+    over fewer tokens where the machine is slow, and not at all, with a note, where even few would take longer. `clock`
+    is a seam for tests."""
     begin = clock()
     config = subject.config
     text, prompts = default_prompts(
         tokenizer_dir, config.vocab_size, _POSITIONS, min(_POSITIONS + 1, config.max_position_embeddings)
     )
-    with Checkpoint(rank_file) as stored, torch.inference_mode():
+    with (
+        StoredEngine(rank_files, subject.specs, subject.scheme, subject.dtype) as stored,
+        torch.inference_mode(),
+    ):
         reference, engine = _reference_side(checkpoint, subject), _engine_side(stored, subject)
         comparison = _Comparison((reference, engine), prompts, subject.device, clock)
         note = comparison.run(begin + seconds)
@@ -182,12 +186,12 @@ def _reference_side(checkpoint: Checkpoint, subject: Subject) -> _Side:
     return _Side(_on_meta(subject, registry.load("quantization", "none").Scheme(), dtype), read)
 
 
-def _engine_side(stored: Checkpoint, subject: Subject) -> _Side:
+def _engine_side(stored: StoredEngine, subject: Subject) -> _Side:
     """What was written, computed as the backend of this device does."""
     dtype = torch.float32 if subject.device.type == "cpu" else subject.dtype
 
     def read(prefix: str) -> Tensors:
-        return _read(stored, [name for name in stored.tensors if name.startswith(prefix)], subject.device)
+        return stored.read_all([name for name in stored.names if name.startswith(prefix)], subject.device)
 
     return _Side(_on_meta(subject, subject.scheme, dtype), read)
 

@@ -7,16 +7,17 @@ were moved from one to another, a layer is compared with the checkpoint's (`laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.builder.convert import StoredTensors, joined_shape
+from appliance.builder.convert import StoredTensors
 from appliance.builder.job import Job
 from appliance.builder.layercheck import check_first_layer
-from appliance.checkpoint import Checkpoint
+from appliance.builder.shards import StoredEngine, joined_shape
 from appliance.engines.manifest import SelfCheck
 from appliance.errors import EngineBuildError
 from appliance.quantization.scheme import PrecisionScheme
@@ -31,12 +32,13 @@ _STATIC_INPUT = 64  # times the static scale of an FP8 product's input, whose la
 _PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def self_check(job: Job, source: StoredTensors, rank_file: Path) -> tuple[SelfCheck, ...]:
+def self_check(job: Job, source: StoredTensors, rank_files: Sequence[Path]) -> tuple[SelfCheck, ...]:
     """What the source measured; some products against the weights that they stand for; for a small model a forward
-    pass on the CPU as well. Raises EngineBuildError naming the check that failed."""
+    pass on the CPU as well. What ranks share is looked at as a whole. Raises EngineBuildError naming the check that
+    failed."""
     results = list(source.checks())
     moved = False  # whether scales were moved within layers
-    with Checkpoint(rank_file) as stored:
+    with StoredEngine(rank_files, job.specs, job.scheme, job.dtype) as stored:
         for spec in _sample([spec for spec in job.specs if spec.kind == "linear"]):
             reference = source.reference(spec, job.device)
             if reference is None:
@@ -49,7 +51,7 @@ def self_check(job: Job, source: StoredTensors, rank_file: Path) -> tuple[SelfCh
         if moved:
             results += check_first_layer(job, stored)
     if job.config.num_parameters <= _FORWARD_UP_TO:
-        problem = _forward_problem(job, rank_file)
+        problem = _forward_problem(job, rank_files)
         results.append(SelfCheck(name="forward pass on the CPU", passed=not problem, note=problem))
     for check in results:
         if not check.passed:
@@ -79,12 +81,12 @@ def _limit(job: Job, scheme: PrecisionScheme, exact: bool) -> float:
     return float(by_precision[precision])
 
 
-def _product_error(job: Job, stored: Checkpoint, spec: WeightSpec, weight: Tensor) -> float:
+def _product_error(job: Job, stored: StoredEngine, spec: WeightSpec, weight: Tensor) -> float:
     """||y - reference|| / ||reference|| of the stored product with random input; infinite if it is not finite."""
     out_features, in_features = joined_shape(spec)
     scheme = job.scheme.of(spec.name)
     suffixes = scheme.tensors(out_features, in_features, job.dtype)
-    tensors = {suffix: stored.read(f"{spec.name}.{suffix}").to(job.device, copy=True) for suffix in suffixes}
+    tensors = {suffix: stored.read(f"{spec.name}.{suffix}", job.device) for suffix in suffixes}
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, in_features, generator=generator)
     if "input_scale" in tensors:  # inputs of the size that the checkpoint was made for
@@ -96,11 +98,15 @@ def _product_error(job: Job, stored: Checkpoint, spec: WeightSpec, weight: Tenso
     return error if np.isfinite(error) else float("inf")
 
 
-def _forward_problem(job: Job, rank_file: Path) -> str:
+def _forward_problem(job: Job, rank_files: Sequence[Path]) -> str:
     """Load as the CPU backend does and run a few tokens; what is wrong with the logits, "" if nothing."""
     with torch.device("meta"):
         model = job.architecture.Model(job.config, job.scheme, torch.float32)
-    load_weights(model, rank_file, "cpu")
+    if len(rank_files) == 1:
+        load_weights(model, rank_files[0], "cpu")
+    else:
+        with StoredEngine(rank_files, job.specs, job.scheme, job.dtype) as stored:
+            model.load(((name, stored.read(name)) for name in stored.names), "cpu")
     model.prepare(_TOKENS)
     token_ids = torch.arange(_TOKENS) * 7 % job.config.vocab_size
     with torch.inference_mode():

@@ -113,7 +113,11 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def rank_files(self) -> tuple[str, ...]:
         """Weight files, by rank."""
-        return tuple(f"rank-{rank}.safetensors" for rank in range(self.tp_size * self.pp_size))
+        return tuple(rank_file_name(rank) for rank in range(self.tp_size * self.pp_size))
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
 
 
 def _self_digest(manifest: EngineManifest) -> str:

@@ -34,7 +34,8 @@ class ForwardContext:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of layer `index`; a rank holds an even share of the heads.
+    """Grouped-query attention of layer `index`; a rank holds an even share of the query heads and the key/value heads
+    that these attend to, which other ranks may hold as well.
 
     `name`: of the block in the engine, "layers.3.attention", by which `scheme` tells how each product is stored.
     `kv_scales`: of this layer's FP8 KV cache; whoever allocates the caches sets them before the first pass.
@@ -53,7 +54,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = tp.share(config.num_attention_heads, "attention heads")
-        self.num_kv_heads = tp.share(config.num_key_value_heads, "key/value heads")
+        self.num_kv_heads = tp.share_or_copy(config.num_key_value_heads, "key/value heads")
         self.head_dim = config.head_dim
         self.index = index
         self._eps = config.rms_norm_eps

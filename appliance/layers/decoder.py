@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.tp = tp
-        self.num_kv_heads = tp.share(config.num_key_value_heads, "key/value heads")  # of this rank
+        self.num_kv_heads = tp.share_or_copy(config.num_key_value_heads, "key/value heads")  # of this rank
         self.rotary = RotaryEmbedding(config)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nn.ModuleList(
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         self.norm = FinalRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.lm_head = ColumnParallelLinear(
             config.hidden_size,
-            tp.share(config.vocab_size, "vocabulary entries"),
+            tp.padded_share(config.vocab_size),
             bias=False,
             scheme=scheme.of(HEAD),
             dtype=dtype,
@@ -141,4 +141,6 @@ class Decoder(nn.Module):
         """Logits [m, vocab] as the product gives them: in the model's dtype, or with scales still to be applied. For
         those who may not need them in float32 (`runtime/sampler.py`)."""
         logits: Product = self.lm_head(hidden)
-        return logits if self.tp.size == 1 else self.tp.all_gather(materialize(logits, self.dtype))
+        if self.tp.size == 1:
+            return logits
+        return self.tp.all_gather(materialize(logits, self.dtype))[:, : self.config.vocab_size]

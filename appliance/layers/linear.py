@@ -13,6 +13,8 @@ from appliance.distributed import TensorParallel
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
+_ORDER = "order"  # suffix of the stored tensor
+
 
 def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     """An uninitialized inference parameter on the current default device (meta while a model is being described)."""
@@ -85,7 +87,10 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Input features are split: ranks give partial sums that are added up, so the result is whole on every rank."""
+    """Input features are split: ranks give partial sums that are added up, so the result is whole on every rank.
+
+    A weight with an order of its inputs is split in that order, so that groups stay whole; a rank then multiplies
+    inputs that any rank may have, and the ranks exchange them first."""
 
     def __init__(
         self,
@@ -102,10 +107,21 @@ class RowParallelLinear(Linear):
         defer = defer and tp.size == 1
         super().__init__(in_features, out_features, bias=bias, scheme=scheme, dtype=dtype, defer=defer)
         self._tp = tp
+        self._order: Tensor | None = None  # int64 [in]: which of all ranks' inputs are multiplied here
+
+    def prepare(self) -> None:
+        if self._tp.size > 1 and _ORDER in self._stored and not self._prepared:
+            self._order = getattr(self, _ORDER).data.long()
+            self.register_parameter(_ORDER, None)
+            del self._stored[_ORDER]
+        super().prepare()
 
     def forward(self, x: Activation) -> Product:
         if self._tp.size == 1:
             return self._product(x, self.bias)
+        if self._order is not None:
+            assert isinstance(x, Tensor), "only weights whose inputs are not quantized have an order"
+            x = self._tp.all_gather(x).index_select(1, self._order)
         # Every rank holds the whole bias; it must count once.
         bias = self.bias if self._tp.rank == 0 else None
         return self._tp.all_reduce(materialize(self._product(x, bias), self._dtype))

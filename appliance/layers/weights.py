@@ -10,7 +10,7 @@ from typing import Literal
 
 from appliance.types import ModelConfig, WeightSpec
 
-Shard = Literal["column", "row", "none"]
+Shard = Literal["column", "row", "vocabulary", "none"]
 
 
 def plain(name: str, source: str, shape: tuple[int, ...]) -> WeightSpec:
@@ -18,8 +18,16 @@ def plain(name: str, source: str, shape: tuple[int, ...]) -> WeightSpec:
     return WeightSpec(name=name, kind="plain", sources=(source,), shapes=(shape,))
 
 
-def linear(name: str, sources: dict[str, tuple[int, int]], shard: Shard, *, bias: bool = False) -> WeightSpec:
-    """A product whose weight is the `sources` (module name -> [out, in]) on top of each other."""
+def linear(
+    name: str,
+    sources: dict[str, tuple[int, int]],
+    shard: Shard,
+    *,
+    bias: bool = False,
+    heads: tuple[int, ...] = (),
+) -> WeightSpec:
+    """A product whose weight is the `sources` (module name -> [out, in]) on top of each other; `heads`: how many each
+    of them consists of, if it does."""
     return WeightSpec(
         name=name,
         kind="linear",
@@ -27,6 +35,7 @@ def linear(name: str, sources: dict[str, tuple[int, int]], shard: Shard, *, bias
         shapes=tuple(sources.values()),
         shard=shard,
         bias_sources=tuple(f"{source}.bias" for source in sources) if bias else (),
+        heads=heads,
     )
 
 
@@ -45,7 +54,7 @@ def decoder_weights(config: ModelConfig) -> list[WeightSpec]:
         ]
     specs += [
         plain("norm.weight", "model.norm.weight", (hidden,)),
-        linear("lm_head", {head: (vocab, hidden)}, "column"),
+        linear("lm_head", {head: (vocab, hidden)}, "vocabulary"),
     ]
     return specs
 
@@ -53,7 +62,8 @@ def decoder_weights(config: ModelConfig) -> list[WeightSpec]:
 def attention_weights(config: ModelConfig, name: str, source: str) -> list[WeightSpec]:
     """Fused q/k/v, head norms where there are any, output."""
     hidden, dim = config.hidden_size, config.head_dim
-    q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q_size, kv_size = heads[0] * dim, heads[1] * dim
     fused = {
         f"{source}.q_proj": (q_size, hidden),
         f"{source}.k_proj": (kv_size, hidden),
@@ -61,7 +71,7 @@ def attention_weights(config: ModelConfig, name: str, source: str) -> list[Weigh
     }
     norms = [plain(f"{name}.{n}.weight", f"{source}.{n}.weight", (dim,)) for n in ("q_norm", "k_norm")]
     return [
-        linear(f"{name}.qkv", fused, "column", bias=config.attention_bias),
+        linear(f"{name}.qkv", fused, "column", bias=config.attention_bias, heads=heads),
         *(norms if config.qk_norm else []),
         linear(f"{name}.o", {f"{source}.o_proj": (hidden, q_size)}, "row", bias=config.output_bias),
     ]
