@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from appliance import hardware
 from appliance.profiles import (
     BackendFacts,
@@ -53,6 +55,8 @@ FULL = Capabilities(
     },
     named={"int4_awq": _INT4, "int4_gptq": _INT4},
 )
+# And a launcher that serves several copies of an engine.
+ALL = msgspec.structs.replace(FULL, replicas=True)
 
 
 def machine(name: str) -> Hardware:

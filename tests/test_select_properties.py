@@ -7,7 +7,7 @@ import random
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_cases import BUILTIN, FACTS, FIRST, FULL, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
+from selection_cases import ALL, BUILTIN, FACTS, FIRST, FULL, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
 
 from appliance.profiles import Overrides, select
 from appliance.types import Gpu, Hardware
@@ -47,12 +47,13 @@ asked_for = st.builds(
     max_model_len=st.sampled_from([None, 256, 2048, 8192]),
     max_num_seqs=st.sampled_from([None, 1, 512]),
     tp_size=st.sampled_from([None, 1, 2]),
+    replicas=st.sampled_from([None, None, 1, 2]),
 )
 drawn = {
     "hardware": machines(),
     "model": st.sampled_from(MODELS),
     "objective": st.sampled_from(["throughput", "latency"]),
-    "build": st.sampled_from([FIRST, FULL]),
+    "build": st.sampled_from([FIRST, FULL, ALL]),
     "overrides": asked_for,
 }
 
@@ -74,15 +75,24 @@ def test_what_is_runnable_fits_free_memory_and_is_built(hardware, model, objecti
         assert outcome.tp_size <= backend.max_tp and outcome.kv_cache in backend.kv_cache
         assert outcome.max_model_len <= model.max_position_embeddings
         if outcome.backend == "cpu":
-            assert not usable and required <= hardware.free_memory
+            assert not usable and required * outcome.replicas <= hardware.free_memory
             continue
-        team = [usable[uuid] for uuid in outcome.devices]
-        assert len(set(outcome.devices)) == outcome.tp_size * outcome.pp_size
+        taken = [uuid for group in outcome.device_groups for uuid in group]
+        assert len(outcome.device_groups) == outcome.replicas and outcome.device_groups[0] == outcome.devices
+        assert {len(group) for group in outcome.device_groups} == {outcome.tp_size * outcome.pp_size}
+        assert len(set(taken)) == len(taken) <= len(usable), "a GPU serves one rank of one replica"
+        team = [usable[uuid] for uuid in taken]
+        assert [gpu.index for gpu in team] == [index for group in outcome.gpu_groups for index in group]
         assert len({gpu.pci_id for gpu in team}) == 1
         for gpu in team:
             assert required <= gpu.free_memory
             stored = outcome.memory.fixed + outcome.max_model_len * outcome.memory.kv_per_token
-            assert stored <= gpu.free_memory * overrides.memory_fraction + 1
+            assert max(stored, outcome.bytes_per_rank) <= gpu.free_memory * overrides.memory_fraction + 1
+        assert outcome.replicas == 1 or build.replicas
+        assert overrides.replicas in (None, outcome.replicas)
+        assert objective == "throughput" or outcome.replicas == (overrides.replicas or 1)
+        assert outcome.decode_ms > 0 and outcome.tokens_per_second_per_gpu > 0 and outcome.full_batch >= 1
+        assert outcome.full_batch <= outcome.max_num_seqs
     runnable = [outcome.id for outcome in selection.outcomes if outcome.status == "runnable"]
     assert (selection.selected.id in runnable) if runnable else selection.selected is None
     assert selection.wanted in selection.outcomes
