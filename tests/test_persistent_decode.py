@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from appliance.quantization.int4_storage import from_stored
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.loading import build_model
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
-from appliance.runtime.persistent_decode import PersistentDecode, refusal
+from appliance.runtime.persistent_decode import PersistentDecode, refusal, scale_tiles
 from appliance.types import ModelConfig, SamplingParams
 
 PAGE = 16
@@ -305,3 +306,23 @@ def test_shapes_that_fit() -> None:
 def test_shapes_that_do_not_fit_say_why(changes: dict[str, object], words: str) -> None:
     refused = shape(**changes).refused()
     assert refused is not None and words in refused
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("out", [64, 48, 40])
+def test_scales_stand_in_the_order_of_tiles(halves: bool, out: int) -> None:
+    groups = 3
+    scale_zero = torch.arange(1, out * groups * 2 + 1).view(out, groups, 2).to(torch.float16)
+    tiles = scale_tiles(scale_zero, halves=halves)
+    assert tiles.is_contiguous()
+    assert tiles.shape == (-(-out // 16), groups, 8, 2, 2)
+    seen = 0
+    for tile, group, row, half in itertools.product(*(range(size) for size in tiles.shape[:4])):
+        # As decode.cu finds a weight row: gate and up rows of the same index share a tile.
+        of_half = tile * 8 + row if halves else tile * 16 + half * 8 + row
+        end = out // 2 if halves else out
+        weight_row = of_half + half * end if halves else of_half
+        expected = scale_zero[weight_row, group] if of_half < end else torch.zeros(2)
+        assert torch.equal(tiles[tile, group, row, half].float(), expected.float())
+        seen += int(of_half < end)
+    assert seen == out * groups

@@ -175,16 +175,15 @@ def _table(data: bytes, device: torch.device) -> Tensor:
 
 def scale_tiles(scale_zero: Tensor, *, halves: bool) -> Tensor:
     """Scales and zero points of an INT4 weight, float16 [out, groups, 2], in the order in which the ring passes
-    them: [tiles, pairs of groups, 8, 2, 2, 2], the last four being the row within half a tile, the group of the pair,
-    the half of the tile, and scale or zero point. A tile is 16 rows, or with `halves` (gate and up) 8 of the first half
-    of the weight and the 8 that belong to them of the second. A copy, padded with zeros: 6% of the weight."""
+    them: [tiles, groups, 8, 2, 2], the last three being the row within half a tile, the half of the tile, and scale or
+    zero point. A tile is 16 rows, or with `halves` (gate and up) 8 of the first half of the weight and the 8 that
+    belong to them of the second. A copy, padded with zeros: 6% of the weight."""
     out, groups, _ = scale_zero.shape
-    tiles, pairs = -(-out // 16), -(-groups // 2)
-    parts = 2 if halves else 1
-    rows = scale_zero.reshape(parts, out // parts, groups * 2)
-    rows = F.pad(rows, (0, pairs * 4 - groups * 2, 0, tiles * 16 // parts - out // parts))
-    rows = rows.view(2, tiles, 8, -1).transpose(0, 1) if halves else rows.view(tiles, 2, 8, -1)
-    return rows.unflatten(-1, (pairs, 2, 2)).permute(0, 3, 2, 4, 1, 5).contiguous()
+    tiles, parts = -(-out // 16), 2 if halves else 1
+    rows = scale_zero.reshape(parts, out // parts, groups, 2)
+    rows = F.pad(rows, (0, 0, 0, 0, 0, tiles * 16 // parts - out // parts))
+    rows = rows.view(2, tiles, 8, groups, 2).transpose(0, 1) if halves else rows.view(tiles, 2, 8, groups, 2)
+    return rows.permute(0, 3, 2, 1, 4).contiguous()
 
 
 def _layers(model: Decoder) -> list[DecoderLayer]:

@@ -27,7 +27,7 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
   fetch_for_epilogues<P>(out);
   barrier.wait_all();
   Input<P> in;
-  Loaded<P> loaded;
+  typename PlainOf<P>::Type loaded;
   float inverse_scale[P::kRowSlots];
   loaded.load(x, 0);
   find_scales<P>(amax, inverse_scale);
@@ -47,7 +47,7 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
       for (int i = 0; i < P::kTilesPerBlock; i++)
         if (blockIdx.x + i * GRID < P::kTiles) {
           Ring held;
-          multiply<P>(ring, held, in, pass, sums[i]);
+          multiply_tile<P>(ring, held, in, pass, false, sums[i]);
           consumers_sync();
           release(held, ring);
         }
@@ -67,10 +67,15 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
 __device__ __noinline__ void attention_phase(GridBarrier barrier, int l) {
   Shared& s = shared();
   const Layer& layer = s.layer[l];
+  if (blockIdx.x >= s.step.items) {
+    barrier.wait_all();  // an arrival ahead of others' last ones would count as one of these
+    return;
+  }
   if (threadIdx.x == 0)
     s.task = {layer.cache, s.model.qkv, layer.q_norm, layer.k_norm, s.model.attended, s.model.amax + l * 2 * ROWS, s.model.cos_sin,
               (float)layer.k_scale, (float)layer.v_scale, s.model.partial, s.model.partial_softmax, s.model.arrived};
-  attention(s.attention, s.step, s.task, layer.cache, barrier);
+  consumers_sync();
+  attention(s.attention, s.step, s.task, barrier);
 }
 
 // ---------------------------------------------------------------- the step

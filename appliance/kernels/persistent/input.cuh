@@ -11,14 +11,8 @@
 // holds four elements: half of what 16-bit floats take.
 template <class P>
 struct Input {
-  uint32_t b[P::kChunksPerPass * 2][kColumnTiles][P::kWindowRegisters];
+  uint32_t b[P::kWindows][kColumnTiles][P::kWindowRegisters];
 };
-
-// Two f16 registers of four e4m3 numbers: bytes 0 and 1, 2 and 3; exact.
-__device__ __forceinline__ void widen(uint32_t word, uint32_t& first, uint32_t& second) {
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(first) : "h"((uint16_t)word));
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"((uint16_t)(word >> 16)));
-}
 
 template <class S>
 struct Place {
@@ -68,44 +62,151 @@ __device__ __forceinline__ uint4 staged(const float* x, float inverse_scale) {
   }
 }
 
-// Bytes `which` of four words.
-__device__ __forceinline__ uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t which) {
-  return __byte_perm(__byte_perm(a, b, which | (4 + which) << 4), __byte_perm(c, d, which | (4 + which) << 4), 0x5410);
+// The power of two by which a group whose largest magnitude has these bits gets into fixed point, and what undoes it.
+struct FixedPoint {
+  float inverse_scale, scale;
+
+  __device__ __forceinline__ explicit FixedPoint(uint32_t largest) {
+    constexpr int kBits = 13;  // the largest is 2^13 to 2^14
+    const int exponent = max((int)(largest >> 23), kBits + 1);
+    inverse_scale = __uint_as_float((uint32_t)(254 + kBits - exponent) << 23);
+    scale = exponent == 255 ? __uint_as_float(0x7f800000) : __uint_as_float((uint32_t)(exponent - kBits) << 23);
+  }
+};
+
+// Four numbers, each 1.5 * 2^23 + 128 + a number in fixed point: the numbers' upper bytes, and their lower ones, both signed.
+__device__ __forceinline__ void split_bytes(const uint32_t* v, uint32_t& upper, uint32_t& lower) {
+  const uint32_t first = __byte_perm(v[0], v[4], 0x5140), second = __byte_perm(v[1], v[5], 0x5140);
+  upper = __byte_perm(first, second, 0x7632);
+  lower = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
 }
 
-// Eight numbers in fixed point, by 16 threads in a row for their group of 128: `to` is their place in the plane of upper
-// bytes. Bytes lie as the nibbles of a weight word do: even ones, then odd ones. Leaves the group's scale and its sum.
+// Eight numbers in fixed point: `to` is their place in the plane of upper bytes. Bytes lie as the nibbles of a weight word
+// do: even ones, then odd ones. Returns their sum.
 template <class P>
-__device__ __forceinline__ void stage_fixed_point(const float* x, const Place<P>& place, uint8_t* to) {
-  uint32_t largest = 0;  // as bits: a number that is none is larger than all
-#pragma unroll
-  for (int e = 0; e < 8; e++) largest = max(largest, __float_as_uint(x[e]) & 0x7fffffffu);
-#pragma unroll
-  for (int off = 8; off; off /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, off));
-  constexpr int kBits = 13;  // the largest is 2^13 to 2^14
-  const int exponent = max((int)(largest >> 23), kBits + 1);
-  const float inverse_scale = __uint_as_float((uint32_t)(254 + kBits - exponent) << 23);
-  const float scale = exponent == 255 ? __uint_as_float(0x7f800000) : __uint_as_float((uint32_t)(exponent - kBits) << 23);
-  int fixed[8], sum = 0;
-  uint32_t upper[8];
+__device__ __forceinline__ int stage_eight(const float* x, float inverse_scale, uint8_t* to) {
+  uint32_t v[8];
+  int sum = 0;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
-    fixed[e] = __float2int_rn(x[e] * inverse_scale);
-    upper[e] = (uint32_t)(fixed[e] + 128);
-    sum += fixed[e];
+    constexpr float kToInteger = 12582912.f + 128.f;  // rounds to an integer, which is then in the lower bits
+    v[e] = __float_as_uint(x[e] * inverse_scale + kToInteger);
+    sum += (int)(v[e] - __float_as_uint(kToInteger));
   }
-#pragma unroll
-  for (int off = 8; off; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
-  *(uint2*)to = make_uint2(bytes_of(upper[0], upper[4], upper[1], upper[5], 1), bytes_of(upper[2], upper[6], upper[3], upper[7], 1));
-  *(uint2*)(to + P::kXPlane) = make_uint2(bytes_of(fixed[0], fixed[4], fixed[1], fixed[5], 0), bytes_of(fixed[2], fixed[6], fixed[3], fixed[7], 0));
-  const int group = place.element % P::kChunkElements / kGroup;
-  if (threadIdx.x % 16 == 0)
-    ((float2*)shared().x_groups)[((place.chunk * kConsumerWarps + group / 2) * ROWS + place.row) * 2 + group % 2] = make_float2(scale, scale * sum);
+  uint2 upper, lower;
+  split_bytes(v, upper.x, lower.x);
+  split_bytes(v + 2, upper.y, lower.y);
+  *(uint2*)to = upper;
+  *(uint2*)(to + P::kXPlane) = lower;
+  return sum;
 }
 
-// Registers of x from the staging area, for chunks [first, first + kStageChunks) of a pass.
 template <class P>
-__device__ __forceinline__ void take_staged(Input<P>& in, int first) {
+__device__ __forceinline__ void keep_group(int chunk, int group, int row, float scale, int sum) {
+  shared().x_groups[(chunk * (P::kChunkElements / kGroup) + group) * ROWS + row] = make_float2(scale / 16.f, scale * sum);
+}
+
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }  // as bits: a number that is none is larger than all
+
+// Eight numbers of a group of 128, by 16 threads in a row for all of it.
+template <class P>
+__device__ __forceinline__ void stage_fixed_point(const float* x, const Place<P>& place, uint8_t* to) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int e = 0; e < 8; e++) largest = max(largest, magnitude(x[e]));
+#pragma unroll
+  for (int off = 8; off; off /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, off));
+  const FixedPoint fixed(largest);
+  int sum = stage_eight<P>(x, fixed.inverse_scale, to);
+#pragma unroll
+  for (int off = 8; off; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
+  if (threadIdx.x % 16 == 0) keep_group<P>(place.chunk, place.element % P::kChunkElements / kGroup, place.row, fixed.scale, sum);
+}
+
+// INT4: plain x where every thread has a multiple of four vectors: four of a group each, so that maxima and sums are mostly
+// a thread's own. Vectors of a thread are 64 bytes apart, and neighbours begin at different ones: reads are of whole
+// sectors, and writes to the staging area meet no bank twice.
+template <class P>
+struct GroupsOfX {
+  static constexpr int kFours = P::kChunksPerPass * ROWS * P::kVectorsPerRow / kConsumers / 4;
+  static constexpr bool kServes = P::kFormat == kInt4 && kFours > 0 && P::kChunksPerPass * ROWS % 4 == 0;
+  uint4 v[larger(kFours, 1)][4];
+
+  struct Where {
+    int chunk, row, group;
+    __device__ __forceinline__ explicit Where(int four) {
+      constexpr int kGroups = P::kChunkElements / kGroup;
+      const int at = (four * kConsumers + threadIdx.x) / 4;
+      chunk = at / (ROWS * kGroups), row = at / kGroups % ROWS, group = at % kGroups;
+    }
+    __device__ __forceinline__ int element(int i) const { return group * kGroup + ((i + group) % 4 * 4 + threadIdx.x % 4) * 8; }
+  };
+
+  __device__ __forceinline__ void load(const uint16_t* x, int pass) {
+#pragma unroll
+    for (int f = 0; f < kFours; f++) {
+      const Where w(f);
+      const int begin = (pass * P::kChunksPerPass + w.chunk) * P::kChunkElements;
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        v[f][i] = begin + w.group * kGroup < P::K ? load_shared_state16(x + w.row * P::K + begin + w.element(i)) : uint4();
+    }
+  }
+
+  // The four vectors `f` to the staging area, where the group's row of a chunk is at `to`.
+  __device__ __forceinline__ void stage(int f, const Where& w, uint8_t* to) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float x[8];
+      unpack_bf16(v[f][i], x);
+#pragma unroll
+      for (int e = 0; e < 8; e++) largest = max(largest, magnitude(x[e]));
+    }
+#pragma unroll
+    for (int off = 2; off; off /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, off));
+    const FixedPoint fixed(largest);
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float x[8];
+      unpack_bf16(v[f][i], x);
+      sum += stage_eight<P>(x, fixed.inverse_scale, to + w.element(i));
+    }
+#pragma unroll
+    for (int off = 2; off; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
+    if (threadIdx.x % 4 == 0) keep_group<P>(w.chunk, w.group, w.row, fixed.scale, sum);
+  }
+};
+
+// Registers of x from the staging area, for chunks [first, first + kStageChunks) of a pass.
+// INT4: a row of x takes two columns of eight, upper and lower bytes. The other columns are for other groups: the tensor
+// cores see a group in columns of its own, zeros in all others, and a thread ends up with the sums of one row and group.
+template <class P>
+__device__ __forceinline__ void take_staged_groups(Input<P>& in, int first) {
+  const int side = threadIdx.x / 32 / kSideWarps, warp = threadIdx.x / 32 % kSideWarps, lane = threadIdx.x % 32;
+  const int row = lane / 8 % ROWS, turn = lane / 8 / ROWS;
+  constexpr int kStep = P::kStageChunks % 2 == 0 ? 2 : 1;  // chunks that are there together
+#pragma unroll
+  for (int c = 0; c < P::kStageChunks; c += kStep) {
+    if (first + c >= P::kChunksPerPass) break;
+    if (kStep == 1 && !P::kTwoTiles && (first + c) % 2 > side) continue;
+    const int chunk = kStep == 2 && first + c + 1 < P::kChunksPerPass ? c + side : c;  // of a tile's odd last one both take x
+    const uint8_t* from = (const uint8_t*)shared().x + (chunk * ROWS + row) * P::kXPitch + lane / 4 % 2 * P::kXPlane + warp * 512 + lane % 4 * 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t(&b)[P::kWindowRegisters] = in.b[(first + c) / 2 * 4 + i][0];
+      const bool mine = i % (4 / ROWS) == turn;
+      const uint4 none = make_uint4(0, 0, 0, 0);
+      const uint4 low = mine ? *(const uint4*)(from + i * 128) : none, high = mine ? *(const uint4*)(from + i * 128 + 16) : none;
+      b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
+      b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+    }
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void take_staged_rows(Input<P>& in, int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int c = 0; c < P::kStageChunks; c++) {
@@ -115,13 +216,12 @@ __device__ __forceinline__ void take_staged(Input<P>& in, int first) {
 #pragma unroll
       for (int t = 0; t < kColumnTiles; t++) {
         uint32_t(&b)[P::kWindowRegisters] = in.b[(first + c) * 2 + half][t];
-        const int plane = t * 8 + lane / 4;  // a row, or half of one
-        constexpr int kPlanes = P::kXPitch / P::kXPlane * ROWS;
-        const uint8_t* from = (const uint8_t*)shared().x + (c * kPlanes + plane) * P::kXPlane;
-        if (plane >= kPlanes) {
+        const int row = t * 8 + lane / 4;
+        const uint8_t* from = (const uint8_t*)shared().x + (c * ROWS + row) * P::kXPitch;
+        if (row >= ROWS) {
 #pragma unroll
           for (int i = 0; i < P::kWindowRegisters; i++) b[i] = 0;
-        } else if constexpr (P::kFormat != kBf16) {
+        } else if constexpr (P::kFormat == kFp8) {
           const int at = (warp * 128 + half * 64 + lane % 4 * 16) * 2;
           const uint4 low = *(const uint4*)(from + at), high = *(const uint4*)(from + at + 16);
           b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
@@ -134,23 +234,32 @@ __device__ __forceinline__ void take_staged(Input<P>& in, int first) {
   }
 }
 
-// All chunks of a pass through the staging area; `stage(v, place, to)` writes the thread's vector v, its row of a chunk being
-// at `to`. INT4: whole groups of lanes are here at a time, as all threads have vectors of the same row and chunk.
+// All chunks of a pass through the staging area: `stage(first)` writes chunks [first, first + kStageChunks).
 template <class P, class F>
-__device__ __forceinline__ void distribute(Input<P>& in, F stage) {
+__device__ __forceinline__ void through_staging(Input<P>& in, F stage) {
 #pragma unroll
   for (int first = 0; first < P::kChunksPerPass; first += P::kStageChunks) {
     if (first > 0) consumers_sync();
+    stage(first);
+    consumers_sync();
+    if constexpr (P::kFormat == kInt4) take_staged_groups<P>(in, first);
+    else take_staged_rows<P>(in, first);
+  }
+  consumers_sync();  // the staging area is free
+}
+
+// `stage(v, place, to)` writes the thread's vector v, its row of a chunk being at `to`. INT4: whole groups of lanes are here
+// at a time, as all threads have vectors of the same row and chunk.
+template <class P, class F>
+__device__ __forceinline__ void distribute(Input<P>& in, F stage) {
+  through_staging<P>(in, [&](int first) {
 #pragma unroll
     for (int i = 0; i < Loaded<P>::kVectors; i++) {
       const Place<P> p(i);
       if (p.chunk >= first && p.chunk < min(first + P::kStageChunks, P::kChunksPerPass))
         stage(i, p, (uint8_t*)shared().x + ((p.chunk - first) * ROWS + p.row) * P::kXPitch);
     }
-    consumers_sync();
-    take_staged<P>(in, first);
-  }
-  consumers_sync();  // the staging area is free
+  });
 }
 
 // By all threads, between barriers of the block: of the rows whose squares' sums the warps left, the factors of the norm.
@@ -190,7 +299,7 @@ __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, 
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       squares[i % kRowSlots] += x[e] * x[e];
-      largest[i % kRowSlots] = fmaxf(largest[i % kRowSlots], fabsf(x[e] * w[e]));
+      if (P::kFormat != kInt4) largest[i % kRowSlots] = fmaxf(largest[i % kRowSlots], fabsf(x[e] * w[e]));
     }
   }
 #pragma unroll
@@ -198,7 +307,7 @@ __device__ __forceinline__ void load_normed(Input<P>& in, const uint16_t* norm, 
 #pragma unroll
     for (int off = 16; off; off /= 2) {
       squares[r] += __shfl_xor_sync(~0u, squares[r], off);
-      largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], off));
+      if (P::kFormat != kInt4) largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], off));
     }
     if (lane == 0) s.squares[warp][r] = squares[r], s.largest[warp][r] = largest[r];
   }
@@ -269,3 +378,24 @@ __device__ __forceinline__ void take_plain(Input<P>& in, const Loaded<P>& loaded
   });
 }
 
+template <class P>
+__device__ __forceinline__ void take_plain(Input<P>& in, const GroupsOfX<P>& loaded, const float (&)[P::kRowSlots]) {
+  through_staging<P>(in, [&](int first) {
+#pragma unroll
+    for (int f = 0; f < GroupsOfX<P>::kFours; f++) {
+      const typename GroupsOfX<P>::Where w(f);
+      if (w.chunk >= first && w.chunk < first + P::kStageChunks)
+        loaded.stage(f, w, (uint8_t*)shared().x + ((w.chunk - first) * ROWS + w.row) * P::kXPitch);
+    }
+  });
+}
+
+// How plain x is loaded.
+template <class P, bool GROUPS = GroupsOfX<P>::kServes>
+struct PlainOf {
+  typedef Loaded<P> Type;
+};
+template <class P>
+struct PlainOf<P, true> {
+  typedef GroupsOfX<P> Type;
+};

@@ -79,7 +79,8 @@ class DecodeShape:
     @property
     def slots(self) -> int:
         """Slots of the ring: what shared memory has left."""
-        attention = 4 * (_WARPS * 4 * self.head_dim + 2 * _WARPS * 4 + 6 * self.head_dim + 1)
+        heads = 4 * (_WARPS * 4 * self.head_dim + 2 * _WARPS * 4)
+        attention = heads + 2 * 4 * (self.head_dim + 32) + 2 * self.head_dim * (1 if self.kv_fp8 else 2) + 48
         sums = 4 * 2 * _WARPS * self.rows * 20
         row = [self.rows * FORMATS[name].staged_row for name in (self.weights, self.head)]
         staged = max(max(36864 // size, 1) * size for size in row)

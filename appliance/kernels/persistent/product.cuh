@@ -39,22 +39,45 @@ __device__ __forceinline__ void multiply_window(const uint4& low, const uint4& h
   }
 }
 
-// INT4: a group of 128 of weight rows `lane / 4` and 8 more, by x. The even nibbles of a word are one register of the tensor
-// cores and the odd ones another. total += weight's scale * x's scale * (sum of value * x - zero point * sum of x), of the row
-// of x whose two columns of sums this thread has: `x` is its scale and scale times sum, `w` scale and zero point of both rows.
-__device__ __forceinline__ void multiply_group(const uint4& low, const uint4& high, const uint32_t (&b)[8], float2 x, const uint32_t (&w)[2],
-                                               float (&total)[4]) {
-  const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
-  constexpr uint32_t kEven = 0x0f0f0f0f;
-  int sums[4] = {};
+// INT4: 256 bytes of weight rows `lane / 4` and 8 more, four groups, by x. Even nibbles of two words are the registers of one
+// product of the tensor cores; the odd ones, where they are, 16 times as much, those of another. total += weight's scale *
+// x's scale * (sum of value * x - zero point * sum of x), of the row and the group whose two columns of sums this thread has.
+template <class P>
+__device__ __forceinline__ void multiply_groups(const uint8_t* slot, const uint32_t (*b)[kColumnTiles][P::kWindowRegisters], int chunk, int in_pass, float (&total)[4]) {
+  constexpr int kTogether = 4 / ROWS;  // groups that share sums
+  const int warp = threadIdx.x / 32 % kSideWarps, lane = threadIdx.x % 32;
+  const int left = P::kRowBytes - chunk * kChunk - warp * 256;
+  if (P::kRowBytes % kChunk != 0 && left <= 0) return;
+  const auto inside = [&](int group) { return P::kRowBytes % 256 == 0 || group * 64 < left; };
+  const uint8_t* rows = slot + lane / 4 * kPitch + warp * 256 + lane % 4 * 16;
+  const uint2* scales = (const uint2*)(slot + kTileRows * kPitch + warp * 256) + lane / 4;
+  const float2* of_x = shared().x_groups + (in_pass * (P::kChunkElements / kGroup) + warp * 4) * ROWS;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    mma_integer(sums, lows[i] & kEven, highs[i] & kEven, lows[i] >> 4 & kEven, highs[i] >> 4 & kEven, b[i * 2], b[i * 2 + 1]);
+  for (int first = 0; first < 4; first += kTogether) {
+    int even[4] = {}, odd[4] = {};
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const float2 scale_zero = f16_values(w[r]);
-    const float product = (float)(sums[r * 2] * 256 + sums[r * 2 + 1]);
-    total[r * 2] += scale_zero.x * (product * x.x - scale_zero.y * x.y);
+    for (int i = first; i < first + kTogether; i++) {
+      if (!inside(i)) break;
+      const uint4 low = *(const uint4*)(rows + i * 64), high = *(const uint4*)(rows + 8 * kPitch + i * 64);
+      const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+      constexpr uint32_t kEven = 0x0f0f0f0f, kOdd = 0xf0f0f0f0;
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+        mma_integer(even, lows[w] & kEven, highs[w] & kEven, lows[w + 1] & kEven, highs[w + 1] & kEven, b[i][0][w * 2], b[i][0][w * 2 + 2]);
+        mma_integer(odd, lows[w] & kOdd, highs[w] & kOdd, lows[w + 1] & kOdd, highs[w + 1] & kOdd, b[i][0][w * 2 + 1], b[i][0][w * 2 + 3]);
+      }
+    }
+    const int group = first + lane % 4 / ROWS;
+    if (!inside(group)) continue;
+    const float2 x = of_x[group * ROWS + lane % ROWS];
+    const uint2 pair = scales[group * 8];
+    const uint32_t of_weight[2] = {pair.x, pair.y};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float2 scale_zero = f16_values(of_weight[r]);
+      const float product = (float)((even[r * 2] * 16 + odd[r * 2]) * 256 + (even[r * 2 + 1] * 16 + odd[r * 2 + 1]));
+      total[r * 2] += scale_zero.x * (product * x.x - scale_zero.y * x.y);
+    }
   }
 }
 
@@ -65,13 +88,14 @@ __device__ __forceinline__ void release(Ring from, const Ring& to) {
   for (; from.slot != to.slot || from.parity != to.parity; from.next()) mbarrier_arrive(from.empty());
 }
 
+constexpr int kHeldSlots = 2;  // that are multiplied before they are released
+static_assert(SLOTS > kHeldSlots, "a ring without free slots does not move");
+
 // This thread's share of a tile: the next chunks of the ring times the registers of x. Afterwards the slots from `held` to
 // `ring` are to be released.
 template <class P>
 __device__ __forceinline__ void multiply(Ring& ring, Ring& held, const Input<P>& in, int pass, float (&total)[kColumnTiles][4]) {
-  constexpr int kHeldSlots = 2;
-  static_assert(SLOTS > kHeldSlots, "a ring without free slots does not move");
-  [[maybe_unused]] Sums sums;
+  Sums sums;
   held = ring;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint8_t* data = dynamic_shared + lane / 4 * kPitch + warp * 128 + lane % 4 * 16;
@@ -85,23 +109,48 @@ __device__ __forceinline__ void multiply(Ring& ring, Ring& held, const Input<P>&
     }
     mbarrier_wait(ring.full(), ring.parity);
     const uint8_t* slot = data + ring.slot * kSlotBytes;
-    if constexpr (P::kFormat == kInt4) {
-      if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 < P::kRowBytes) {
-        const uint4 w = *(const uint4*)(dynamic_shared + ring.slot * kSlotBytes + kTileRows * kPitch + warp * 128 + lane / 4 * 16);
-        const float4 x = shared().x_groups[(c * kConsumerWarps + warp) * ROWS + min(lane % 4, ROWS - 1)];
-        multiply_group(*(const uint4*)slot, *(const uint4*)(slot + 8 * kPitch), in.b[c * 2][0], make_float2(x.x, x.y), {w.x, w.y}, total[0]);
-        if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + 64 < P::kRowBytes)
-          multiply_group(*(const uint4*)(slot + 64), *(const uint4*)(slot + 8 * kPitch + 64), in.b[c * 2 + 1][0], make_float2(x.z, x.w), {w.z, w.w}, total[0]);
-      }
-    } else {
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + half * 64 < P::kRowBytes)
-          multiply_window<P>(*(const uint4*)(slot + half * 64), *(const uint4*)(slot + 8 * kPitch + half * 64), in.b[c * 2 + half], half, sums);
-    }
+    for (int half = 0; half < 2; half++)
+      if ((pass * P::kChunksPerPass + c) * kChunk + warp * 128 + half * 64 < P::kRowBytes)
+        multiply_window<P>(*(const uint4*)(slot + half * 64), *(const uint4*)(slot + 8 * kPitch + half * 64), in.b[c * 2 + half], half, sums);
     ring.next();
   }
-  if constexpr (P::kFormat != kInt4) sums.add_to(total);
+  sums.add_to(total);
+}
+
+// INT4: the same with two slots at a time, each by half of the warps: chunks of a tile, or of two tiles where a tile has one.
+// So a thread has four groups between two barriers, and what they take besides the products is done once.
+template <class P>
+__device__ __forceinline__ void multiply_by_sides(Ring& ring, Ring& held, const Input<P>& in, int pass, bool second_tile, float (&total)[kColumnTiles][4]) {
+  const int side = threadIdx.x / 32 / kSideWarps;
+  held = ring;
+#pragma unroll
+  for (int c = 0; c < P::kChunksPerPass; c += 2) {
+    const int chunk = pass * P::kChunksPerPass + c;
+    if (chunk >= P::kChunks) break;
+    if (c > 0) {
+      consumers_sync();
+      release(held, ring);
+      held = ring;
+    }
+    const bool two = P::kTwoTiles ? second_tile : c + 1 < P::kChunksPerPass && chunk + 1 < P::kChunks;
+    Ring mine = ring;
+    if (side > 0) mine.next();
+    if (side == 0 || two) {
+      const int of_tile = P::kTwoTiles ? 0 : side;
+      mbarrier_wait(mine.full(), mine.parity);
+      const uint8_t* slot = dynamic_shared + mine.slot * kSlotBytes;
+      multiply_groups<P>(slot, in.b + c / 2 * 4, chunk + of_tile, c + of_tile, total[0]);
+    }
+    ring.next();
+    if (two) ring.next();
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void multiply_tile(Ring& ring, Ring& held, const Input<P>& in, int pass, bool second_tile, float (&total)[kColumnTiles][4]) {
+  if constexpr (P::kFormat == kInt4) multiply_by_sides<P>(ring, held, in, pass, second_tile, total);
+  else multiply<P>(ring, held, in, pass, total);
 }
 
 struct Output {
@@ -140,10 +189,11 @@ __device__ __forceinline__ void write_results(const Output& out, int tile, int t
   const int row = at / kOutputRows, in_tile = at % kOutputRows;  // row of x; row of the weight in the tile
   const int weight_row = tile * kOutputRows + in_tile;
   if (row >= ROWS || weight_row >= (KIND == kGateUp ? N / 2 : N)) return;
+  const auto sums = P::kTwoTiles ? s.sums[turn / 2 % 2] + turn % 2 * kSideWarps : s.sums[turn % 2];
   float v[2] = {0.f, 0.f};
 #pragma unroll
-  for (int w = 0; w < kConsumerWarps; w++) {
-    const float* column = s.sums[turn % 2][w] + row * kColumnPitch;
+  for (int w = 0; w < (P::kTwoTiles ? kSideWarps : kConsumerWarps); w++) {
+    const float* column = sums[w] + row * kColumnPitch;
     v[0] += column[in_tile];
     if (KIND == kGateUp) v[1] += column[in_tile + 8];
   }
@@ -172,9 +222,12 @@ template <class P>
 __device__ __forceinline__ void store_sums(float* to, const float (&sums)[kColumnTiles][4]) {
   const int lane = threadIdx.x % 32;
   if constexpr (P::kFormat == kInt4) {
+    float low = sums[0][0], high = sums[0][2];
+#pragma unroll
+    for (int off = ROWS; off < 4; off *= 2) low += __shfl_xor_sync(~0u, low, off), high += __shfl_xor_sync(~0u, high, off);
     if (lane % 4 >= ROWS) return;
-    to[lane % 4 * kColumnPitch + lane / 4] = sums[0][0];
-    to[lane % 4 * kColumnPitch + lane / 4 + 8] = sums[0][2];
+    to[lane % 4 * kColumnPitch + lane / 4] = low;
+    to[lane % 4 * kColumnPitch + lane / 4 + 8] = high;
   } else {
 #pragma unroll
     for (int t = 0; t < kColumnTiles; t++)
@@ -191,17 +244,18 @@ template <class P>
 __device__ __forceinline__ Ring product(Ring ring, const Input<P>& in, const Output& out) {
   // Two buffers of sums: writers of a tile's are at most one barrier ahead of the readers of the last tile's.
   Shared& s = shared();
+  constexpr int kAtOnce = P::kTwoTiles ? 2 : 1;
   int turn = 0;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < P::kTiles; tile += GRID, turn++) {
+  for (int tile = blockIdx.x; tile < P::kTiles; tile += kAtOnce * GRID, turn += kAtOnce) {
     float sums[kColumnTiles][4] = {};
     Ring held;
-    multiply<P>(ring, held, in, 0, sums);
-    store_sums<P>(s.sums[turn % 2][threadIdx.x / 32], sums);
+    multiply_tile<P>(ring, held, in, 0, tile + GRID < P::kTiles, sums);
+    store_sums<P>(s.sums[turn / kAtOnce % 2][threadIdx.x / 32], sums);
     consumers_sync();
     release(held, ring);
     write_results<P>(out, tile, turn);
+    if (P::kTwoTiles && tile + GRID < P::kTiles) write_results<P>(out, tile + GRID, turn + 1);
   }
   return ring;
 }
-

@@ -19,6 +19,7 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kChunk = 2048;               // bytes of a weight row per copy: 1 KiB copies reach 3.8 TB/s, these 4.5
 constexpr int kPitch = kChunk + 64;        // rows 64 bytes apart modulo 128: 16-byte reads of 8 rows meet no bank twice
 constexpr int kTileRows = 16;              // weight rows of a slot, and of a product's tile
+constexpr int kSideWarps = 8;              // INT4: two slots are multiplied at a time, each by half of the warps
 // How weights are stored. INT4: two per byte (kernels/int4_layout.py), a scale and a zero point for every 128 of a row.
 enum Format { kBf16, kFp8, kInt4 };
 constexpr Format kLayerFormat = (Format)WEIGHTS, kHeadFormat = (Format)HEAD_WEIGHTS;
@@ -191,6 +192,12 @@ __device__ __forceinline__ void e4m3_values(uint32_t quad, float* out) {
   asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(out[2]), "=f"(out[3]) : "r"(high));
 }
 
+// Two f16 registers of four e4m3 numbers: bytes 0 and 1, 2 and 3; exact.
+__device__ __forceinline__ void widen(uint32_t word, uint32_t& first, uint32_t& second) {
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(first) : "h"((uint16_t)word));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"((uint16_t)(word >> 16)));
+}
+
 // c [16 rows of weight, 8 rows of x] += a * b. A thread's registers of a and b hold the same positions of the inner
 // dimension, whichever they are: the sum over them is the same.
 template <Format F>
@@ -218,4 +225,11 @@ __device__ __forceinline__ float2 f16_values(uint32_t pair) {
   float2 v;
   asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
   return v;
+}
+
+// Two floats as float16, rounded to nearest even: `low` in the low half.
+__device__ __forceinline__ uint32_t f16_pair(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
 }

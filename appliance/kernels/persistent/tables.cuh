@@ -26,8 +26,8 @@ struct Sizes {
   static constexpr int kRowsPerSweep = kConsumers / kVectorsPerRow;  // rows that all threads together cover with a vector each
   static constexpr int kRowSlots = ROWS > kRowsPerSweep ? ROWS / kRowsPerSweep : 1;  // rows that a thread has vectors of
 };
-// INT4: of x, per thread and half a chunk: the scales and sums of its row's group.
-constexpr int kXGroups = kLayerFormat == kInt4 ? Sizes<kInt4>::kWholePassChunks * kConsumerWarps * ROWS : 1;
+// INT4: groups of x in a pass.
+constexpr int kXGroups = kLayerFormat == kInt4 ? Sizes<kInt4>::kWholePassChunks * (Sizes<kInt4>::kChunkElements / kGroup) * ROWS : 1;
 
 struct Layer {  // as runtime/persistent_decode.py writes it
   const uint8_t *qkv, *o, *gate_up, *down;
@@ -79,7 +79,7 @@ struct Shared {
   // What epilogues need of this block's tiles, fetched at the start of a phase: under full load a fetch takes microseconds.
   float weight_scale[kMostTiles * 16], bias[kMostTiles * 16];
   uint16_t residual[ROWS][kMostResidualTiles * 16];
-  float4 x_groups[kXGroups];  // [chunk][warp][row]: scale, scale * sum of the first half's group of x, and of the second's
+  float2 x_groups[kXGroups];  // INT4: [chunk][group][row]: a group's scale / 16 and its scale * the sum of its x
   volatile int awaited;       // number of the slot, from the step's start, that the producer waits to fill; -1: it does not wait
   int gated_amax[ROWS];  // bits of floats
   union {
@@ -107,9 +107,12 @@ struct Product : Sizes<F> {
   static constexpr int kTilesPerBlock = tiles_per_block(N);
   static_assert(kRowBytes % 64 == 0, "a row is read in pieces of 64 bytes");
   static_assert(kPasses == 1 || kTilesPerBlock <= 8, "sums of every tile are kept between passes");
-  // INT4: 16 scales and zero points for each 64 bytes of a row, in pairs of groups: [tile][warp's pair][lane / 4][half of a
-  // chunk's window][row, row + 8][scale, zero], so that a thread's eight numbers of a chunk are 16 bytes in one place.
-  static constexpr int kTileScaleBytes = (kRowBytes + 127) / 128 * 128;
+  // INT4: 16 scales and zero points for each 64 bytes of a row: [tile][group][row of half a tile][half][scale, zero].
+  static constexpr int kTileScaleBytes = kRowBytes;
+  // INT4: the two slots that are multiplied at a time are chunks of a tile, or tiles where these have a single chunk.
+  static constexpr bool kTwoTiles = F == kInt4 && kChunks == 1;
+  // Pieces of 64 bytes of a weight row that a thread has registers of x for.
+  static constexpr int kWindows = F == kInt4 ? (kChunksPerPass + 1) / 2 * 4 : kChunksPerPass * 2;
 
   // The first weight row of a half tile. Gate and up rows of the same index share a tile.
   static __device__ __forceinline__ int first_row(int tile, int half) {
