@@ -50,21 +50,21 @@ __device__ __forceinline__ int weight_place(int row, int piece) {
   return (row * kPieces + (piece ^ row / kRowsOfLine % (kPieces < 8 ? kPieces : 8))) * 16;
 }
 
-// This thread's share of weight and scales, of one chunk after the other. What is not there becomes zeros.
+// This thread's share of weight and scales, of one chunk after the other. What is not there becomes zeros. Without a policy for
+// L2: with one, NVRTC 13.0 makes a copy for sm_90a that an H200 calls an illegal instruction.
 struct WeightLoader {
   static constexpr int kRowsAtOnce = kThreads / kPieces, kCopies = kRows / kRowsAtOnce;
   static constexpr int kScaleCopies = (kRows * kSpans + kThreads - 1) / kThreads;
   static_assert(kRowsAtOnce % 8 == 0 && kThreads % kSpans == 0, "places of a thread's copies differ by a constant");
   static constexpr int kScaleRowsAtOnce = kThreads / kSpans;
 
-  uint64_t policy;
   const uint8_t *from, *scale_from;  // of the first copy; of the scales of its row
   int64_t step, scale_step;          // from one copy to the next
   int inner, scale_inner;            // positions of the first copy and scale
   int rows_left, scale_rows_left;
   uint32_t to, scale_to;  // in a stage
 
-  __device__ __forceinline__ WeightLoader(const Problem& p) : policy(read_once_policy()) {
+  __device__ __forceinline__ WeightLoader(const Problem& p) {
     const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
     inner = p.first_chunk * CHUNK + piece * 32;
     from = p.weight + (p.first_row + row) * (int64_t)(p.k / 2) + inner / 2;
@@ -83,7 +83,7 @@ struct WeightLoader {
   __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < kCopies; i++)
-      copy16_once(to + stage + i * (kRowsAtOnce * kPieces * 16), from + i * step, inner < p.k && i * kRowsAtOnce < rows_left, policy);
+      copy16(to + stage + i * (kRowsAtOnce * kPieces * 16), from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
     const uint8_t* scale = scale_from + (uint32_t)scale_inner / GROUP * 4;
 #pragma unroll
     for (int i = 0; i < kScaleCopies; i++)
