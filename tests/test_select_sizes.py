@@ -164,11 +164,13 @@ def linked(link: str) -> tuple[Gpu, ...]:
     return tuple(msgspec.structs.replace(gpu, links={1 - gpu.index: link}) for gpu in machine("h100-x2").gpus)
 
 
-def test_vocabularies_that_ranks_do_not_divide() -> None:
+def test_a_vocabulary_that_ranks_do_not_divide_is_padded() -> None:
     odd = msgspec.structs.replace(LLAMA_8B, vocab_size=128257)
-    selection = choose("h200-x4", odd, "latency", ALL)
-    assert names(selection)[0] == "fp8-tp1"
-    assert by_name(selection, "fp8-tp2").reason == "2 ranks do not divide the model's 128257 vocabulary entries"
+    tp4 = by_name(choose("h200-x4", odd, "latency", ALL), "fp8-tp4")
+    even = by_name(choose("h200-x4", msgspec.structs.replace(odd, vocab_size=128260), "latency", ALL), "fp8-tp4")
+    assert tp4.status == "runnable" and tp4.memory is not None and even.memory is not None
+    embeddings = 3 * 4096 * 2  # whole on every rank, without the three rows of padding
+    assert even.memory.weights - tp4.memory.weights == embeddings, "the head has as many rows as the padded one"
 
 
 def test_fewer_kv_heads_than_ranks_repeat_them() -> None:

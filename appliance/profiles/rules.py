@@ -208,9 +208,6 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
             "tp_size",
             size_hint,
         )
-    if model.vocab_size % tp:
-        reason = f"{tp} ranks do not divide the model's {model.vocab_size} vocabulary entries"
-        return Rejection(reason, 4, "tp_size", size_hint)
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
         reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
         return Rejection(reason, 4, "tp_size", size_hint)
