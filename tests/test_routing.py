@@ -99,11 +99,12 @@ def test_nothing_is_hashed_where_it_would_decide_nothing() -> None:
 # ---------------------------------------------------------------- a workload of conversations
 
 
-def simulate(
-    choose: Callable[[PrefixRouter, list[bytes], dict[int, int]], int], replicas: int = 4
-) -> tuple[float, int]:
+Choose = Callable[[PrefixRouter, list[bytes], dict[int, int]], int]
+
+
+def simulate(choose: Choose, replicas: int = 4) -> tuple[float, int]:
     """40 conversations of 6 turns behind one system prompt, 10 at a time, in an order that mixes them. Returns the
-    share of prompt tokens found in a cache, and the largest difference of loads at any time. Answers take 8 arrivals."""
+    share of prompt tokens found in a cache, and the largest difference of loads. Answers take 8 arrivals."""
     rng = random.Random(7)
     router, caches = PrefixRouter(replicas), PrefixRouter(replicas)
     system = prompt(0, 96)

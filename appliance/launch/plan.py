@@ -96,6 +96,7 @@ def make_plan(settings: Settings, selection: Selection, checkpoint: Path) -> Pla
         "kv_cache_dtype": outcome.kv_cache,
         "tp_size": outcome.tp_size,
         "pp_size": outcome.pp_size,
+        "replicas": outcome.replicas,
         "backend": outcome.backend,
         "max_num_seqs": outcome.max_num_seqs,
         "max_num_batched_tokens": outcome.max_num_batched_tokens,
@@ -183,7 +184,8 @@ def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:
     return EngineOptions(
         engine_dir=str(engine_dir),
         backend=outcome.backend,
-        devices=outcome.devices,
+        devices=tuple(uuid for group in outcome.device_groups for uuid in group),
+        replicas=outcome.replicas,
         max_model_len=settings.max_model_len or 0,
         max_num_seqs=outcome.max_num_seqs,
         max_num_batched_tokens=outcome.max_num_batched_tokens,
@@ -206,13 +208,12 @@ def options_of_directory(
     """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
     HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have."""
     _check_attention(settings, manifest.backend)
-    if settings.replicas not in (None, 1):
-        raise SettingsError("--replicas does not go with an engine directory", hint="serve its checkpoint instead")
     _check_batch_invariant(settings, manifest.backend, manifest.scheme)
     options = EngineOptions(
         engine_dir=str(engine_dir),
         backend=manifest.backend,
-        devices=_devices_for(manifest, machine),
+        devices=_devices_for(manifest, machine, settings.replicas or 1),
+        replicas=settings.replicas or 1,
         max_model_len=settings.max_model_len or 0,
         memory_fraction=settings.memory_fraction,
         kv_cache_dtype=settings.kv_cache_dtype,
@@ -233,16 +234,18 @@ def options_of_directory(
     return msgspec.structs.replace(options, **chosen)
 
 
-def _devices_for(manifest: EngineManifest, machine: Hardware) -> tuple[str, ...]:
-    """GPUs of the engine's compute capability, one per rank, those with most free memory. Raises HardwareError."""
+def _devices_for(manifest: EngineManifest, machine: Hardware, replicas: int) -> tuple[str, ...]:
+    """GPUs of the engine's compute capability, one per rank of each replica, those with most free memory. Raises
+    HardwareError."""
     if manifest.compute_capability is None:
         return ()
     fitting = [gpu for gpu in machine.usable_gpus if gpu.compute_capability == manifest.compute_capability]
-    needed = manifest.tp_size * manifest.pp_size
+    needed = manifest.tp_size * manifest.pp_size * replicas
     if len(fitting) < needed:
         capability = ".".join(map(str, manifest.compute_capability))
+        each = f" for {replicas} replicas" if replicas > 1 else ""
         raise HardwareError(
-            f"the engine was built for {needed} GPU(s) of compute capability {capability}; here are {len(fitting)}",
+            f"the engine needs {needed} GPU(s) of compute capability {capability}{each}; here are {len(fitting)}",
             hint=machine.problem or "build it here, from its checkpoint",
         )
     fitting.sort(key=lambda gpu: (-gpu.free_memory, gpu.index))

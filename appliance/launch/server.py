@@ -117,7 +117,9 @@ class _Process:
 
     async def run(self) -> int:
         self._handle_signals()
-        first_engine = self._spawn_engine()  # imports torch while this process imports the server and decides
+        several = (self._settings.replicas or 1) > 1
+        # Imports torch while this process imports the server and decides.
+        first_engine = self._spawn_engine("engine-0" if several else "engine")
         from appliance.launch import report
 
         before_seconds = report.process_age_seconds()
@@ -210,6 +212,7 @@ class _Process:
 
     async def _work(self, state: ServerState, replicas: Replicas) -> None:
         """The start-up sequence, then the engines. Ends only with an error, or when the replicas are stopped."""
+        replicas.prepare(self._settings.replicas or 1)
         options = await self._sequence.prepare()
         state.lifecycle.enter("loading")
         await replicas.run(options)

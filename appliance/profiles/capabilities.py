@@ -13,7 +13,7 @@ from appliance.types import Struct
 
 # Whether the launcher serves several copies of an engine behind one endpoint. It is above this layer, so it cannot be
 # asked; whoever builds that says so here.
-REPLICAS_BUILT = False
+REPLICAS_BUILT = True
 
 
 class SchemeFacts(Struct, frozen=True):
