@@ -323,8 +323,10 @@ def test_how_weights_lie_in_memory():
 
 @pytest.mark.parametrize("scheme", ["int4_awq", "int4_gptq", "int8_smoothquant", "fp8", "none"])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_predicted_bytes_are_those_of_the_engine(scheme: str, capability: tuple[int, int]):
-    """Linear layers as the scheme stores them, its head on that GPU included."""
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+def test_predicted_bytes_are_those_of_a_ranks_engine(scheme: str, capability: tuple[int, int], tp_size: int):
+    """Linear layers as the scheme stores them, its head on that GPU included; KV heads are repeated from 4 ranks on, and
+    the vocabulary is padded."""
     import torch
 
     from appliance.builder.shards import plan_tensors
@@ -332,12 +334,13 @@ def test_predicted_bytes_are_those_of_the_engine(scheme: str, capability: tuple[
 
     plugin = registry.plugins("quantization")[scheme]
     made = registry.load("quantization", scheme).Scheme(parameters_of(plugin, capability))
-    specs = registry.load("models", "llama").weight_specs(LLAMA_8B)
-    plan = plan_tensors([spec for spec in specs if spec.kind == "linear"], made, torch.bfloat16)
+    model = msgspec.structs.replace(LLAMA_8B, num_key_value_heads=2, vocab_size=128261)
+    specs = registry.load("models", "llama").weight_specs(model)
+    plan = plan_tensors([spec for spec in specs if spec.kind == "linear"], made, torch.bfloat16, tp_size)
     facts = capabilities().named[scheme]
     precision = "bf16" if scheme == "none" else plugin.facts["precisions"][0]
     stored = predict.stored_as(precision, on_cpu=False, head=facts.head_on(capability))
-    assert predict.linear_bytes(LLAMA_8B, stored, 1) == sum(tensor.nbytes for tensor in plan)
+    assert predict.linear_bytes(model, stored, tp_size) == sum(tensor.nbytes for tensor in plan)
 
 
 BF16 = predict.Stored("bf16")
@@ -363,6 +366,7 @@ def test_memory_of_a_rank():
     assert need(QWEN_2KV, tp=4).kv_per_token == need(QWEN_2KV, tp=2).kv_per_token  # KV heads are repeated, not split
     assert need().weights >= LLAMA_8B.num_parameters * 2
     assert need(tp=2).weights < need().weights
+    assert need(tp=2).overhead == need(tp=8).overhead > need().overhead  # what ranks need to reach each other
     assert need(precision="fp8").weights < need().weights * 0.6
     assert need(kv="fp32", on_cpu=True).weights >= LLAMA_8B.num_parameters * 4  # widened to float32
 

@@ -19,6 +19,7 @@ _ACTIVATION_BYTES = 2  # bytes of an activation on a GPU; float32 on the CPU
 
 # Estimates: CUDA context and modules 0.5 GiB, attention workspace 0.4 GiB, CUDA graphs 0.5 GiB.
 GPU_OVERHEAD = 1434 << 20
+RANKS_OVERHEAD = 512 << 20  # an estimate too: NCCL's channels and symmetric memory, where there are several ranks
 CPU_OVERHEAD = 512 << 20  # interpreter and torch
 
 PAGE_TOKENS = 16
@@ -166,10 +167,11 @@ def memory(
     per_token = 4 * model.hidden_size + 2 * heads + 2 * kv_heads * model.head_dim + 3 * inner
     activations = max_num_batched_tokens * per_token * element + 3 * 4 * max_num_seqs * model.vocab_size
     layers = math.ceil(model.num_hidden_layers / pp_size)
+    on_gpu = GPU_OVERHEAD + (RANKS_OVERHEAD if tp_size * pp_size > 1 else 0)
     return Memory(
         weights=weights,
         activations=activations,
-        overhead=CPU_OVERHEAD if on_cpu else GPU_OVERHEAD,
+        overhead=CPU_OVERHEAD if on_cpu else on_gpu,
         on_cpu=on_cpu,
         kv_per_token=2 * layers * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
     )
