@@ -325,8 +325,8 @@ def test_how_weights_lie_in_memory():
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
 def test_predicted_bytes_are_those_of_a_ranks_engine(scheme: str, capability: tuple[int, int], tp_size: int):
-    """Linear layers as the scheme stores them, its head on that GPU included; KV heads are repeated from 4 ranks on, and
-    the vocabulary is padded."""
+    """Linear layers as the scheme stores them, its head on that GPU included; KV heads are repeated from 4 ranks on,
+    and the vocabulary is padded."""
     import torch
 
     from appliance.builder.shards import plan_tensors

@@ -339,6 +339,7 @@ def test_limits_are_passed_on_to_the_engine():
     assert engine_values(selection) == {
         "backend": "cuda",
         "devices": (selection.hardware.gpus[0].uuid,),
+        "replicas": 1,
         "kv_cache_dtype": "bf16",
         "max_model_len": 4096,
         "max_num_seqs": 7,

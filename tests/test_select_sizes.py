@@ -21,7 +21,7 @@ from selection_cases import (
 )
 
 from appliance.errors import ProfileError
-from appliance.profiles import Outcome, Selection, explain_json, explain_text, reasons, require
+from appliance.profiles import Outcome, Selection, engine_values, explain_json, explain_text, reasons, require
 from appliance.types import Gpu, Hardware
 
 # machine, model: (profile and size, GPUs of each replica) for throughput; (the same) for latency
@@ -264,6 +264,8 @@ def test_predictions_in_json() -> None:
     data = json.loads(json.dumps(explain_json(choose("h200-x4", LLAMA_70B, build=ALL))))
     assert data["replicas"] == 4 and len(data["device_groups"]) == 4
     assert data["devices"] == data["device_groups"][0]
+    values = engine_values(choose("h100-x8", LLAMA_70B, build=ALL))
+    assert values["replicas"] == 4 and len(set(values["devices"])) == 8
     of = {entry["name"]: entry for entry in data["profiles"]}
     assert data["predicted"] == of["fp8-tp1"]["predicted"]
     for size in (1, 2, 4):

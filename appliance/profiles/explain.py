@@ -25,13 +25,14 @@ def require(selection: Selection) -> Outcome:
 
 
 def engine_values(selection: Selection) -> dict[str, Any]:
-    """Fields of `types.EngineOptions` that the choice decides: backend, devices (UUIDs), kv_cache_dtype, max_model_len
-    (0, as much as really fits, unless somebody asked for a limit), max_num_seqs, max_num_batched_tokens and
-    memory_fraction. ProfileError when nothing can run."""
+    """Fields of `types.EngineOptions` that the choice decides: backend, devices (UUIDs, of all replicas one after the
+    other), replicas, kv_cache_dtype, max_model_len (0, as much as really fits, unless somebody asked for a limit),
+    max_num_seqs, max_num_batched_tokens and memory_fraction. ProfileError when nothing can run."""
     chosen = require(selection)
     return {
         "backend": chosen.backend,
-        "devices": chosen.devices,
+        "devices": tuple(uuid for group in chosen.device_groups for uuid in group),
+        "replicas": chosen.replicas,
         "kv_cache_dtype": chosen.kv_cache,
         "max_model_len": selection.overrides.max_model_len or 0,
         "max_num_seqs": chosen.max_num_seqs,
