@@ -151,15 +151,17 @@ class RequestJournal:
         self._metrics.engine_stats(stats, replica)
         now = self._clock()
         dispatch, entries = self._dispatch, self._entries
-        lane = dispatch.lanes[replica]
+        lane, suspect = dispatch.lanes[replica], dispatch.on_probation
+        num_tokens = 0
         gaps: dict[float, int] = {}  # when the token before came -> tokens; requests that run together share it
         for output in outputs:
             entry = entries.get(output.request_id)
             if entry is None or entry.lane is not lane:
                 continue
             token_ids = output.token_ids
-            lane.tokens += len(token_ids)
-            if len(token_ids) == 1 and entry.output_ids and not entry.internal:
+            count = len(token_ids)
+            num_tokens += count
+            if count == 1 and entry.output_ids and not entry.internal:
                 gaps[entry.last_token] = gaps.get(entry.last_token, 0) + 1
                 entry.output_ids += token_ids
                 entry.last_token = now
@@ -167,7 +169,7 @@ class RequestJournal:
                 self._record_tokens(entry, output, now)
             if output.prompt_logprobs is not None:
                 entry.prompt_logprobs_sent = True
-            if entry is dispatch.on_probation:
+            if entry is suspect:
                 dispatch.next_suspect()
             if output.finish_reason is not None:
                 if entry.moving_to is not None and output.finish_reason == "abort":
@@ -175,6 +177,7 @@ class RequestJournal:
                     continue
                 self._close(entry, output.finish_reason)
             self._give(entry.group, output)
+        lane.tokens += num_tokens
         for last_token, count in gaps.items():
             self._metrics.tokens(now - last_token, count)
 
