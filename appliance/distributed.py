@@ -169,9 +169,15 @@ class Meeting:
     def port(self) -> int:
         return int(self._store.port)
 
-    def join(self, device: torch.device, on_call: Callable[[], None] = lambda: None) -> TensorParallel:
+    def tensor_parallel(self, device: torch.device, on_call: Callable[[], None] = lambda: None) -> TensorParallel:
+        """This rank's place, on its `device`; its collectives can be used once all have joined. `on_call`: see
+        `GroupCollectives`."""
+        size = self._rendezvous.world_size
+        return TensorParallel(self._rendezvous.rank, size, GroupCollectives(size, device, None, on_call))
+
+    def join(self, device: torch.device) -> None:
         """Wait for all ranks and make them the default process group; `device`: this rank's, the current one if it is a
-        GPU. `on_call`: see `GroupCollectives`."""
+        GPU."""
         rank, size = self._rendezvous.rank, self._rendezvous.world_size
         if device.type == "cuda":
             torch.distributed.init_process_group(
@@ -182,7 +188,6 @@ class Meeting:
             torch.distributed.init_process_group(
                 "gloo", store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT, pg_options=options
             )
-        return TensorParallel(rank, size, GroupCollectives(size, device, None, on_call))
 
 
 def _loopback_options() -> Any:

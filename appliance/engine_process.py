@@ -12,9 +12,12 @@ import argparse
 import logging
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from appliance import garbage, registry
 from appliance.batching.core import EngineCore
@@ -32,6 +35,9 @@ from appliance.ipc import (
     StartEngine,
 )
 from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest
+
+if TYPE_CHECKING:
+    from appliance.runtime.ranks import Member
 
 log = logging.getLogger("appliance.engine")
 
@@ -55,10 +61,10 @@ def import_early() -> None:
 
 
 def open_engine(
-    options: EngineOptions, end: ChildEnd, import_seconds: float
+    options: EngineOptions, end: ChildEnd, import_seconds: float, member: Member
 ) -> tuple[EngineCore, EngineInfo, Callable[[], bool]]:
-    """Load what `options` says, reporting progress on `end`; also what does one piece of work that the start put off
-    (`LocalExecutor.prepare_more`). Raises as the backend does."""
+    """Load what `options` says, as rank 0 of `member`'s ranks, reporting progress on `end`; also what does one piece of
+    work that the start put off (`LocalExecutor.prepare_more`). Raises as the backend does."""
     from appliance.runtime.loading import PhaseTimer
 
     backend = registry.load("backends", options.backend)
@@ -67,7 +73,7 @@ def open_engine(
     def progress(phase: Phase, detail: str, percent: float) -> None:
         end.send(Progress(phase=phase, detail=detail, percent=percent))
 
-    loaded = backend.load(options, progress, timer)
+    loaded = backend.load(options, progress, timer, member)
     executor, info = backend.assemble(loaded, options, progress, timer)
     core = EngineCore(
         executor,
@@ -140,6 +146,42 @@ class EngineLoop:
             self._end.send(Outputs(outputs=outputs, stats=self._core.stats()))
 
 
+class RankLoss:
+    """Ends this process when another rank is lost (`runtime/ranks.py`), whatever its main thread is doing: usually that
+    raises the reason and fails as for any other; if it is stuck in a library, the process ends without it."""
+
+    _MAIN_THREAD_SECONDS = 2.0
+
+    def __init__(self, end: ChildEnd) -> None:
+        """In the main thread."""
+        self._end = end
+        self._reason: ApplianceError | None = None
+        self._main = threading.get_ident()
+        self._handled = threading.Event()
+        signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def __call__(self, reason: ApplianceError) -> None:
+        """From another thread, once a rank is lost."""
+        self._reason = reason
+        signal.pthread_kill(self._main, signal.SIGUSR1)
+        if self._handled.wait(self._MAIN_THREAD_SECONDS):
+            return
+        # The main thread runs no Python code, so it is not at the channel either.
+        log.error("the engine's main thread is stuck: ending without it")
+        self._end.send(_failure(reason))
+        self._end.close()
+        self._end.flush()
+        os._exit(reason.exit_code)
+
+    def handled(self) -> None:
+        """The main thread fails, or ends, by itself."""
+        self._handled.set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is not None and not self._handled.is_set():
+            raise self._reason
+
+
 def _failure(error: BaseException) -> Failed:
     if isinstance(error, ApplianceError):
         return Failed(error=type(error).__name__, message=error.message, hint=error.hint)
@@ -154,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     # A terminal's Ctrl-C goes to the whole group; the server decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end = ChildEnd(args.ipc)
+    lost = RankLoss(end)
+    member: Member | None = None
     try:
         begin = time.perf_counter()
         import_early()
@@ -162,16 +206,24 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(start, Shutdown):
             return 0
         assert isinstance(start, StartEngine), start
-        core, info, prepare_more = open_engine(start.options, end, import_seconds)
+        from appliance.runtime.ranks import lead
+
+        member = lead(start.options, lost)
+        core, info, prepare_more = open_engine(start.options, end, import_seconds, member)
         garbage.settle()
         end.send(Ready(info=info))
         EngineLoop(core, end, prepare_more).run()
     except Exception as error:
+        lost.handled()
         log.error("engine failed\n%s", traceback.format_exc())
-        end.send(_failure(error))
-        return error.exit_code if isinstance(error, ApplianceError) else 1
+        reason = error if member is None else member.explain(error)
+        end.send(_failure(reason))
+        return reason.exit_code if isinstance(reason, ApplianceError) else 1
     finally:
+        lost.handled()
         end.close()
+        if member is not None:
+            member.close()
     return 0
 
 

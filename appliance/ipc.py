@@ -120,3 +120,8 @@ class ChildEnd:
 
     def close(self) -> None:
         self._socket.close()
+
+    @staticmethod
+    def flush() -> None:
+        """After `close`, in a process that ends without cleaning up: wait until what was sent is out."""
+        zmq.Context.instance().term()

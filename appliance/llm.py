@@ -88,6 +88,7 @@ class LLM:
         plugin = registry.load("backends", engine_options.backend)
         timer = PhaseTimer()
         loaded = plugin.load(engine_options, _no_progress, timer)
+        self._member = loaded.member
         executor, info = plugin.assemble(loaded, engine_options, _no_progress, timer)
         while executor.prepare_more():  # a server does the rest of the start between requests
             pass
@@ -336,6 +337,7 @@ class LLM:
         if self._core is None:
             return
         self._core, self._problem = None, problem
+        self._member.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from appliance.hardware.host import host
 from appliance.kernels import cpu_linear
 from appliance.kernels.attention import ReferenceAttention
 from appliance.kernels.fp8_linear import FP8
-from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.executor import LocalExecutor, make_executor
 from appliance.runtime.kv_scales import set_kv_scales
 from appliance.runtime.loading import (
     KV_DTYPES,
@@ -30,6 +30,7 @@ from appliance.runtime.loading import (
     runner_limits,
 )
 from appliance.runtime.model_runner import ModelRunner
+from appliance.runtime.ranks import Member, lead
 from appliance.types import EngineInfo, EngineOptions
 
 PLUGIN = {
@@ -40,7 +41,7 @@ PLUGIN = {
     "packed": ["int4"],  # multiplied as stored; other weights are widened to float32 (INT8 where the CPU has no VNNI)
     "kv_cache": ["fp32", "bf16", "fp16", "fp8"],
     "attention": ["auto", "reference"],
-    "max_tp": 1,
+    "max_tp": 4,
     "max_pp": 1,
 }
 
@@ -48,12 +49,14 @@ _DEVICE = torch.device("cpu")
 _MEMORY_SHARE = 0.25  # of free memory, for the KV cache when the page count is not given
 
 
-def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
-    """Load the engine's weights into memory, as float32 where they are not quantized."""
+def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member: Member | None = None) -> LoadedModel:
+    """Load a rank's share of the engine's weights into memory, as float32 where they are not quantized. `member` None:
+    rank 0, which starts the others if there are any."""
+    member = member or lead(options)
     cores = min(psutil.cpu_count(logical=False) or 1, host().cpu_cores)
-    torch.set_num_threads(max(1, cores // options.replicas))
+    torch.set_num_threads(max(1, cores // (options.replicas * member.size)))
     with timer.phase("load_weights"):
-        return load_engine(options, _DEVICE, torch.float32, progress)
+        return load_engine(options, _DEVICE, torch.float32, progress, member)
 
 
 def assemble(
@@ -67,7 +70,10 @@ def assemble(
     config, model = loaded.config, loaded.model
     kv_dtype = KV_DTYPES["fp32" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype]
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, kv_dtype)
-    num_pages = options.num_pages or _pages_that_fit(options, config.max_position_embeddings, page_bytes)
+    pages = options.num_pages or _pages_that_fit(
+        options, config.max_position_embeddings, page_bytes * loaded.member.size
+    )
+    num_pages = model.tp.minimum(pages)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
@@ -84,14 +90,19 @@ def assemble(
         page_bytes=page_bytes,
         kv_dtype=kv_dtype,
         attention="reference",
-        device_name=f"CPU, {torch.get_num_threads()} threads",
+        device_name=f"CPU, {torch.get_num_threads()} threads" + _of_ranks(loaded.member),
         timer=timer,
     )
-    return LocalExecutor(runner, limits, num_pages), info
+    return make_executor(runner, limits, num_pages, loaded.member), info
+
+
+def _of_ranks(member: Member) -> str:
+    return f" on each of {member.size} ranks" if member.size > 1 else ""
 
 
 def _pages_that_fit(options: EngineOptions, model_limit: int, page_bytes: int) -> int:
-    """Pages for every slot at full length, or what a share of free memory holds. HardwareError if that is too few."""
+    """Pages for every slot at full length, or what a share of free memory holds. HardwareError if that is too few.
+    `page_bytes`: of all ranks, which share the machine."""
     longest = options.max_model_len or model_limit
     wanted = options.max_num_seqs * -(-longest // options.page_size)
     budget = int(psutil.virtual_memory().available * _MEMORY_SHARE / options.replicas)

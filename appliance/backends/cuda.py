@@ -22,7 +22,7 @@ from appliance.kernels.compiled import KERNELS, triton_key
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.cuda_graphs import decode_buckets
-from appliance.runtime.executor import LocalExecutor
+from appliance.runtime.executor import LocalExecutor, make_executor
 from appliance.runtime.kv_scales import set_kv_scales
 from appliance.runtime.loading import (
     DTYPES,
@@ -40,6 +40,7 @@ from appliance.runtime.loading import (
     use_tactics,
 )
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
+from appliance.runtime.ranks import Member, lead
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 if TYPE_CHECKING:
@@ -65,13 +66,15 @@ _LOADING_KERNELS = "loading kernels; those compiled for the first time take a mi
 _GRAPH_RESERVE = 1 << 30  # bytes left for CUDA graphs and late allocations of libraries
 
 
-def _device(options: EngineOptions) -> torch.device:
+def _device(options: EngineOptions, member: Member) -> torch.device:
+    """This rank's, made current."""
     if not torch.cuda.is_available():
         raise HardwareError("no CUDA device is usable by torch", hint="run `appliance doctor`")
-    names = options.devices or ("0",)
-    if len(names) > 1:
-        raise SettingsError(f"this engine runs on one GPU, {len(names)} were given: {', '.join(names)}")
-    index = int(names[0]) if names[0].isdigit() else _index_of_uuid(names[0])
+    names = options.devices or tuple(map(str, range(member.size)))
+    if len(names) != member.size:
+        raise SettingsError(f"this engine runs on {member.size} GPU(s), {len(names)} were given: {', '.join(names)}")
+    name = names[member.rank]
+    index = int(name) if name.isdigit() else _index_of_uuid(name)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -99,20 +102,22 @@ def preload() -> None:
     digest.join()
 
 
-def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> LoadedModel:
-    """Create the CUDA context, let products and kernels be those of the engine, and copy its weights up; beside that,
-    load the attention kernels, which are megabytes of code."""
+def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member: Member | None = None) -> LoadedModel:
+    """Create the CUDA context, let products and kernels be those of the engine, and copy a rank's share of its weights
+    up; beside that, load the attention kernels, which are megabytes of code. `member` None: rank 0, which starts the
+    others if there are any."""
+    member = member or lead(options)
     with timer.phase("cuda_context"):
-        device = _device(options)
+        device = _device(options, member)
         torch.zeros(1, device=device)
     manifest = read_manifest(Path(options.engine_dir))
     KERNELS.open(Path(options.engine_dir), manifest.kernels)
     use_tactics(manifest)
-    wanted = (manifest.model, DTYPES[manifest.dtype], options, device)
+    wanted = (manifest.model, DTYPES[manifest.dtype], options, device, member.size)
     kernels = threading.Thread(target=_load_kernels, args=wanted, name="kernels", daemon=True)
     kernels.start()
     with timer.phase("load_weights"):
-        loaded = load_engine(options, device, None, progress)
+        loaded = load_engine(options, device, None, progress, member)
         torch.cuda.synchronize()
     with timer.phase("kernels"):
         if kernels.is_alive():
@@ -121,9 +126,11 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer) -> Loa
     return loaded
 
 
-def _load_kernels(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device) -> None:
+def _load_kernels(
+    config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device, tp_size: int
+) -> None:
     try:
-        compile_ahead(config, dtype, options, device)
+        compile_ahead(config, dtype, options, device, tp_size)
     except Exception as error:  # met again, and told, when attention is made
         log.debug("attention kernels: %s", error)
 
@@ -142,7 +149,8 @@ def assemble(
         with timer.phase("kv_scales"):
             set_kv_scales(model, options.engine_dir)
 
-    num_pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device, progress, timer)
+    pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device, progress, timer)
+    num_pages = model.tp.minimum(pages)
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kernels"):
@@ -151,7 +159,8 @@ def assemble(
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
-    if options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
+    alone = loaded.member.size == 1  # or ranks might find different ways the faster ones
+    if alone and options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
         with timer.phase("persistent_decode"):
             reason = runner.enable_persistent()
         if reason is not None:
@@ -175,7 +184,7 @@ def assemble(
         device_name=torch.cuda.get_device_name(device),
         timer=timer,
     )
-    return LocalExecutor(runner, limits, num_pages), info
+    return make_executor(runner, limits, num_pages, loaded.member), info
 
 
 def _kv_dtype(options: EngineOptions, model_dtype: torch.dtype) -> torch.dtype:
@@ -235,7 +244,9 @@ def _profile_pages(
     return budget // page_bytes
 
 
-def compile_ahead(config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device) -> None:
+def compile_ahead(
+    config: ModelConfig, dtype: torch.dtype, options: EngineOptions, device: torch.device, tp_size: int = 1
+) -> None:
     """Load, and where they are nowhere compile, the kernels that take longest and need no weights: FlashInfer's. Builds
     and starts do it beside other work. `dtype`: of the model. Raises whatever the library raises where it cannot."""
     from appliance.kernels import flashinfer
@@ -246,7 +257,7 @@ def compile_ahead(config: ModelConfig, dtype: torch.dtype, options: EngineOption
         return
     KERNELS.attach_flashinfer()
     limits = runner_limits(msgspec.structs.replace(options, max_num_seqs=2), config.max_position_embeddings, config)
-    _flashinfer_attention(config, dtype, kv_dtype, 1, limits, device, cuda_graphs=False).load_modules()
+    _flashinfer_attention(config, dtype, kv_dtype, tp_size, limits, device, cuda_graphs=False).load_modules()
 
 
 def _flashinfer_attention(
@@ -262,7 +273,7 @@ def _flashinfer_attention(
 
     return flashinfer.FlashInferAttention(
         num_heads=config.num_attention_heads // tp_size,
-        num_kv_heads=config.num_key_value_heads // tp_size,
+        num_kv_heads=max(1, config.num_key_value_heads // tp_size),
         head_dim=config.head_dim,
         page_size=limits.page_size,
         dtype=dtype,

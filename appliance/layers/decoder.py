@@ -143,4 +143,5 @@ class Decoder(nn.Module):
         logits: Product = self.lm_head(hidden)
         if self.tp.size == 1:
             return logits
-        return self.tp.all_gather(materialize(logits, self.dtype))[:, : self.config.vocab_size]
+        # Where the vocabulary was padded, a copy without that: kernels of the sampler want rows behind each other.
+        return self.tp.all_gather(materialize(logits, self.dtype))[:, : self.config.vocab_size].contiguous()

@@ -94,8 +94,16 @@ class DecodeGraphs:
     logits [n, vocab] using device work only. Neither may change what sequences that are being served rely on: sizes are
     also captured between their steps."""
 
-    def __init__(self, forward: Callable[[StepInputs], Product], make_inputs: Callable[[int], StepInputs]) -> None:
+    def __init__(
+        self,
+        forward: Callable[[StepInputs], Product],
+        make_inputs: Callable[[int], StepInputs],
+        *,
+        together: bool = False,
+    ) -> None:
+        """`together`: with other ranks, which must have the same sizes."""
         self._forward = forward
+        self._together = together
         self._make_inputs = make_inputs
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Product]] = {}
         self._sizes: list[int] = []
@@ -117,15 +125,23 @@ class DecodeGraphs:
             progress(done, len(first))
         self._later = sorted(set(sizes) - set(first))
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `capture_next` has something to do."""
+        return bool(self._later)
+
     def capture_next(self) -> bool:
         """Capture one of the sizes that still wait, largest first; False if none did. Takes some 20 ms. Where memory
-        has become too little for it, those that wait are left out."""
+        has become too little for it, those that wait are left out; of several ranks, the one that has too little
+        fails."""
         if not self._later:
             return False
         size = self._later.pop()
         try:
             self.capture(size)
         except torch.cuda.OutOfMemoryError:
+            if self._together:
+                raise
             log.warning("no memory for a CUDA graph of %d sequences: larger ones serve", size)
             self._later = []
         return True

@@ -1,4 +1,4 @@
-"""Hands plans to the model runner of this process and gives results back in order."""
+"""Hands plans to the model runner of this process, and to those of other ranks, and gives results back in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 
 from appliance.batching.step import StepPlan, StepResult
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
+from appliance.runtime.ranks import Leader, Member, PrepareMore, RunStep
 from appliance.runtime.results import PendingStep
 
 
@@ -32,3 +33,54 @@ class LocalExecutor:
         """One piece of work, some 20 ms, that a start put off: the CUDA graph of one more batch size. Between steps.
         False: nothing is left."""
         return self._runner.capture_next()
+
+    # For ranks whose results nobody asks for.
+
+    @property
+    def in_flight(self) -> int:
+        """Steps submitted and neither collected nor dropped."""
+        return len(self._pending)
+
+    def drop(self, *, wait: bool) -> bool:
+        """Forget the oldest step in flight once the device has done it; False if it has not and `wait` is."""
+        if not wait and not self._pending[0].ready:
+            return False
+        self._pending.popleft().wait()
+        return True
+
+
+class ParallelExecutor(LocalExecutor):
+    """Rank 0's executor of an engine of several ranks: every plan goes to all of them. All compute the same logits and
+    sample the same tokens, so nothing comes back."""
+
+    def __init__(self, runner: ModelRunner, limits: RunnerLimits, num_pages: int, leader: Leader) -> None:
+        super().__init__(runner, limits, num_pages)
+        self._leader = leader
+
+    def submit(self, plan: StepPlan) -> None:
+        """Raises what a rank was lost for, as `collect` does."""
+        with self._leader.operation():
+            self._leader.send(RunStep(plan))
+            super().submit(plan)
+
+    def collect(self) -> StepResult:
+        with self._leader.operation():
+            result = super().collect()
+        self._leader.finished()
+        return result
+
+    def prepare_more(self) -> bool:
+        with self._leader.operation():
+            if not self._runner.can_capture:
+                return False
+            self._leader.send(PrepareMore())
+            done = super().prepare_more()
+        self._leader.finished()
+        return done
+
+
+def make_executor(runner: ModelRunner, limits: RunnerLimits, num_pages: int, member: Member) -> LocalExecutor:
+    """This rank's executor."""
+    if isinstance(member, Leader):
+        return ParallelExecutor(runner, limits, num_pages, member)
+    return LocalExecutor(runner, limits, num_pages)

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from appliance import registry
+from appliance.distributed import TensorParallel
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.tactics import TABLE
 from appliance.layers.decoder import Decoder
 from appliance.runtime.model_runner import RunnerLimits
+from appliance.runtime.ranks import Alone, Member
 from appliance.runtime.weights import load_weights
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
@@ -107,24 +109,31 @@ def choose_max_model_len(options: EngineOptions, config: ModelConfig, num_pages:
 
 
 def build_model(
-    config: ModelConfig, scheme_name: str, dtype: torch.dtype, parameters: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    scheme_name: str,
+    dtype: torch.dtype,
+    parameters: Mapping[str, Any] | None = None,
+    tp: TensorParallel | None = None,
 ) -> Decoder:
-    """The architecture's model on the meta device: shapes and dtypes, no memory. `parameters`: of the scheme, as the
-    engine's key has them. EngineDamagedError for some that the scheme does not know."""
+    """The architecture's model, or a rank's share of it, on the meta device: shapes and dtypes, no memory.
+    `parameters`: of the scheme, as the engine's key has them. EngineDamagedError for some that the scheme does not
+    know, HardwareError if ranks cannot share the model."""
     module = registry.load("models", registry.architectures()[config.architecture].name)
     scheme = registry.load("quantization", scheme_name).Scheme(parameters)
     with torch.device("meta"):
-        model: Decoder = module.Model(config, scheme, dtype)
+        model: Decoder = module.Model(config, scheme, dtype, tp)
     return model
 
 
 @dataclass
 class LoadedModel:
-    """A model whose weights are on their device. Made before `Decoder.prepare`, which takes parameters away."""
+    """A model, or a rank's share of it, whose weights are on their device. Made before `Decoder.prepare`, which takes
+    parameters away."""
 
     model: Decoder
     config: ModelConfig
     engine_key: str
+    member: Member = field(default_factory=Alone)  # this rank among the others
     weight_bytes: int = field(init=False)  # on the device
 
     def __post_init__(self) -> None:
@@ -141,23 +150,32 @@ def use_tactics(manifest: EngineManifest) -> None:
 
 
 def load_engine(
-    options: EngineOptions, device: torch.device, dtype: torch.dtype | None, progress: ProgressFn
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: ProgressFn,
+    member: Member | None = None,
 ) -> LoadedModel:
-    """Load rank 0 of an engine. `dtype` overrides the engine's own for what is not quantized (the CPU computes in
-    float32). EngineDamagedError if a file does not match its digest or the model."""
+    """Load a rank's share of an engine, and wait for the other ranks. `dtype` overrides the engine's own for what is
+    not quantized (the CPU computes in float32). `member` None: the engine is one of one rank. EngineDamagedError if a
+    file does not match its digest or the model."""
+    member = member or Alone()
     path = Path(options.engine_dir)
     manifest = read_manifest(path)
     parameters = manifest.key_inputs.scheme_parameters
-    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters)
+    assert member.size == manifest.tp_size, f"rank {member.rank} of {member.size}, engine of {manifest.tp_size}"
+    tp = member.tensor_parallel(device)
+    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters, tp)
     load_weights(
         model,
-        path / manifest.rank_files[0],
+        path / manifest.rank_files[member.rank],
         device,
         progress=lambda done, total: progress(
             "load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)
         ),
     )
-    return LoadedModel(model, manifest.model, manifest.key)
+    member.join(device)
+    return LoadedModel(model, manifest.model, manifest.key, member)
 
 
 def runner_limits(options: EngineOptions, max_model_len: int, config: ModelConfig) -> RunnerLimits:

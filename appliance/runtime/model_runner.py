@@ -154,7 +154,7 @@ class ModelRunner:
         """Capture decode steps of the buckets that a start needs, and the pieces of steps with prompts.
         `progress(done, total)` after each, per kind."""
         self._graphs = None
-        graphs = DecodeGraphs(self._logits, self._dummy_decode)
+        graphs = DecodeGraphs(self._logits, self._dummy_decode, together=_ranks(self._model) > 1)
         sizes = decode_buckets(self._limits.max_num_seqs)
         if self._persistent is not None:
             few = self._persistent.sizes
@@ -175,6 +175,11 @@ class ModelRunner:
     def step_sizes(self) -> tuple[int, ...]:
         """Ascending numbers of tokens that steps with prompts are padded to."""
         return self._pieces.sizes if self._pieces is not None else ()
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether `capture_next` has something to do."""
+        return self._graphs is not None and self._graphs.waiting
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
@@ -258,3 +263,7 @@ class ModelRunner:
             logits = self._model.logits(hidden[begin + at : begin + end])
             parts.append(to_host(prompt_logprobs(logits, targets[at:end], num_top)))
         return PromptChunk(parts, num_top)
+
+
+def _ranks(model: DecoderModel) -> int:
+    return model.tp.size if isinstance(model, Decoder) else 1

@@ -53,10 +53,19 @@ class PendingStep:
         if self._done is not None:
             self._done.record()
 
-    def result(self) -> StepResult:
-        """Waits for the step."""
+    @property
+    def ready(self) -> bool:
+        """Whether waiting would take no time."""
+        return self._done is None or bool(self._done.query())
+
+    def wait(self) -> None:
+        """Until the device has done the step."""
         if self._done is not None:
             self._done.synchronize()
+
+    def result(self) -> StepResult:
+        """Waits for the step."""
+        self.wait()
         scheduled = self._plan.scheduled
         rows = len(scheduled)
         token_ids = [-1] * rows

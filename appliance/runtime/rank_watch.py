@@ -1,0 +1,181 @@
+"""Watches the other ranks of an engine from rank 0: which one has ended, is frozen, or holds the others up.
+
+A thread, since rank 0's own is stuck in a collective operation just then. It counts its looks instead of seconds, so a
+machine that was frozen as a whole is not taken for a rank that is. Knows processes and counters; knows neither what
+ranks compute nor who restarts them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from appliance import errors
+from appliance.errors import ApplianceError, EngineCrashedError
+from appliance.ipc import Failed
+from appliance.runtime.step_ring import SharedSteps, Word
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+FROZEN_SECONDS = 10.0  # without a beat; while it loads libraries a process may not get to beat
+STUCK_SECONDS = 20.0  # no rank gets on with a step: longer than a layer takes on a CPU, or a step on a GPU
+_SETTLE_SECONDS = 0.3  # when one ends, others may follow: which was first is seen from how they end
+_EXIT_SECONDS = 5.0  # between closing its end of the pipe and having ended
+PEER_LOST = "PeerLost"  # what a rank reports that failed in a collective operation: likely another's fault
+
+
+@dataclass
+class RankProcess:
+    """Another rank, as rank 0 sees it. `report`: the reading end of a pipe that it writes one `Failed` to, or nothing,
+    and that closes when it ends."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    report: int
+    said: bytearray = field(default_factory=bytearray)
+    ended: bool = False
+
+    def reason(self) -> ApplianceError:
+        """Why it has ended."""
+        failed = self.failed
+        if failed is not None:
+            kind = getattr(errors, failed.error, None)
+            known = isinstance(kind, type) and issubclass(kind, ApplianceError)
+            cls: type[ApplianceError] = kind if known and kind is not None else EngineCrashedError
+            return cls(f"rank {self.rank}: {failed.message}", hint=failed.hint)
+        code = self.process.returncode
+        if code is None:
+            return EngineCrashedError(f"rank {self.rank} has closed its report and does not end")
+        if code >= 0:
+            return EngineCrashedError(f"rank {self.rank} exited with code {code}")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        cause = " (out of memory, or killed by someone)" if -code == signal.SIGKILL else ""
+        return EngineCrashedError(f"rank {self.rank} was killed by {name}{cause}")
+
+    @property
+    def failed(self) -> Failed | None:
+        try:
+            return msgspec.msgpack.decode(self.said, type=Failed) if self.said else None
+        except msgspec.DecodeError:
+            return None  # it was killed while it wrote
+
+    @property
+    def blame(self) -> int:
+        """Smaller is the likelier cause, among ranks that ended together."""
+        failed = self.failed
+        return 0 if failed is None else 2 if failed.error == PEER_LOST else 1
+
+
+class RankWatch:
+    """Calls `on_lost(reason)` once, from its thread, when a rank is lost."""
+
+    def __init__(
+        self,
+        ranks: Sequence[RankProcess],
+        shared: SharedSteps,
+        on_lost: Callable[[ApplianceError], None],
+        *,
+        frozen_seconds: float = FROZEN_SECONDS,
+        stuck_seconds: float = STUCK_SECONDS,
+    ) -> None:
+        self._ranks = ranks
+        self._shared = shared
+        self._on_lost = on_lost
+        self._frozen_looks = int(frozen_seconds / LOOK_SECONDS)
+        self._stuck_looks = int(stuck_seconds / LOOK_SECONDS)
+        self._stopping = False
+        self._still: dict[int, tuple[int, int]] = {}  # rank -> (beat, looks that found the same)
+        self._progress: tuple[object, int] = ((), 0)  # (what was seen, looks that found the same)
+        self.operation = 0  # counts what rank 0's own thread does; odd while it is in a step
+        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Whatever ends from now on is meant to."""
+        self._stopping = True
+
+    def _run(self) -> None:
+        reason: ApplianceError | None = None
+        while reason is None and not self._stopping:
+            reason = self._ended(LOOK_SECONDS) or self._frozen() or self._stuck()
+        if reason is not None and not self._stopping:
+            self._on_lost(reason)
+
+    def _ended(self, seconds: float) -> ApplianceError | None:
+        """Wait up to `seconds` for one to end."""
+        if not self._read_reports(seconds):
+            return None
+        while self._read_reports(_SETTLE_SECONDS):
+            pass
+        ended = [rank for rank in self._ranks if rank.ended]
+        for rank in ended:
+            try:
+                rank.process.wait(_EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                rank.process.kill()
+        return min(ended, key=lambda rank: rank.blame).reason()
+
+    def _read_reports(self, seconds: float) -> bool:
+        """Take in what ranks say; whether one of them has ended."""
+        open_ends = {rank.report: rank for rank in self._ranks if not rank.ended}
+        poll = select.poll()
+        for fd in open_ends:
+            poll.register(fd, select.POLLIN)
+        ended = False
+        for fd, _ in poll.poll(1000 * seconds):
+            data = os.read(fd, 65536)
+            open_ends[fd].said += data
+            if not data:
+                open_ends[fd].ended = ended = True
+        return ended
+
+    def _frozen(self) -> ApplianceError | None:
+        for rank in self._ranks:
+            beat = self._shared.get(rank.rank, Word.BEAT)
+            before, looks = self._still.get(rank.rank, (beat, 0))
+            looks = looks + 1 if beat == before and beat else 0  # none yet: it is still starting
+            self._still[rank.rank] = beat, looks
+            if looks > self._frozen_looks:
+                seconds = looks * LOOK_SECONDS
+                return EngineCrashedError(
+                    f"rank {rank.rank} has been frozen for {seconds:.0f} s: its process does not run",
+                    hint="was it stopped, or does a device driver hold it?",
+                )
+        return None
+
+    def _stuck(self) -> ApplianceError | None:
+        words = (Word.TAKEN, Word.FINISHED, Word.CALLS)
+        counters = tuple(self._shared.get(rank, word) for rank in range(self._shared.ranks) for word in words)
+        before, looks = self._progress
+        seen = (self.operation, counters)
+        looks = looks + 1 if seen == before and self.operation % 2 else 0
+        self._progress = seen, looks
+        return self._hang(looks * LOOK_SECONDS) if looks > self._stuck_looks else None
+
+    def _hang(self, seconds: float) -> ApplianceError:
+        """Names the ranks that are behind: by messages taken, then by operations begun, then by work finished."""
+        step = self._shared.get(0, Word.TAKEN)
+        what, behind = f"cannot finish step {step}", self._behind(Word.FINISHED)
+        if ranks := self._behind(Word.CALLS):
+            what, behind = f"does not join the others in a collective operation of step {step}", ranks
+        if ranks := self._behind(Word.TAKEN):
+            what, behind = f"has not begun step {step}", ranks
+        names = ", ".join(map(str, behind or range(self._shared.ranks)))
+        who = f"rank {names}" if len(behind) == 1 else f"each of ranks {names}"
+        return EngineCrashedError(f"{who} {what}, for {seconds:.0f} s")
+
+    def _behind(self, word: Word) -> list[int]:
+        """Ranks that are not as far as others."""
+        values = [self._shared.get(rank, word) for rank in range(self._shared.ranks)]
+        return [rank for rank, value in enumerate(values) if value < max(values)]

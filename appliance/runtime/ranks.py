@@ -1,0 +1,269 @@
+"""The ranks of one engine: started by rank 0, told what to do through shared memory, lost together.
+
+Rank 0 is the process that loads the engine (`lead`); the others are `python -m appliance.worker_process`, its children,
+killed by the kernel when it ends. A backend loads and runs its share the same way in all of them and asks its `Member`
+for its place. Knows processes and messages; nothing of models.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+
+from appliance.batching.step import StepPlan
+from appliance.distributed import Meeting, Rendezvous, TensorParallel
+from appliance.engines.manifest import read_manifest
+from appliance.errors import ApplianceError
+from appliance.runtime.rank_watch import RankProcess, RankWatch
+from appliance.runtime.step_ring import RingWriter, SharedSteps, Word
+from appliance.types import EngineOptions, Struct
+
+log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 3.0  # for ranks to end by themselves
+_BLAME_SECONDS = 2.0  # for the watch to find out who was lost, when an operation fails
+_ABORT_SECONDS = 3.0  # rank 0's own thread may be stuck on the device for as long
+
+
+class LoadEngine(Struct, frozen=True, tag=True):
+    """The first message."""
+
+    options: EngineOptions
+
+
+class RunStep(Struct, frozen=True, tag=True):
+    plan: StepPlan
+
+
+class PrepareMore(Struct, frozen=True, tag=True):
+    """`LocalExecutor.prepare_more`, on every rank."""
+
+
+class Stop(Struct, frozen=True, tag=True):
+    """End, exit 0."""
+
+
+ToRank = LoadEngine | RunStep | PrepareMore | Stop
+encode: Callable[[ToRank], bytes] = msgspec.msgpack.Encoder().encode
+decode: Callable[[bytes], ToRank] = msgspec.msgpack.Decoder(ToRank).decode
+
+
+class Member(Protocol):
+    """A rank's place among the others, for those who load and assemble its share."""
+
+    rank: int
+    size: int
+
+    def tensor_parallel(self, device: torch.device) -> TensorParallel:
+        """To build the model with, on this rank's device."""
+
+    def join(self, device: torch.device) -> None:
+        """Wait for the others; in front of the first collective operation."""
+
+    def explain(self, error: Exception) -> Exception:
+        """What a rank was lost for, if that may be why there is this error; else the error."""
+
+    def close(self) -> None:
+        """Rank 0's: end the others. Idempotent."""
+
+
+class Alone:
+    """The member of an engine of one rank."""
+
+    rank = 0
+    size = 1
+
+    def tensor_parallel(self, device: torch.device) -> TensorParallel:
+        return TensorParallel()
+
+    def join(self, device: torch.device) -> None:
+        """There is nobody."""
+
+    def explain(self, error: Exception) -> Exception:
+        return error
+
+    def close(self) -> None:
+        """There is nobody."""
+
+
+class Follower:
+    """Another rank than 0, in its own process."""
+
+    def __init__(self, rendezvous: Rendezvous, shared: SharedSteps) -> None:
+        self.rank = rendezvous.rank
+        self.size = rendezvous.world_size
+        self._meeting = Meeting(rendezvous)
+        self._shared = shared
+
+    def tensor_parallel(self, device: torch.device) -> TensorParallel:
+        return self._meeting.tensor_parallel(device, lambda: self._shared.count(self.rank, Word.CALLS))
+
+    def join(self, device: torch.device) -> None:
+        self._meeting.join(device)
+
+    def explain(self, error: Exception) -> Exception:
+        return error  # rank 0 finds out
+
+    def close(self) -> None:
+        """Rank 0 is the one that ends ranks."""
+
+
+class Leader:
+    """Rank 0, and the processes of the others."""
+
+    rank = 0
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        size: int,
+        on_lost: Callable[[ApplianceError], None] | None = None,
+        rendezvous: Rendezvous | None = None,
+    ) -> None:
+        """Start the other ranks and have them load the engine. They die with the thread that this is called in.
+        `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which may free
+        this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default."""
+        self.size = size
+        self.lost: ApplianceError | None = None
+        self._on_lost = on_lost or self._abort
+        self._found = threading.Event()
+        self._meeting = Meeting(rendezvous or Rendezvous(0, size))
+        self._shared = SharedSteps.create(size)
+        self._wake: list[int] = []
+        self._ranks: list[RankProcess] = []
+        try:
+            for rank in range(1, size):
+                self._start(rank)
+        except BaseException:
+            self._kill()
+            raise
+        self._ring = RingWriter(self._shared, self._wake)
+        self._watch = RankWatch(self._ranks, self._shared, self._lose)
+        self._watch.start()
+        atexit.register(self.close)
+        self._ring.send(encode(LoadEngine(options)))
+        self._shared.count(0, Word.FINISHED)
+
+    def _start(self, rank: int) -> None:
+        sleeps, wakes = os.pipe()
+        hears, reports = os.pipe()
+        os.set_blocking(wakes, False)
+        fds = (self._shared.fd, sleeps, reports)
+        arguments = {"rank": rank, "world-size": self.size, "master-port": self._meeting.port}
+        arguments |= {"memory": fds[0], "wake": fds[1], "report": fds[2]}
+        bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), f"rank-{rank}"]
+        command = [*bootstrap, "appliance.worker_process", *(f"--{k}={v}" for k, v in arguments.items())]
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds)
+        finally:
+            os.close(sleeps)
+            os.close(reports)
+        self._wake.append(wakes)
+        self._ranks.append(RankProcess(rank, process, hears))
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the other ranks, in order."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def tensor_parallel(self, device: torch.device) -> TensorParallel:
+        return self._meeting.tensor_parallel(device, lambda: self._shared.count(0, Word.CALLS))
+
+    def join(self, device: torch.device) -> None:
+        with self._explained():
+            self._meeting.join(device)
+
+    def send(self, message: RunStep | PrepareMore) -> None:
+        """To every other rank. Raises what they were lost for."""
+        self._ring.send(encode(message), self.check)
+
+    def finished(self) -> None:
+        """Rank 0's own part of the oldest message is done."""
+        self._shared.count(0, Word.FINISHED)
+
+    def check(self) -> None:
+        """Raises what a rank was lost for."""
+        if self.lost is not None:
+            raise self.lost
+
+    @contextlib.contextmanager
+    def operation(self) -> Iterator[None]:
+        """Around everything that may wait for other ranks, once the engine is loaded: the watch looks whether it gets
+        on, and what fails in it is explained by a rank that was lost."""
+        self.check()
+        self._watch.operation += 1
+        try:
+            with self._explained():
+                yield
+        finally:
+            self._watch.operation += 1
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = self.explain(error)
+            if reason is error:
+                raise
+            raise reason from error
+
+    def explain(self, error: Exception) -> Exception:
+        self._found.wait(_BLAME_SECONDS)
+        return self.lost or error
+
+    def _lose(self, reason: ApplianceError) -> None:
+        """From the watch's thread."""
+        self.lost = reason
+        log.error("%s", reason)
+        self._kill()
+        self._found.set()
+        self._on_lost(reason)
+
+    def _abort(self, reason: ApplianceError) -> None:
+        """What is enqueued on a GPU would wait for ever for ranks that are gone; gloo notices by itself."""
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+            from torch.distributed.distributed_c10d import _abort_process_group
+
+            with contextlib.suppress(RuntimeError):
+                _abort_process_group()
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.process.kill()
+
+    def close(self) -> None:
+        """End the other ranks. Idempotent."""
+        self._watch.stop()
+        atexit.unregister(self.close)
+        if self.lost is None:
+            with contextlib.suppress(ApplianceError):
+                self._ring.send(encode(Stop()), self._give_up)
+        for rank in self._ranks:
+            try:
+                rank.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                rank.process.kill()
+                rank.process.wait()
+
+    def _give_up(self) -> None:
+        raise ApplianceError("the ring is full")
+
+
+def lead(options: EngineOptions, on_lost: Callable[[ApplianceError], None] | None = None) -> Leader | Alone:
+    """Rank 0's place in the engine that `options` name; starts the other ranks, if there are any. EngineDamagedError if
+    there is no engine, HardwareError if they cannot meet."""
+    size = read_manifest(Path(options.engine_dir)).tp_size
+    return Leader(options, size, on_lost) if size > 1 else Alone()
