@@ -182,6 +182,20 @@ def test_fewer_kv_heads_than_ranks_repeat_them() -> None:
     assert four.memory.kv_per_token == eight.memory.kv_per_token
 
 
+def test_weights_that_leave_no_room_for_requests_are_shared() -> None:
+    """14B in BF16 on L40S of 45 GB: alone 33 requests at once, over two GPUs 159."""
+    model = msgspec.structs.replace(LLAMA_8B, hidden_size=5120, num_hidden_layers=48, num_attention_heads=40)
+    hardware = machine("l40s-x2")
+    selection = choose(hardware, model, build=ALL, precision="bf16")
+    one, two = by_name(selection, "bf16-tp1"), by_name(selection, "bf16-tp2")
+    assert one.roomy and one.replicas == 2 and one.score is not None and two.score is not None
+    assert two.score > 1.3 * one.score and names(selection)[0] == "bf16-tp2"
+    assert "smallest group of GPUs whose predicted output is within 30% of the best" in reasons(selection)[0]
+    # Not where the number of replicas is given, or none can be served.
+    assert names(choose(hardware, model, build=ALL, precision="bf16", replicas=1))[0] == "bf16-tp1"
+    assert names(choose(hardware, model, build=FULL, precision="bf16"))[0] == "bf16-tp1"
+
+
 # ---------------------------------------------------------------- what a user asks for
 
 

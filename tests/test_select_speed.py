@@ -110,8 +110,9 @@ def test_full_load_of_a_70b_on_four_h200s_is_plausible() -> None:
     assert 0.9 * 21243 < speed.prompt_tokens_per_second(many, 8192, 4096) < 1.5 * 21243
 
 
-# Published for TensorRT-LLM, FP8 weights and K/V where the GPU has them: not this engine, but GPUs that nobody here has.
-# 1.0 ("Overview", all requests at once): machine, GiB, model, ranks, {(prompt, output): output tokens/s of all ranks}.
+# Published for TensorRT-LLM, FP8 weights and K/V where the GPU has them: not this engine, but GPUs and numbers of ranks
+# that nothing was measured on here. 1.0 ("Overview", all requests at once): machine, GiB, model, ranks, and by prompt
+# and output the output tokens/s of all ranks.
 LLAMA_405B = ModelConfig("LlamaForCausalLM", 128256, 16384, 53248, 126, 128, 8, 128, 131072)
 LOADED = [
     (

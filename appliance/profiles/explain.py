@@ -76,15 +76,25 @@ def _reasons(selection: Selection) -> Iterator[str]:
 def _why(selection: Selection, chosen: Outcome) -> str:
     on = "the CPU" if chosen.backend == "cpu" else _gpu_list(selection, chosen)
     per_gpu = f"{format_size(chosen.requires_bytes_per_gpu or 0)}" + ("" if chosen.backend == "cpu" else " per GPU")
-    size = (
-        "smallest group of GPUs that fits" if selection.objective == "throughput" else "no larger group is 10% faster"
-    )
-    size = f", {size}" if chosen.backend != "cpu" else ""
+    size = f", {_why_size(selection, chosen)}" if chosen.backend != "cpu" else ""
     copies = f"{chosen.replicas} replicas of " if chosen.replicas > 1 else ""
     return (
         f"{copies}{chosen.name} on {on}: highest priority that can run{size}; needs {per_gpu}, predicted "
         f"{chosen.decode_ms:.2f} ms per token of one request, context up to {chosen.max_model_len} tokens"
     )
+
+
+def _why_size(selection: Selection, chosen: Outcome) -> str:
+    if selection.objective == "latency":
+        return "no larger group is 10% faster"
+    ranks = chosen.tp_size * chosen.pp_size
+    same = [o for o in selection.outcomes if o.status == "runnable" and o.profile == chosen.profile]
+    smaller = [o for o in same if o.tp_size * o.pp_size < ranks]
+    if not smaller:
+        return "smallest group of GPUs that fits"
+    if any(o.roomy for o in smaller):
+        return "smallest group of GPUs whose predicted output is within 30% of the best"
+    return "smallest group of GPUs with room for several users"
 
 
 def _label(outcome: Outcome) -> str:

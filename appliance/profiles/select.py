@@ -3,9 +3,11 @@
 Policy (design.md §6), the numbers of which are the profiles' priorities:
 
 1. The precision with the highest priority on this GPU that GPU, model and build allow and that fits free memory.
-2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, else the smallest
-   that fits at all; and where the build can, a replica of it on every other GPU with as much room. Objective latency:
-   the smallest whose predicted time per token is within 10% of the best.
+2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, or that fits at
+   all. Where the build can, there is a replica of it on every other GPU with as much room; a larger size
+   is then taken if its replicas together are predicted to give over 30% more, which is beyond the model's error: weights
+   that leave little room for a KV cache are better shared. Objective latency: the smallest whose predicted time per
+   token is within 10% of the best.
 3. On a mixed machine the group of identical GPUs with the most memory; another group only if nothing runs on that one.
    The CPU only where no GPU can be used, or on request.
 
@@ -32,6 +34,7 @@ from appliance.types import Gpu, Hardware, ModelConfig, Objective, Struct
 _STATUS_RANK = {"runnable": 0, "not_built": 1, "low_memory": 2, "incompatible": 3}
 _UNLIMITED = 1 << 50  # bytes
 _LATENCY_SLACK = 1.10  # a larger group of GPUs must be faster than this factor to be worth it
+_OUTPUT_SLACK = 1.30  # likewise for the output of all replicas, of which fewer are larger
 
 
 class Selection(Struct, frozen=True):
@@ -77,9 +80,10 @@ def select(
         for candidate in options
     ]
     outcomes.sort(key=lambda o: (_STATUS_RANK[o.status], o.order, -o.priority, o.profile, o.tp_size, o.pp_size))
+    spread = capabilities.replicas and asked.replicas is None
     return Selection(
-        selected=_choose([o for o in outcomes if o.status == "runnable"], objective),
-        wanted=_choose([o for o in outcomes if o.status in ("runnable", "not_built")], objective)
+        selected=_choose([o for o in outcomes if o.status == "runnable"], objective, spread),
+        wanted=_choose([o for o in outcomes if o.status in ("runnable", "not_built")], objective, spread)
         or _wish(outcomes, options, where, question, objective),
         outcomes=tuple(outcomes),
         places=tuple(where),
@@ -97,15 +101,19 @@ def _relevance(outcome: Outcome, where: Sequence[Place]) -> bool:
     return is_cpu != (outcome.backend == "cpu") and len(where) > 1
 
 
-def _choose(able: list[Outcome], objective: Objective) -> Outcome | None:
+def _choose(able: list[Outcome], objective: Objective, spread: bool = False) -> Outcome | None:
+    """`spread`: each was given as many replicas as there is room for, so that their outputs can be compared."""
     if not able:
         return None
-    if objective == "throughput":
-        return min(able, key=lambda o: (o.order, -o.priority, o.profile, not o.roomy, o.tp_size * o.pp_size, o.pp_size))
     first = min(able, key=lambda o: (o.order, -o.priority, o.profile))
     same = [o for o in able if (o.order, o.profile) == (first.order, first.profile)]
-    best = min(o.decode_ms or 0.0 for o in same)
-    close = [o for o in same if (o.decode_ms or 0.0) <= best * _LATENCY_SLACK]
+    if objective == "latency":
+        best = min(o.decode_ms or 0.0 for o in same)
+        close = [o for o in same if (o.decode_ms or 0.0) <= best * _LATENCY_SLACK]
+    else:
+        close = [o for o in same if o.roomy] or same
+        most = max(o.score or 0.0 for o in close)
+        close = [o for o in close if (o.score or 0.0) * _OUTPUT_SLACK >= most] if spread else close
     return min(close, key=lambda o: (o.tp_size * o.pp_size, o.pp_size))
 
 
