@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ class Rig:
         self.directory = directory
         self.modes = modes
         self.children: dict[str, list[Child]] = {}
+        self.variables: dict[str, dict[str, str]] = {}
         self.repaired: list[str] = []
         self.options = EngineOptions(engine_dir="/nowhere", backend="fake", replicas=len(modes))
         self.state = ServerState(("m",))
@@ -37,13 +38,14 @@ class Rig:
             self.spawn,
             self.state,
             repair=self.repair,
-            prepared=self.spawn("engine-0"),
+            prepared=self.spawn("engine-0", {}),
             restart_budget=budget,
             backoff_seconds=0.01,
             hang_seconds=hang_seconds,
         )
 
-    def spawn(self, name: str) -> Child:
+    def spawn(self, name: str, variables: Mapping[str, str]) -> Child:
+        self.variables[name] = dict(variables)
         modes = self.modes[int(name.partition("-")[2])]
         mode = modes.pop(0) if len(modes) > 1 else modes[0]
         child = Child(name, "fake_engine", [mode], directory=self.directory, environment=ENVIRONMENT)
@@ -255,6 +257,19 @@ async def test_drain_waits_for_all_and_processes_prepared_for_nothing_are_ended(
         for stream in streams:
             await stream.completes(40)
         assert rig.life.phase == "draining"
+
+
+async def test_each_replica_on_a_mig_slice_sees_its_own(tmp_path: Path) -> None:
+    """CUDA shows a process the first slice only, so the process that was started before anyone knew is replaced."""
+    rig = Rig(tmp_path, [["steps"], ["steps"]])
+    rig.options = EngineOptions(engine_dir="/nowhere", backend="fake", devices=("MIG-a", "MIG-b"), replicas=2)
+    async with rig.running():
+        await rig.until("ready", "ready")
+        assert rig.variables == {f"engine-{i}": {"CUDA_VISIBLE_DEVICES": f"MIG-{x}"} for i, x in enumerate("ab")}
+        rig.kill(1)
+        await rig.until("ready", "restarting")
+        await rig.until("ready", "ready")
+        assert rig.variables["engine-1"] == {"CUDA_VISIBLE_DEVICES": "MIG-b"}
 
 
 async def test_stop_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_endpoints_are_served() -> None:
 async def test_metrics_exist() -> None:
     state, _engine = await ready_state()
     state.metrics.profile, state.metrics.engine_cache_hit = {"name": "bf16-tp1"}, True
+    state.metrics.replica_phases = lambda: ["ready"]
     known = set(re.findall(r"^# TYPE (\S+)", state.metrics.render().decode(), re.M))
     listed = [name for cell in first_column(section("Metrics")) for name in cell.split()]
     assert len(set(listed)) == len(listed) >= 15

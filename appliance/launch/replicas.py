@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -53,13 +53,14 @@ class _ReplicaLifecycle(Lifecycle):
 
 
 class Replicas:
-    """`spawn` starts an engine process of that name. `repair` makes a damaged engine whole and returns the options to
-    go on with. `prepared` is the process that was started first, before anyone knew what to load. `restart_budget`,
-    `backoff_seconds` and `hang_seconds` are each replica's, as `EngineSupervisor` has them."""
+    """`spawn` starts an engine process of that name, with these variables in its environment. `repair` makes a damaged
+    engine whole and returns the options to go on with. `prepared` is the process that was started first, before anyone
+    knew what to load. `restart_budget`, `backoff_seconds` and `hang_seconds` are each replica's, as `EngineSupervisor`
+    has them."""
 
     def __init__(
         self,
-        spawn: Callable[[str], Child],
+        spawn: Callable[[str, Mapping[str, str]], Child],
         state: ServerState,
         *,
         repair: Callable[[EngineDamagedError], Awaitable[EngineOptions]],
@@ -84,7 +85,7 @@ class Replicas:
     def prepare(self, count: int) -> None:
         """Start processes now, so that they import what they need while the server still decides what to load."""
         while len(self._prepared) < count:
-            self._prepared.append(self._spawn(_name(len(self._prepared), count)))
+            self._prepared.append(self._spawn(_name(len(self._prepared), count), {}))
 
     async def run(self, options: EngineOptions) -> None:
         """Serve until `stop`. Raises what the last replica fails with: what its engine said if none was ever ready,
@@ -132,10 +133,14 @@ class Replicas:
             self._state.metrics.replica_phases = lambda: [life.phase for life in self._lives]
             self._state.journal.set_replicas(count, prefix_caching=options.prefix_caching)
         self.prepare(count)
-        for number in range(count):
+        for number, part in enumerate(self._parts):
+            spawn = partial(self._spawn, _name(number, count), _variables(part))
+            if _variables(part):
+                self._prepared[number].close()
+                self._prepared[number] = spawn()
             self._prepared[number].name = _name(number, count)
             supervisor = EngineSupervisor(
-                partial(self._spawn, _name(number, count)),
+                spawn,
                 self._lives[number],
                 self._state.journal.of_replica(number),
                 repair=partial(self._repair_once, number),
@@ -245,6 +250,14 @@ class Replicas:
             }
             for number, life in enumerate(self._lives)
         ]
+
+
+def _variables(part: EngineOptions) -> dict[str, str]:
+    """What the process of one of several replicas needs in its environment: CUDA shows a process one MIG slice only,
+    the first unless it is told which."""
+    if part.replicas == 1 or not any(device.startswith("MIG-") for device in part.devices):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(part.devices)}
 
 
 def _name(number: int, count: int) -> str:

@@ -119,7 +119,7 @@ class _Process:
         self._handle_signals()
         several = (self._settings.replicas or 1) > 1
         # Imports torch while this process imports the server and decides.
-        first_engine = self._spawn_engine("engine-0" if several else "engine")
+        first_engine = self._spawn_engine("engine-0" if several else "engine", {})
         from appliance.launch import report
 
         before_seconds = report.process_age_seconds()
@@ -146,8 +146,9 @@ class _Process:
 
     # ------------------------------------------------------------ making the parts
 
-    def _spawn_engine(self, name: str = "engine") -> Child:
-        return Child(name, self._engine_module, [], directory=self._directory, environment=self._environment)
+    def _spawn_engine(self, name: str, variables: Mapping[str, str]) -> Child:
+        environment = {**self._environment, **variables}
+        return Child(name, self._engine_module, [], directory=self._directory, environment=environment)
 
     def _make_watchdog(self) -> Watchdog | None:
         if not self._settings.stuck_seconds:
