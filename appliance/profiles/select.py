@@ -4,10 +4,10 @@ Policy (design.md §6), the numbers of which are the profiles' priorities:
 
 1. The precision with the highest priority on this GPU that GPU, model and build allow and that fits free memory.
 2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, or that fits at
-   all. Where the build can, there is a replica of it on every other GPU with as much room; a larger size
-   is then taken if its replicas together are predicted to give over 30% more, which is beyond the model's error: weights
-   that leave little room for a KV cache are better shared. Objective latency: the smallest whose predicted time per
-   token is within 10% of the best.
+   all. Where the build can, there is a replica of it on every other GPU with as much room; a larger size is then taken
+   if its replicas together are predicted to give over 30% more, which is beyond the model's error: weights that leave
+   little room for a KV cache are better shared. Objective latency: the smallest whose predicted time per token is
+   within 10% of the best.
 3. On a mixed machine the group of identical GPUs with the most memory; another group only if nothing runs on that one.
    The CPU only where no GPU can be used, or on request.
 
