@@ -270,6 +270,7 @@ def test_every_size_has_a_line_and_replicas_are_compared() -> None:
     assert "TP8: needs 8 identical GPUs, and 4 can be used" in lines
     assert "GPUs 0+1, 2+3, 4+5, 6+7 (NVIDIA H100" in reasons(choose("h100-x8", LLAMA_70B, build=ALL))[0]
     assert not any(line.startswith("TP1: ") for line in reasons(choose("h200-x1", build=ALL))), "no choice, no lines"
+    assert not any("asked for" in line for line in reasons(choose("h200-x4", build=ALL, tp_size=2)))
     (today,) = (line for line in reasons(choose("h200-x4")) if line.startswith("TP2: "))
     assert today.endswith("; tensor parallelism over 2 is not built yet: cuda serves on one device")
 

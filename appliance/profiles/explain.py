@@ -97,6 +97,10 @@ def _why_size(selection: Selection, chosen: Outcome) -> str:
     return "smallest group of GPUs with room for several users"
 
 
+def _asked_away(outcome: Outcome) -> bool:
+    return (outcome.reason or "").startswith("not what was asked for")
+
+
 def _label(outcome: Outcome) -> str:
     """ "TP2", "TP2 × PP2"."""
     return f"TP{outcome.tp_size}" + (f" × PP{outcome.pp_size}" if outcome.pp_size > 1 else "")
@@ -104,7 +108,7 @@ def _label(outcome: Outcome) -> str:
 
 def _sizes(selection: Selection, chosen: Outcome) -> Iterator[str]:
     """What each size of the chosen profile is predicted to do, where there is a choice."""
-    same = [o for o in selection.outcomes if o.profile == chosen.profile]
+    same = [o for o in selection.outcomes if o.profile == chosen.profile and not _asked_away(o)]
     same.sort(key=lambda o: (o.tp_size * o.pp_size, o.pp_size))
     if chosen.backend == "cpu" or len(selection.places[chosen.order].gpus) == 1 or len(same) == 1:
         return
@@ -155,9 +159,8 @@ def _passed_over(selection: Selection, chosen: Outcome) -> Iterator[str]:
     best_of: dict[str, Outcome] = {}
     for outcome in selection.outcomes:
         higher = outcome.backend == chosen.backend and outcome.priority > chosen.priority
-        asked_away = (outcome.reason or "").startswith("not what was asked for")
         otherwise = published is not None and outcome.precision != published.precision
-        if higher and outcome.status != "runnable" and not asked_away and not otherwise:
+        if higher and outcome.status != "runnable" and not _asked_away(outcome) and not otherwise:
             best_of.setdefault(outcome.profile, outcome)
     for outcome in best_of.values():
         if outcome.name != selection.wanted.name:  # that one has its line already
