@@ -185,6 +185,7 @@ class Replicas:
     def _give_up(self, number: int, error: ApplianceError, left: int) -> None:
         log.error("replica %d is given up, %d of %d remain: %s", number, left, len(self._lives), error)
         self._metrics.engines.pop(number, None)
+        self._state.journal.on_replica_given_up(number)
         self._lives[number].enter("failed", error.message)
 
     def _show(self) -> None:

@@ -178,6 +178,8 @@ class RequestJournal:
                 self._close(entry, output.finish_reason)
             self._give(entry.group, output)
         lane.tokens += num_tokens
+        if num_tokens and not lane.proven:
+            dispatch.proven(lane, self._entries.values())
         for last_token, count in gaps.items():
             self._metrics.tokens(now - last_token, count)
 
@@ -223,16 +225,19 @@ class RequestJournal:
         self._dispatch.resubmit(self._entries.values())
 
     async def on_engine_ready(self, link: EngineLink, replica: int = 0) -> None:
-        """A replica's engine is up: hand it what waits for one, oldest first, suspects last, and a share of what others
-        have not begun. Returns after it was sent."""
+        """A replica's engine is up: hand it what waits for one, oldest first, suspects last. Returns after it was sent.
+        Where other replicas serve, it takes part from its first token on."""
         lane = self._dispatch.lanes[replica]
         lane.link = link
         info = self._metrics.engines.get(replica)
         if info is not None:
             self._dispatch.set_capacity(replica, info.num_pages)
         self._dispatch.resubmit(self._entries.values())
-        self._dispatch.take_share(lane)
         await lane.flush()
+
+    def on_replica_given_up(self, replica: int) -> None:
+        """No engine of it will come any more; the others go on."""
+        self._dispatch.given_up(replica)
 
     # ------------------------------------------------------------ endings
 

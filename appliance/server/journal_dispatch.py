@@ -6,7 +6,8 @@ event-loop thread.
 A request whose replica is lost goes on at once on another that is up, or waits for one. So that one bad request does
 not take its neighbours with it, requests that could not survive another crash are *suspects*: they are handed over one
 after the other, over all replicas, each after the one before gave a token (it resumed at the point where its engine
-died, so that is past the danger). A crash of that replica meanwhile is blamed on that one alone.
+died, so that is past the danger). A crash of that replica meanwhile is blamed on that one alone. While a replica is
+down, suspects wait for it, or for another that is idle, rather than endanger what runs on the others.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Dispatcher:
 
     @property
     def up(self) -> list[Lane]:
-        return [lane for lane in self.lanes if lane.is_up]
+        """Replicas that may be given requests: those whose engine gave a token, or, if there is none, that are up."""
+        up = [lane for lane in self.lanes if lane.is_up]
+        return [lane for lane in up if lane.proven] or up
 
     # ------------------------------------------------------------ the usual path
 
@@ -84,7 +87,7 @@ class Dispatcher:
             lane.release(entry)
             if len(self.lanes) > 1 and not entry.internal:
                 self._router.record(lane.number, self._digests(entry))
-        if entry is self.on_probation:
+        if entry is self.on_probation or (self._suspects and self.on_probation is None):
             self.next_suspect()
 
     # ------------------------------------------------------------ loss and return of a replica
@@ -94,6 +97,7 @@ class Dispatcher:
         journal ends these and then calls `resubmit`."""
         lane, suspect = self.lanes[replica], self.on_probation
         self._router.forget(replica)
+        self._suspects = []  # until `resubmit`: plain requests come first
         culprit = None
         if suspect is not None and suspect.lane is lane:
             self.on_probation = None
@@ -104,6 +108,19 @@ class Dispatcher:
             entry.crashes += 1
         return [entry for entry in blamed if entry.crashes >= self._max_engine_crashes]
 
+    def proven(self, lane: Lane, entries: Iterable[Entry]) -> None:
+        """Its engine gave its first token: it takes part, with a share of what the others have not begun."""
+        lane.proven = True
+        if len(self.lanes) > 1:
+            self.resubmit(entries)
+            self._take_share(lane)
+
+    def given_up(self, replica: int) -> None:
+        """No engine of it will come any more."""
+        self.lanes[replica].given_up = True
+        if self.on_probation is None:
+            self.next_suspect()
+
     def resubmit(self, entries: Iterable[Entry]) -> None:
         """Send those of these, all of the journal in order of arrival, that have no replica, as far as one is up."""
         waiting = [entry for entry in entries if entry.lane is None]
@@ -112,9 +129,8 @@ class Dispatcher:
         self.dispatch(plain)
         resumed = sum(1 for entry in plain if entry.crashes and entry.lane is not None)
         self._metrics.resubmitted += resumed
-        if self.up and (resumed or self._suspects):
-            rest = f", {len(self._suspects)} more one after the other" if self._suspects else ""
-            log.warning("resubmitting %d requests%s", resumed, rest)
+        if resumed:
+            log.warning("resubmitting %d requests", resumed)
         if self.on_probation is None:
             self.next_suspect()
 
@@ -124,19 +140,26 @@ class Dispatcher:
     def next_suspect(self) -> None:
         """The suspect on probation, if any, is cleared: hand over the next, to the replica with the least to lose."""
         self.on_probation = None
-        up = self.up
+        up = self._for_suspects()
         while up and self._suspects and self.on_probation is None:
             entry = self._suspects.pop(0)
             if not entry.closed:
+                log.warning("resubmitting request %s, after %d crashes", entry.request.request_id, entry.crashes)
                 self.on_probation = entry
                 min(up, key=lambda lane: lane.tokens).assign(entry)
                 self._metrics.resubmitted += 1
 
+    def _for_suspects(self) -> list[Lane]:
+        up = self.up
+        if len(up) == sum(not lane.given_up for lane in self.lanes):
+            return up
+        return [lane for lane in up if not lane.entries]
+
     # ------------------------------------------------------------ shares
 
-    def take_share(self, lane: Lane) -> None:
-        """A replica came up: it gets requests that wait in the queues of others, the newest first, while that evens the
-        loads. Their engines are told to give them up; `moved` is called when they have."""
+    def _take_share(self, lane: Lane) -> None:
+        """The replica gets requests that wait in the queues of others, the newest first, while that evens the loads.
+        Their engines are told to give them up; `moved` is called when they have."""
         expected = lane.tokens
         for other in self.up:
             waiting = self._metrics.stats_of(other.number).num_waiting
@@ -182,13 +205,14 @@ class Dispatcher:
         for lane in self.lanes:
             lane.check_integrity()
             assert set(lane.entries) <= live
-        probation, up = self.on_probation, bool(self.up)
+        probation, up, for_suspects = self.on_probation, self.up, self._for_suspects()
         assert probation is None or (probation in live and probation.lane is not None)
         for entry in live:
             assert entry.lane is None or entry in entry.lane.entries
             assert entry.crashes < self._max_engine_crashes
             if up and entry.lane is None and entry.home is None:
-                assert entry in self._suspects and probation is not None, "it waits though a replica is up"
+                assert entry in self._suspects, "it waits though a replica is up"
+                assert probation is not None or not for_suspects, "a suspect waits, and for nobody"
 
 
 def _by_prompt(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

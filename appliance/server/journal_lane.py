@@ -27,6 +27,8 @@ class Lane:
     def __init__(self, number: int, on_unsendable: Callable[[Entry, Exception], None]) -> None:
         self.number = number
         self.link: EngineLink | None = None
+        self.proven = False  # its engine gave a token
+        self.given_up = False  # no engine will come any more
         self.entries: dict[Entry, None] = {}  # assigned to it, in the order in which they were
         self.tokens = 0  # of all these, prompts and outputs: its load
         self._on_unsendable = on_unsendable
@@ -62,7 +64,7 @@ class Lane:
 
     def lose(self) -> list[Entry]:
         """The engine is gone. Releases all entries and returns those that it had been given."""
-        self.link = None
+        self.link, self.proven = None, False
         self._outbox.clear()
         self._aborts.clear()
         given = [entry for entry in self.entries if entry.link is not None]
@@ -91,8 +93,12 @@ class Lane:
                     if aborts:
                         await link.abort(aborts)
                 except ConnectionError as error:
-                    # The supervisor notices the dead engine and the journal is told; the entries are still there.
-                    log.warning("%s; %d requests wait for its restart", error, len(add))
+                    # The supervisor notices the dead engine and the journal is told; the entries are still there, and
+                    # have no part in this crash.
+                    log.warning("%s; %d requests did not reach it", error, len(add))
+                    for entry in add:
+                        entry.link = None
+                    self._outbox = add + self._outbox
                     return
                 except Exception:
                     log.exception("the engine took no message; %d requests wait for its restart", len(add))
