@@ -7,7 +7,8 @@
 // from shared memory to the four threads that have the row, each takes its two nibbles of every word (consecutive inner
 // positions, so x may lie in shared memory as it is in memory), puts them under the exponent of 128 (float16: 1024), takes off
 // 128 + zero point, which is exact, and multiplies by the scale, which is rounded to the type of x. While the tensor cores
-// multiply one piece, the next is being made.
+// multiply one piece, the next is being made. What a chunk needs beside that is done while products are under way: the block
+// meets for the next chunk before the last piece of this one, and begins copies behind products.
 //
 // Compile-time: BF16 (else float16), GROUP (inner positions of a scale), COLUMNS (8 to 128), WARPGROUPS, CHUNK (inner
 // positions of a stage), STAGES, SPLIT, BLOCKS_PER_SM.
@@ -22,7 +23,9 @@ constexpr int kSpans = CHUNK / kSpan;
 constexpr int kXBytes = COLUMNS * CHUNK * 2;
 constexpr int kWeightBytes = kRows * CHUNK / 2;
 constexpr int kStageBytes = (kXBytes + kWeightBytes + kRows * kSpans * 4 + 1023) / 1024 * 1024;
-constexpr int kAhead = STAGES - 2;  // chunks under way: products of the chunk before may still read theirs
+constexpr int kAhead = STAGES - 2;  // chunks in front whose x is under way; weights are one further
+
+constexpr bool kFetchesEarly = COLUMNS < 128;  // a piece's words, while products are waited for: registers suffice
 
 static_assert(GROUP % 32 == 0 && CHUNK % 64 == 0 && STAGES >= 3, "x lies in rows of 128 bytes; a piece has one scale");
 
@@ -56,6 +59,7 @@ struct WeightLoader {
   static constexpr int kRowsAtOnce = kThreads / kPieces, kCopies = kRows / kRowsAtOnce;
   static constexpr int kScaleCopies = (kRows * kSpans + kThreads - 1) / kThreads;
   static_assert(kRowsAtOnce % 8 == 0 && kThreads % kSpans == 0, "places of a thread's copies differ by a constant");
+  static_assert(kThreads / kSpans % kRows == 0 || kRows % (kThreads / kSpans) == 0, "no scale is behind the last one");
   static constexpr int kScaleRowsAtOnce = kThreads / kSpans;
 
   const uint8_t *from, *scale_from;  // of the first copy; of the scales of its row
@@ -71,25 +75,26 @@ struct WeightLoader {
     step = (int64_t)kRowsAtOnce * (p.k / 2);
     rows_left = p.n - p.first_row - row;
     to = shared_base() + kXBytes + weight_place(row, piece);
-    const int scale_row = threadIdx.x / kSpans, span = threadIdx.x % kSpans;
+    const int scale_row = threadIdx.x / kSpans % kRows, span = threadIdx.x % kSpans;  // several threads copy the same, if few
     scale_inner = p.first_chunk * CHUNK + span * kSpan;
     scale_from = p.scale_zero + (p.first_row + scale_row) * (int64_t)(p.k / GROUP) * 4;
     scale_step = (int64_t)kScaleRowsAtOnce * (p.k / GROUP) * 4;
-    scale_rows_left = scale_row < kRows ? p.n - p.first_row - scale_row : 0;
+    scale_rows_left = p.n - p.first_row - scale_row;
     scale_to = shared_base() + kXBytes + kWeightBytes + (span * kRows + scale_row) * 4;
   }
 
-  // Into the stage that begins at `stage`.
-  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage) {
+  // Into the stage that begins at `stage`; zeros if it is not `wanted`. Without branches: where there are some, the compiler
+  // waits for all products that are under way.
+  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage, bool wanted) {
 #pragma unroll
     for (int i = 0; i < kCopies; i++)
-      copy16(to + stage + i * (kRowsAtOnce * kPieces * 16), from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
+      copy16(to + stage + i * (kRowsAtOnce * kPieces * 16), from + i * step,
+             wanted && inner < p.k && i * kRowsAtOnce < rows_left);
     const uint8_t* scale = scale_from + (uint32_t)scale_inner / GROUP * 4;
 #pragma unroll
     for (int i = 0; i < kScaleCopies; i++)
-      if (kRows % kScaleRowsAtOnce == 0 || threadIdx.x / kSpans < kRows)
-        copy4(scale_to + stage + i * (kScaleRowsAtOnce * 4), scale + i * scale_step,
-              scale_inner < p.k && i * kScaleRowsAtOnce < scale_rows_left);
+      copy4(scale_to + stage + i * (kScaleRowsAtOnce * 4), scale + i * scale_step,
+            wanted && scale_inner < p.k && i * kScaleRowsAtOnce < scale_rows_left);
     from += CHUNK / 2, inner += CHUNK, scale_inner += CHUNK;
   }
 };
@@ -104,22 +109,20 @@ struct XLoader {
   int64_t step;
   int inner, rows_left;
   uint32_t to;
-  bool busy;  // there are more threads than pieces of a narrow x
 
   __device__ __forceinline__ XLoader(const Problem& p) {
-    const int row = threadIdx.x / kXPieces, piece = threadIdx.x % kXPieces;
+    const int row = threadIdx.x / kXPieces % COLUMNS, piece = threadIdx.x % kXPieces;  // several copy the same of a narrow x
     inner = p.first_chunk * CHUNK + piece * 8;
     from = p.x + (p.first_column + row) * p.x_stride + inner;
     step = kRowsAtOnce * p.x_stride;
     rows_left = p.m - p.first_column - row;
     to = shared_base() + x_place(row, piece);
-    busy = row < COLUMNS;
   }
 
-  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage) {
+  __device__ __forceinline__ void load_next(const Problem& p, uint32_t stage, bool wanted) {
 #pragma unroll
     for (int i = 0; i < kCopies; i++)
-      if (busy) copy16(to + stage + i * kRowsAtOnce * 128, from + i * step, inner < p.k && i * kRowsAtOnce < rows_left);
+      copy16(to + stage + i * kRowsAtOnce * 128, from + i * step, wanted && inner < p.k && i * kRowsAtOnce < rows_left);
     from += CHUNK, inner += CHUNK;
   }
 
@@ -132,14 +135,14 @@ struct XLoader {
       for (int b = 0; b < kBatch; b++)
 #pragma unroll
         for (int i = 0; i < kCopies; i++) {
-          const bool there = busy && first + b < count && inner + b * CHUNK < p.k && i * kRowsAtOnce < rows_left;
+          const bool there = first + b < count && inner + b * CHUNK < p.k && i * kRowsAtOnce < rows_left;
           held[b][i] = first + b < kAhead && there ? load16(from + b * CHUNK + i * step) : uint4{0, 0, 0, 0};
         }
 #pragma unroll
       for (int b = 0; b < kBatch && first + b < kAhead; b++)
 #pragma unroll
         for (int i = 0; i < kCopies; i++)
-          if (busy) store_shared16(to + (first + b) * kStageBytes + i * kRowsAtOnce * 128, held[b][i]);
+          store_shared16(to + (first + b) * kStageBytes + i * kRowsAtOnce * 128, held[b][i]);
       const int done = kAhead - first < kBatch ? kAhead - first : kBatch;
       from += done * CHUNK, inner += done * CHUNK;
     }
@@ -175,28 +178,57 @@ struct Rows {
     return multiply(multiply_add(nibbles, BF16 ? 0x3f803f80 : 0x3c003c00, minus_zero[half]), scale[half]);
   }
 
-  // 32 inner positions: left operands of two products.
-  __device__ __forceinline__ void load(uint32_t stage, int piece, uint32_t (&a)[2][4]) const {
+  // 32 inner positions of both rows.
+  __device__ __forceinline__ void fetch(uint32_t stage, int piece, uint4 (&words)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      words[half] = load_shared16((weight_at + stage ^ piece * 16) + half * (8 * kPieces * 16));
+  }
+
+  // As left operands of two products.
+  __device__ __forceinline__ void convert(const uint4 (&words)[2], uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint4 words = load_shared16((weight_at + stage ^ piece * 16) + half * (8 * kPieces * 16));
-      a[0][half] = number(words.x, half), a[0][half + 2] = number(words.y, half);
-      a[1][half] = number(words.z, half), a[1][half + 2] = number(words.w, half);
+      a[0][half] = number(words[half].x, half), a[0][half + 2] = number(words[half].y, half);
+      a[1][half] = number(words[half].z, half), a[1][half + 2] = number(words[half].w, half);
     }
   }
 };
 
-// Begins the products of a chunk; when it returns, at most those of its last piece are under way.
-__device__ __forceinline__ void multiply_chunk(Rows& rows, uint32_t stage, uint32_t (&a)[2][2][4], float (&sums)[COLUMNS / 2]) {
+// What this thread copied for the next chunk is there, and then what all threads did: the tensor cores may read it, and what
+// lies in the stage of the chunk before this one is not read again.
+__device__ __forceinline__ void meet_for_chunk() {
+  wait_group<kAhead - 1>();
+  show_to_tensor_cores();
+  __syncthreads();
+}
+
+// Begins the products of chunk `chunk` in `stage`; when it returns, at most those of its last piece are under way, and the next
+// chunk may be read. Copies go to the stages of the two chunks before: x, then weights.
+__device__ __forceinline__ void multiply_chunk(const Problem& p, int chunk, uint32_t stage, uint32_t x_stage, uint32_t weight_stage,
+                                               Rows& rows, WeightLoader& weight_loader, XLoader& x_loader, uint32_t (&a)[2][2][4],
+                                               float (&sums)[COLUMNS / 2]) {
+  uint4 words[2];
 #pragma unroll
   for (int piece = 0; piece < kPieces; piece++) {
     if (piece * 32 % kSpan == 0) rows.load_scales(stage, piece * 32 / kSpan);
-    rows.load(stage, piece, a[piece % 2]);
+    if (piece == 0 || !kFetchesEarly) rows.fetch(stage, piece, words);
+    rows.convert(words, a[piece % 2]);
     const uint64_t b = describe(shared_base() + stage + piece / 2 * (COLUMNS * 128) + piece % 2 * 64);
     warpgroup_fence();
     begin_product(sums, a[piece % 2][0], b);
     begin_product(sums, a[piece % 2][1], b + (32 >> 4));
     warpgroup_commit();
+    if (kFetchesEarly && piece + 1 < kPieces) rows.fetch(stage, piece + 1, words);
+    if (piece == 0) {
+      x_loader.load_next(p, x_stage, chunk + kAhead < p.chunk_count);
+      end_group();  // with the weights of the same chunk, begun in the chunk before
+    }
+    if (piece == kPieces - 2) {
+      if (kPieces == 2) warpgroup_wait<1>();  // with more pieces, products of the chunk before have ended long since
+      meet_for_chunk();
+    }
+    if (piece == kPieces - 1) weight_loader.load_next(p, weight_stage, chunk + kAhead + 1 < p.chunk_count);
     warpgroup_wait<1>();  // the next piece goes where the one before this lies
   }
 }
@@ -225,36 +257,31 @@ int4_linear(const uint8_t* weight, const uint8_t* scale_zero, const uint16_t* x,
   // Weights do not change: they may be read while the kernel in front still computes x.
   WeightLoader weight_loader(p);
 #pragma unroll 1
-  for (int stage = 0; stage < kAhead; stage++) {
-    if (stage < p.chunk_count) weight_loader.load_next(p, stage * kStageBytes);
-    end_group();
+  for (int stage = 0; stage <= kAhead; stage++) {
+    weight_loader.load_next(p, stage * kStageBytes, stage < p.chunk_count);
+    if (stage < kAhead) end_group();  // the last one is ended with its x
   }
   wait_for_kernel_in_front();
   XLoader x_loader(p);
   x_loader.load_first(p, p.chunk_count);
+  meet_for_chunk();
 
   Rows rows;
   uint32_t a[2][2][4];
   float sums[COLUMNS / 2];
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0.f;
-  uint32_t stage = 0, ahead_stage = kAhead * kStageBytes;  // where they begin
+  // Where the chunk, the one before it, and the one before that lie.
+  uint32_t stage = 0, before = (STAGES - 1) * kStageBytes, x_stage = kAhead * kStageBytes;
 #pragma unroll 1
   for (int chunk = 0; chunk < p.chunk_count; chunk++) {
-    wait_group<kAhead - 1>();
-    show_to_tensor_cores();
-    __syncthreads();
-    if (chunk + kAhead < p.chunk_count) {  // where the chunk before the last one was: all its products have ended
-      weight_loader.load_next(p, ahead_stage);
-      x_loader.load_next(p, ahead_stage);
-    }
-    end_group();
-    multiply_chunk(rows, stage, a, sums);
+    multiply_chunk(p, chunk, stage, x_stage, before, rows, weight_loader, x_loader, a, sums);
+    x_stage = before, before = stage;
     stage = stage == (STAGES - 1) * kStageBytes ? 0 : stage + kStageBytes;
-    ahead_stage = ahead_stage == (STAGES - 1) * kStageBytes ? 0 : ahead_stage + kStageBytes;
   }
   warpgroup_wait<0>();
   hold(sums);
+  wait_group<0>();  // zeros in place of chunks behind the last one
   let_next_kernel_start();  // not before: its blocks would be in the way
   __syncthreads();          // sums lie where chunks did
   leave_sums(sums);
