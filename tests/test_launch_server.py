@@ -53,7 +53,7 @@ class Start:
             time.sleep(600)
         if sys.argv[1] == "fail":
             raise CheckpointError("the shard is truncated", hint="download it again")
-        return EngineOptions(engine_dir="/nowhere", backend="fake")
+        return EngineOptions(engine_dir="/nowhere", backend="fake", replicas=2 if sys.argv[1] == "two" else 1)
     async def repair(self, error):
         raise error
 
@@ -232,6 +232,29 @@ def test_an_engine_that_keeps_crashing_ends_the_server(tmp_path: Path) -> None:
     with server(tmp_path, "ok", "crash-in-load", restart_budget=0) as running:
         code, log = running.end()
     assert code == 8 and "failed 1 times within 10 minutes" in log
+
+
+def test_the_server_goes_on_without_a_replica_and_ends_with_the_last(tmp_path: Path) -> None:
+    with server(tmp_path, "two", "steps", restart_budget=0) as running:
+        wait_for(running.port, "/v1/health/ready", 200, 20)
+        deadline = time.monotonic() + 20
+        while get(running.port, "/v1/health/ready")[1]["reason"]:
+            assert time.monotonic() < deadline, "the second one is not ready"
+            time.sleep(0.02)
+        first, second = children_of(running.process.pid)
+        os.kill(second, signal.SIGKILL)
+        while not (reason := str(get(running.port, "/v1/health/ready")[1]["reason"])):
+            time.sleep(0.02)
+        status, body = get(running.port, "/v1/health/ready")
+        assert status == 200 and body["phase"] == "ready"
+        assert reason.startswith("1 of 2 replicas serve; replica 1: "), reason
+        replicas = body["replicas"]
+        assert isinstance(replicas, list) and [each["restarts"] for each in replicas] == [0, 1]
+        time.sleep(0.5)
+        assert running.process.poll() is None and alive(first) and not alive(second)
+        os.kill(first, signal.SIGKILL)
+        code, log = running.end()
+    assert code == 8 and "replica 1 is given up, 1 of 2 remain: replica 1 failed 1 times within 10 minutes" in log
 
 
 def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
