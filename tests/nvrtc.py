@@ -62,12 +62,22 @@ def _text(library: Any, program: ctypes.c_void_p, what: str) -> bytes:
 
 def spilled_bytes(cubin: bytes) -> int | None:
     """What a thread keeps in memory for lack of registers; None without the tool that tells (Triton brings it)."""
+    usage = _told("cuobjdump", "-res-usage", cubin)
+    return None if usage is None else max(int(stack) for stack in re.findall(r"STACK:(\d+)", usage))
+
+
+def machine_code(cubin: bytes) -> str:
+    """Instructions as text; nothing without the tool that tells."""
+    return _told("nvdisasm", "-c", cubin) or ""
+
+
+def _told(tool: str, option: str, cubin: bytes) -> str | None:
+    """What one of the tools that Triton brings says of a cubin; None without it."""
     spec = importlib.util.find_spec("triton")
-    tool = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
-    if tool is None or not tool.exists():
+    path = Path(spec.origin).parent / "backends/nvidia/bin" / tool if spec and spec.origin else None
+    if path is None or not path.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(stack) for stack in re.findall(r"STACK:(\d+)", usage))
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout

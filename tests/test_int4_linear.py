@@ -114,10 +114,12 @@ def test_the_default_comes_first_among_the_ways(rows: int, monkeypatch: pytest.M
         first, way = next(iter(found.items()))
         assert getattr(way, "func", way) is int4_linear.default_way(rows, 128, torch.device("cpu"))
         kinds = {name.split()[0] for name in found}
-        assert "dequantize" in found and kinds <= {"stream", "dequantize", "wide" if wide else "tile"}
+        assert kinds <= {"stream", "dequantize", "wide" if wide else "tile"}
         assert first.startswith("stream") == (native and rows <= (16 if wide else 64))
-        assert first.startswith("wide") == (wide and 16 < rows <= 1024)
-        assert ("dequantize sliced" in found) and len(found) == len(set(found))
+        assert first.startswith("wide") == (wide and 16 < rows <= 512)
+        assert ("dequantize" in found) == (rows >= 256 or not wide)
+        assert ("dequantize sliced" in found) == (not wide)
+        assert not wide or len(found) <= 12  # all are timed in a build, of every shape at every number of rows
 
 
 def test_tiles_fit_the_shared_memory_of_small_gpus() -> None:
@@ -131,7 +133,7 @@ def test_tiles_fit_the_shared_memory_of_small_gpus() -> None:
 def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: Path) -> None:
     """On tensor cores, with nothing spilled at the default sizes; on Hopper each waits once for the kernel in front."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(HERE / "compile_int4_kernels.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

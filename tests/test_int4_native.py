@@ -149,7 +149,7 @@ def test_default_kernels_compile_and_spill_little(arch: str, columns: int) -> No
 @needs_nvrtc
 @pytest.mark.parametrize("m", [1, 16])
 def test_kernels_with_clusters_compile_and_spill_little(m: int) -> None:
-    for config in int4_native.clustered(4096, 4096, m, 128, 132, 227 << 10):
+    for config in int4_native.hopper_candidates(4096, 4096, m, 128, 132, 227 << 10)[:6:2]:
         code = compile_cubin(int4_native.source(), "sm_90", macros(config.resolved(m), 128, torch.bfloat16))
         spilled = spilled_bytes(code)
         assert spilled is None or spilled <= 64, config
@@ -170,6 +170,12 @@ def test_every_config_fits_the_gpu_it_is_for() -> None:
             assert config.resolved(8 * columns).column_tiles in (columns, config.column_tiles)
         for limit in (99 << 10, 163 << 10):  # Ada and consumer Ampere; A100
             assert any(config.fits(8 * columns, 32, limit) for config in configs)
+    for name, shape in LLAMA_8B.items():
+        for m in (1, 8, 16, 32, 64):
+            listed = int4_native.hopper_candidates(*shape, m, 128, 132, 227 << 10)
+            assert len(set(listed)) == len(listed) <= 8 and bool(listed) == (m <= 32), name
+            assert all(config.fits(m, 128, 227 << 10) for config in listed)
+            assert m > 16 or listed[0].split
     assert not Config(16, 1, 256, 4, 1).fits(8, 128, 227 << 10)  # 16 rows of x at once, where there are 8
     assert Config(8, 1, 256, 4, 2).resolved(17).column_tiles == 4
     assert Config(8, 1, 256, 4, 2).resolved(200).column_tiles == 8
@@ -205,9 +211,9 @@ def test_all_configs_agree_on_a_gpu(name: str, m: int) -> None:
     expected = int4_linear_reference(x, words, scales, None)
     device = torch.device("cuda", 0)
     configs = int4_native.candidates(m, 128, device)
-    if m <= 16 and int4_wide.takes(128, device):
-        configs += int4_native.clustered(n, k, m, 128, 132, 227 << 10)
-    for config in configs:
+    if int4_wide.takes(128, device):
+        configs += int4_native.hopper_candidates(n, k, m, 128, 132, 227 << 10)
+    for config in [None, *configs]:
         assert error(stream_linear(x, words, scales, None, config), expected) < 2e-3, config
 
 

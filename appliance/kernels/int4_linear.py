@@ -27,8 +27,9 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 STREAMED_ROWS = 64  # up to so many rows the streaming kernel is the default where it runs
 FEW_ROWS = 16  # the same where the kernel for Hopper runs
 TIMED_ROWS = 256  # up to so many rows kernels that run anywhere are worth timing
-WIDE_ROWS = 1024  # up to so many rows the kernel for Hopper is the default where it runs
+WIDE_ROWS = 512  # up to so many rows the kernel for Hopper is the default where it runs
 MOST_WIDE_ROWS = 2048  # and worth timing
+DEQUANTIZED_ROWS = 256  # from so many rows dequantizing is worth timing there: of a whole layer, slices are slower
 _SLICE_BYTES = 32 << 20  # of dequantized weight: a slice is still in the L2 cache of a large GPU when it is multiplied
 
 
@@ -102,23 +103,22 @@ def default_way(rows: int, group: int, device: torch.device) -> Way:
 def ways(n: int, k: int, group: int, rows: int, device: torch.device) -> dict[str, Way]:
     """All that are worth timing for up to `rows` rows of x, by name, the default first."""
     found: dict[str, Way] = {}
+    limit, hopper = int4_native.shared_limit(device.index or 0), int4_wide.takes(group, device)
     if rows <= TIMED_ROWS and int4_native.takes(group, device):
-        for config in int4_native.candidates(rows, group, device):
+        streams = int4_native.candidates(rows, group, device)
+        if hopper:
+            streams = int4_native.hopper_candidates(n, k, rows, group, multiprocessors(device), limit)
+        for config in streams:
             found[f"stream {config.name}"] = functools.partial(int4_native.stream_linear, config=config)
-    wide = rows <= MOST_WIDE_ROWS and int4_wide.takes(group, device)
-    if wide:
-        limit = int4_native.shared_limit(device.index or 0)
-        if rows <= FEW_ROWS:
-            for config in int4_native.clustered(n, k, rows, group, multiprocessors(device), limit):
-                found[f"stream {config.name}"] = functools.partial(int4_native.stream_linear, config=config)
+    if hopper and rows <= MOST_WIDE_ROWS:
         for block in int4_wide.candidates(n, k, rows, group, multiprocessors(device), limit):
             found[f"wide {block.name}"] = functools.partial(int4_wide.wide_linear, config=block)
-    if rows <= TIMED_ROWS and not wide and HAS_TRITON and int4_triton.takes(group):
-        limit = int4_native.shared_limit(device.index or 0)
+    if rows <= TIMED_ROWS and not hopper and HAS_TRITON and int4_triton.takes(group):
         for tile in int4_triton.candidates(n, k, rows, multiprocessors(device), limit):
             found[f"tile {tile.name}"] = functools.partial(int4_triton.tile_linear, config=tile)
-    found["dequantize"] = dequantized_linear
-    if n * k * 2 > 2 * _SLICE_BYTES:
+    if not hopper or rows >= DEQUANTIZED_ROWS:
+        found["dequantize"] = dequantized_linear
+    if not hopper and n * k * 2 > 2 * _SLICE_BYTES:
         found["dequantize sliced"] = functools.partial(dequantized_linear, slice_bytes=_SLICE_BYTES)
     first = default_way(rows, group, device)
     default = next(name for name, way in found.items() if getattr(way, "func", way) is first)

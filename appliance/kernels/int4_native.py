@@ -154,16 +154,28 @@ def candidates(m: int, group: int, device: torch.device) -> list[Config]:
     return [config for config in CONFIGS[columns] if config.fits(m, group, limit)] or [Config(4, 1, 256, 2, 1)]
 
 
-# Blocks with a share of a tile, worth timing for few rows of x: warps, row tiles, chunk, blocks of a multiprocessor.
-_CLUSTERED = ((8, 1, 256, 2), (4, 2, 256, 2), (4, 2, 256, 3), (8, 2, 256, 1), (4, 1, 256, 4), (16, 1, 512, 1))
+# Blocks with a share of a tile, worth timing for up to 8 and up to 16 rows of x, those that were quickest on an H200:
+# warps, row tiles, chunk, blocks of a multiprocessor. On Hopper the first one is the default.
+_CLUSTERED = {
+    1: ((8, 2, 256, 1), (4, 2, 256, 3), (4, 1, 256, 4)),
+    2: ((8, 2, 256, 1), (4, 2, 256, 2), (4, 1, 256, 4)),
+}
+# The others that were quickest there for some product.
+_HOPPER = {
+    1: (Config(16, 1, 512, 2, 1), Config(4, 2, 256, 3, 3)),
+    2: (Config(8, 1, 512, 4, 1), Config(4, 2, 256, 4, 2)),
+    4: (Config(8, 1, 256, 6, 1),),
+    8: (),
+}
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)  # blocks of a cluster; 8 is what every Hopper GPU can have
 
 
-def clustered(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list[Config]:
-    """Configs with clusters worth timing for x [m, k] and weight [n, k] on Hopper. `sms`: multiprocessors; `limit`:
-    bytes of shared memory that a block can have."""
+def hopper_candidates(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list[Config]:
+    """Configs worth timing for x [m, k] and weight [n, k] on Hopper, the default first; none with more rows than the
+    kernel is quick for. `sms`: multiprocessors; `limit`: bytes of shared memory that a block can have."""
+    columns = Config(8, 1, 256, 4, 2).resolved(m).column_tiles
     found: list[Config] = []
-    for warps, row_tiles, chunk, per_sm in _CLUSTERED:
+    for warps, row_tiles, chunk, per_sm in _CLUSTERED.get(columns, ()):
         chunks, fitting = -(-k // chunk), []
         for split in _SPLITS:
             for stages in range(-(-chunks // split) + 1, 2, -1):  # all of a share at once, if there is room
@@ -172,16 +184,34 @@ def clustered(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list[
                     fitting.append(config)
                     break
         found += sorted(fitting, key=lambda config: _busiest(config, n, k, m, sms))[:2]
-    return found
+    return found + [config for config in _HOPPER[columns] if config.fits(m, group, limit)]
+
+
+@functools.cache
+def default_config(n: int, k: int, m: int, group: int, device: torch.device) -> Config:
+    """Where nothing was timed."""
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        found = hopper_candidates(n, k, m, group, multiprocessors(device), shared_limit(device.index or 0))
+        if found:
+            return found[0]
+    return candidates(m, group, device)[0]
+
+
+def usable_multiprocessors(sms: int, split: int) -> int:
+    """Those of a Hopper GPU that blocks of clusters of `split` can fill at once: a cluster lies within a part of the
+    GPU (GPC), whose multiprocessors are no multiple of most cluster sizes. Measured on an H200: with 96 blocks, one a
+    multiprocessor, clusters of 3 to 6 run at once, with 120 or 128 in clusters of 4, 5 or 8 they do not."""
+    return sms if split <= 2 else sms * 7 // 8
 
 
 def _busiest(config: Config, n: int, k: int, m: int, sms: int) -> float:
     """Cost of the multiprocessor that has most to do, in weight rows by chunks of 256 positions, with what a block
     costs in itself: for the choice among splits."""
     blocks = -(-n // config.rows) * -(-m // (8 * config.resolved(m).column_tiles)) * config.split
-    waves, rest = divmod(blocks, sms * config.per_sm)
+    usable = usable_multiprocessors(sms, config.split) if config.per_sm == 1 else sms  # several find room more easily
+    waves, rest = divmod(blocks, usable * config.per_sm)
     share = -(-k // (256 * config.split)) + 1 + (config.split > 1)
-    return (waves * config.per_sm + -(-rest // sms)) * config.rows * share
+    return (waves * config.per_sm + -(-rest // usable)) * config.rows * share
 
 
 @functools.cache
@@ -207,7 +237,7 @@ def stream_linear(
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
-    config = (config or candidates(m, group, x.device)[0]).resolved(m)
+    config = (config or default_config(n, k, min(m, 8 * MOST_COLUMN_TILES), group, x.device)).resolved(m)
     columns = 8 * config.column_tiles
     tiles = -(-n // config.rows) * -(-m // columns)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)

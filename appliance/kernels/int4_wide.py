@@ -16,7 +16,7 @@ from torch import Tensor
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
-from appliance.kernels.int4_native import shared_limit, unavailable
+from appliance.kernels.int4_native import shared_limit, unavailable, usable_multiprocessors
 from appliance.kernels.skinny_linear import multiprocessors
 
 MOST_COLUMNS = 128  # rows of x of a tile: with more, a thread's registers do not hold the sums
@@ -72,15 +72,16 @@ class WideConfig:
         }
 
 
-# Blocks worth timing by rows of x of a tile: (warpgroups, chunk, blocks of a multiprocessor).
-_BLOCKS: dict[int, tuple[tuple[int, int, int], ...]] = {
-    8: ((2, 128, 2), (4, 128, 1), (1, 128, 4), (2, 256, 1), (2, 128, 1), (4, 256, 1)),
-    16: ((2, 128, 2), (4, 128, 1), (1, 128, 4), (2, 256, 1), (2, 128, 1)),
-    32: ((2, 128, 2), (4, 128, 1), (1, 128, 3), (2, 128, 1)),
-    64: ((4, 128, 1), (2, 128, 2), (2, 128, 1), (1, 128, 3)),
-    128: ((4, 64, 1), (4, 128, 1), (2, 64, 2), (2, 128, 1)),
+# Blocks worth timing by rows of x of a tile, those that were quickest on an H200: (warpgroups, chunk, blocks of a
+# multiprocessor), and of how many splits each.
+_BLOCKS: dict[int, tuple[tuple[tuple[int, int, int], ...], int]] = {
+    8: (((4, 256, 1),), 1),
+    16: (((1, 128, 4), (4, 256, 1)), 2),
+    32: (((2, 128, 2), (4, 128, 1), (1, 128, 3), (4, 256, 1)), 1),
+    64: (((4, 128, 1), (2, 128, 2)), 2),
+    128: (((4, 128, 1), (2, 128, 1)), 2),
 }
-_PROMPT_ROWS = 256  # beyond, only the first two blocks are worth timing, with one split
+_PROMPT_ROWS = 256  # beyond, with one split each
 
 
 def takes(group: int, device: torch.device) -> bool:
@@ -112,8 +113,9 @@ def _cost(config: WideConfig, n: int, k: int, m: int, sms: int) -> float:
     """Of the busiest multiprocessor, in 64 weight rows by 128 positions, with what a block costs in itself: for the
     choice among splits only."""
     blocks = -(-n // config.rows) * -(-m // config.columns) * config.split
-    waves, rest = divmod(blocks, sms * config.per_sm)
-    at_once = waves * config.per_sm + -(-rest // sms)
+    usable = usable_multiprocessors(sms, config.split)
+    waves, rest = divmod(blocks, usable * config.per_sm)
+    at_once = waves * config.per_sm + -(-rest // usable)
     share = -(-k // (128 * config.split))
     return at_once * config.warpgroups * (share + 2 + (2 if config.split > 1 else 0))
 
@@ -122,7 +124,8 @@ def candidates(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list
     """Configs worth timing for x [m, k] and weight [n, k], the default first. `limit`: bytes of shared memory that a
     block can have; `sms`: multiprocessors."""
     columns = columns_for(m)
-    blocks, splits_each = (_BLOCKS[columns], 2) if m <= _PROMPT_ROWS else (_BLOCKS[columns][:2], 1)
+    blocks, splits_each = _BLOCKS[columns]
+    splits_each = splits_each if m <= _PROMPT_ROWS else 1
     found: list[WideConfig] = []
     for warpgroups, chunk, per_sm in blocks:
         splits = [staged(warpgroups, columns, chunk, per_sm, split, k, group, limit) for split in _SPLITS]
@@ -132,7 +135,8 @@ def candidates(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list
         smallest = staged(1, columns, 64, 1, 1, k, group, limit)
         assert smallest is not None
         return [smallest]
-    return [min(found, key=lambda config: _cost(config, n, k, m, sms)), *found]
+    best = min(found, key=lambda config: _cost(config, n, k, m, sms))
+    return [best, *(config for config in found if config != best)]
 
 
 @functools.cache
