@@ -39,6 +39,7 @@ log = logging.getLogger("appliance.launch")
 # Of idle connections. More than the pools of clients (httpx: 5 s) and load balancers (60 s) keep them, as else these
 # send requests into connections that are being closed.
 _KEEP_ALIVE_SECONDS = 75
+_EARLY_ENGINES = 8  # started before it is known whether so many replicas can be served at all
 _HTTP_SHUTDOWN_SECONDS = 5  # for responses whose last bytes are on their way
 
 
@@ -213,7 +214,7 @@ class _Process:
 
     async def _work(self, state: ServerState, replicas: Replicas) -> None:
         """The start-up sequence, then the engines. Ends only with an error, or when the replicas are stopped."""
-        replicas.prepare(self._settings.replicas or 1)
+        replicas.prepare(min(self._settings.replicas or 1, _EARLY_ENGINES, os.cpu_count() or 1))
         options = await self._sequence.prepare()
         state.lifecycle.enter("loading")
         await replicas.run(options)
