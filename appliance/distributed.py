@@ -8,6 +8,7 @@ the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; rea
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from appliance.errors import HardwareError
 LOOPBACK = "127.0.0.1"
 # Whoever watches the ranks ends them long before; the library's own limit must only not be in the way.
 _TIMEOUT = datetime.timedelta(hours=24)
+_HERE = "appliance/rank-{}"  # key that a rank sets when it joins
+_LOOK_SECONDS = 0.005
 _JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may read its imports from a slow disk
 
 
@@ -175,10 +178,17 @@ class Meeting:
         size = self._rendezvous.world_size
         return TensorParallel(self._rendezvous.rank, size, GroupCollectives(size, device, None, on_call))
 
-    def join(self, device: torch.device) -> None:
+    def join(self, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
         """Wait for all ranks and make them the default process group; `device`: this rank's, the current one if it is a
-        GPU."""
+        GPU. While rank 0 waits for others it calls `check`, which raises if that is in vain: the library would wait
+        without looking."""
         rank, size = self._rendezvous.rank, self._rendezvous.world_size
+        if rank == 0:
+            while not self._store.check([_HERE.format(other) for other in range(1, size)]):
+                check()
+                time.sleep(_LOOK_SECONDS)
+        else:
+            self._store.set(_HERE.format(rank), "")
         if device.type == "cuda":
             torch.distributed.init_process_group(
                 "nccl", store=self._store, rank=rank, world_size=size, device_id=device, timeout=_TIMEOUT

@@ -56,7 +56,10 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
     cores = min(psutil.cpu_count(logical=False) or 1, host().cpu_cores)
     torch.set_num_threads(max(1, cores // (options.replicas * member.size)))
     with timer.phase("load_weights"):
-        return load_engine(options, _DEVICE, torch.float32, progress, member)
+        loaded = load_engine(options, _DEVICE, torch.float32, progress, member)
+    with timer.phase("other_ranks"):
+        member.join(_DEVICE)
+    return loaded
 
 
 def assemble(

@@ -123,6 +123,8 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
         if kernels.is_alive():
             progress("warmup", _LOADING_KERNELS, 0.0)
         kernels.join()
+    with timer.phase("other_ranks"):
+        member.join(device)
     return loaded
 
 

@@ -156,7 +156,7 @@ def load_engine(
     progress: ProgressFn,
     member: Member | None = None,
 ) -> LoadedModel:
-    """Load a rank's share of an engine, and wait for the other ranks. `dtype` overrides the engine's own for what is
+    """Load a rank's share of an engine; the ranks are yet to join. `dtype` overrides the engine's own for what is
     not quantized (the CPU computes in float32). `member` None: the engine is one of one rank. EngineDamagedError if a
     file does not match its digest or the model."""
     member = member or Alone()
@@ -174,7 +174,6 @@ def load_engine(
             "load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)
         ),
     )
-    member.join(device)
     return LoadedModel(model, manifest.model, manifest.key, member)
 
 

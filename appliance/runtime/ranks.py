@@ -25,7 +25,7 @@ from appliance.batching.step import StepPlan
 from appliance.distributed import Meeting, Rendezvous, TensorParallel
 from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
-from appliance.runtime.rank_watch import RankProcess, RankWatch
+from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
 from appliance.runtime.step_ring import RingWriter, SharedSteps, Word
 from appliance.types import EngineOptions, Struct
 
@@ -130,10 +130,14 @@ class Leader:
         size: int,
         on_lost: Callable[[ApplianceError], None] | None = None,
         rendezvous: Rendezvous | None = None,
+        *,
+        frozen_seconds: float = FROZEN_SECONDS,
+        stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
         """Start the other ranks and have them load the engine. They die with the thread that this is called in.
         `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which may free
-        this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default."""
+        this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default; the
+        seconds are those of `RankWatch`."""
         self.size = size
         self.lost: ApplianceError | None = None
         self._on_lost = on_lost or self._abort
@@ -149,7 +153,9 @@ class Leader:
             self._kill()
             raise
         self._ring = RingWriter(self._shared, self._wake)
-        self._watch = RankWatch(self._ranks, self._shared, self._lose)
+        self._watch = RankWatch(
+            self._ranks, self._shared, self._lose, frozen_seconds=frozen_seconds, stuck_seconds=stuck_seconds
+        )
         self._watch.start()
         atexit.register(self.close)
         self._ring.send(encode(LoadEngine(options)))
@@ -182,7 +188,7 @@ class Leader:
 
     def join(self, device: torch.device) -> None:
         with self._explained():
-            self._meeting.join(device)
+            self._meeting.join(device, self.check)
 
     def send(self, message: RunStep | PrepareMore) -> None:
         """To every other rank. Raises what they were lost for."""

@@ -1,0 +1,117 @@
+"""Ranks as processes that stay: each takes jobs, runs its share of a model over gloo, and gives its logits back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from model_helpers import PagedRunner, PagedSequence, engine_tensors
+from safetensors.torch import load_file
+from torch import Tensor, distributed
+
+from appliance import registry
+from appliance.builder.shards import shard
+from appliance.checkpoint import read_model_config
+from appliance.distributed import GroupCollectives, Meeting, Rendezvous, TensorParallel
+from appliance.kernels import cpu_linear
+from appliance.layers.decoder import Decoder
+from appliance.types import WeightSpec
+
+PROMPTS = [[3, 14, 15, 92, 65, 35, 89], [7, 2, 81]]
+FOLLOWING = [[5], [44]]
+
+
+@dataclass(frozen=True)
+class Job:
+    checkpoint: Path
+    size: int  # ranks that run it
+    scheme: str
+    parameters: Mapping[str, Any]
+    dtype: str = "float32"  # of the arithmetic
+    packed: bool = False  # products as the CPU backend computes them
+
+
+def run_job(job: Job, tp: TensorParallel) -> Tensor:
+    """Logits [tokens, vocab] of two prompts, then of one more token each, on one rank."""
+    config = read_model_config(job.checkpoint)
+    plugin = registry.load("models", registry.architectures()[config.architecture].name)
+    scheme = registry.load("quantization", job.scheme).Scheme(job.parameters)
+    specs: list[WeightSpec] = plugin.weight_specs(config)
+    dtype = getattr(torch, job.dtype)
+    with torch.device("meta"):
+        model: Decoder = plugin.Model(config, scheme, dtype, tp)
+    checkpoint = load_file(job.checkpoint / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for spec in specs:
+        whole = dict(engine_tensors([spec], checkpoint, scheme, dtype))
+        tensors |= {name: part.clone() for name, part in shard(spec, whole, tp.rank, tp.size).items()}
+    model.load(tensors.items(), "cpu")
+    if job.packed:
+        with cpu_linear.packed():
+            model.prepare(64)
+    else:
+        model.prepare(64)
+    runner = PagedRunner(model)
+    sequences = [PagedSequence() for _ in PROMPTS]
+    logits = []
+    with torch.inference_mode():
+        for tokens in (PROMPTS, FOLLOWING):
+            logits += runner.step(list(zip(sequences, tokens, strict=True)))
+    return torch.cat(logits)
+
+
+def _serve(rank: int, size: int, ports: Any, jobs: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    meeting = Meeting(Rendezvous(rank, size, master_port=0 if rank == 0 else ports.get(timeout=60)))
+    if rank == 0:
+        for _ in range(1, size):
+            ports.put(meeting.port)
+    meeting.join(device)
+    groups = {n: distributed.new_group(list(range(n))) for n in (2, 4)}
+    while (job := jobs.get()) is not None:
+        if rank < job.size:
+            tp = TensorParallel(rank, job.size, GroupCollectives(job.size, device, groups[job.size]))
+            try:
+                results.put(run_job(job, tp).float().numpy())
+            except Exception as error:
+                results.put(repr(error))
+                raise
+
+
+class RankPool:
+    """Four ranks; two of them serve jobs of two."""
+
+    def __init__(self, size: int = 4) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._jobs = [context.Queue() for _ in range(size)]
+        self._results = [context.Queue() for _ in range(size)]
+        self._ports = context.Queue()  # kept: a queue is gone for others once its maker drops it
+        self._processes = [
+            context.Process(
+                target=_serve, args=(rank, size, self._ports, jobs, results), name=f"rank-{rank}", daemon=True
+            )
+            for rank, (jobs, results) in enumerate(zip(self._jobs, self._results, strict=True))
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, job: Job) -> list[Tensor]:
+        """Logits of each rank."""
+        for jobs in self._jobs:
+            jobs.put(job)
+        found = [results.get(timeout=60) for results in self._results[: job.size]]
+        for result in found:
+            assert not isinstance(result, str), result
+        return [torch.from_numpy(result) for result in found]
+
+    def close(self) -> None:
+        for jobs in self._jobs:
+            jobs.put(None)
+        for process in self._processes:
+            process.join(5)
+            process.kill()
