@@ -72,16 +72,15 @@ class WideConfig:
         }
 
 
-# Blocks worth timing by rows of x of a tile, those that were quickest on an H200: (warpgroups, chunk, blocks of a
-# multiprocessor), and of how many splits each.
+# Blocks worth timing by rows of x of a tile, those that were quickest on an H200 or may be: (warpgroups, chunk,
+# blocks of a multiprocessor), and of how many splits each.
 _BLOCKS: dict[int, tuple[tuple[tuple[int, int, int], ...], int]] = {
     8: (((4, 256, 1),), 1),
     16: (((1, 128, 4), (4, 256, 1)), 2),
     32: (((2, 128, 2), (4, 128, 1), (1, 128, 3), (4, 256, 1)), 1),
-    64: (((4, 128, 1), (2, 128, 2)), 2),
-    128: (((4, 128, 1), (2, 128, 1)), 2),
+    64: (((4, 128, 1), (2, 128, 2), (2, 256, 1)), 1),
+    128: (((4, 128, 1), (2, 128, 1), (2, 64, 2)), 1),
 }
-_PROMPT_ROWS = 256  # beyond, with one split each
 
 
 def takes(group: int, device: torch.device) -> bool:
@@ -125,7 +124,6 @@ def candidates(n: int, k: int, m: int, group: int, sms: int, limit: int) -> list
     block can have; `sms`: multiprocessors."""
     columns = columns_for(m)
     blocks, splits_each = _BLOCKS[columns]
-    splits_each = splits_each if m <= _PROMPT_ROWS else 1
     found: list[WideConfig] = []
     for warpgroups, chunk, per_sm in blocks:
         splits = [staged(warpgroups, columns, chunk, per_sm, split, k, group, limit) for split in _SPLITS]
