@@ -277,6 +277,29 @@ async def test_what_did_not_reach_a_dead_engine_has_no_part_in_its_crash() -> No
     assert await tokens_of(group) == [100, 101, 102]
 
 
+async def test_a_send_that_fails_after_its_requests_went_elsewhere_changes_nothing() -> None:
+    rig = Rig(2)
+    await rig.start(0, 1)
+    stuck = asyncio.Event()
+
+    async def add(requests: Sequence[EngineRequest]) -> None:
+        await stuck.wait()
+        raise ConnectionError("the engine is gone")
+
+    rig.engines[0].add = rig.engines[1].add = add  # type: ignore[method-assign]
+    group = rig.journal.submit([make("a", 3)])
+    await settle()
+    home = 0 if rig.journal.in_flight_on(0) else 1
+    del rig.engines[1 - home].__dict__["add"]
+    rig.lose(home)
+    await settle()
+    assert rig.held(1 - home) == ["a"]
+    stuck.set()
+    for _ in range(3):
+        await rig.step()
+    assert await tokens_of(group) == [100, 101, 102]
+
+
 async def test_a_replica_that_came_up_gets_nothing_before_its_first_token() -> None:
     rig = Rig(2)
     await rig.start(0)

@@ -87,18 +87,21 @@ class Lane:
                     if entry.lane is self and entry.link is None:
                         entry.link = link
                         add.append(entry)
+                unsent = add
                 try:
                     if add:
                         await self._add(link, add)
+                        unsent = []
                     if aborts:
                         await link.abort(aborts)
                 except ConnectionError as error:
-                    # The supervisor notices the dead engine and the journal is told; the entries are still there, and
-                    # have no part in this crash.
-                    log.warning("%s; %d requests did not reach it", error, len(add))
-                    for entry in add:
+                    # The supervisor notices the dead engine and the journal is told, or was; then they may be
+                    # elsewhere. Those that are still here have no part in this crash.
+                    unsent = [entry for entry in unsent if entry.lane is self and entry.link is link]
+                    log.warning("%s; %d requests did not reach it", error, len(unsent))
+                    for entry in unsent:
                         entry.link = None
-                    self._outbox = add + self._outbox
+                    self._outbox = unsent + self._outbox
                     return
                 except Exception:
                     log.exception("the engine took no message; %d requests wait for its restart", len(add))
