@@ -33,7 +33,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     what.add_argument("--shape", help=f"{', '.join(SHAPES)}: random weights (default: {DEFAULT_SHAPE})")
     what.add_argument("--model", help="model directory, hub id, engine directory or builtin, instead of a shape")
     default = "bf16; several by comma" if several else "bf16 for a shape, selected for a model"
-    parser.add_argument("--precision", help=f"fp32, fp16, bf16 or fp8 (default: {default})")
+    parser.add_argument("--precision", help=f"{', '.join(get_args(Precision))} (default: {default})")
     parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
     parser.add_argument(

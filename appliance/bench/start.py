@@ -10,19 +10,21 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from appliance.bench.options import shape_checkpoint
 from appliance.bench.own_server import OwnServer, get_json
 from appliance.bench.report import Table, environment, one_precision, say
 from appliance.bench.shapes import SHAPES, shape_config
+from appliance.types import Precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", default="builtin", help="model directory, hub id or builtin (default: %(default)s)")
     what.add_argument("--shape", help=f"{', '.join(SHAPES)}: writes a checkpoint with random weights first")
-    parser.add_argument("--precision", help="fp32, fp16, bf16 or fp8 (default: what selection chooses)")
+    names = ", ".join(get_args(Precision))
+    parser.add_argument("--precision", help=f"{names} (default: what selection chooses)")
     parser.add_argument("--work", help="directory; a checkpoint written there is used again (default: temporary)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one start (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the temporary directory, or the cache in --work")
