@@ -64,17 +64,20 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
   return ring;
 }
 
-__device__ __noinline__ void attention_phase(GridBarrier barrier, int l) {
+// By a thread, before a barrier of the block.
+__device__ inline void describe_attention(int l) {
   Shared& s = shared();
   const Layer& layer = s.layer[l];
+  s.task = {layer.cache, s.model.qkv, layer.q_norm, layer.k_norm, s.model.attended, s.model.amax + l * 2 * ROWS, s.model.cos_sin,
+            (float)layer.k_scale, (float)layer.v_scale, s.model.partial, s.model.partial_softmax, s.model.arrived};
+}
+
+__device__ __noinline__ void attention_phase(GridBarrier barrier) {
+  Shared& s = shared();
   if (blockIdx.x >= s.step.items) {
     barrier.wait_all();  // an arrival ahead of others' last ones would count as one of these
     return;
   }
-  if (threadIdx.x == 0)
-    s.task = {layer.cache, s.model.qkv, layer.q_norm, layer.k_norm, s.model.attended, s.model.amax + l * 2 * ROWS, s.model.cos_sin,
-              (float)layer.k_scale, (float)layer.v_scale, s.model.partial, s.model.partial_softmax, s.model.arrived};
-  consumers_sync();
   attention(s.attention, s.step, s.task, barrier);
 }
 
@@ -99,6 +102,26 @@ __device__ inline void leave() {
   if (threadIdx.x == 0) *s.model.barrier = 0, *s.model.left = 0;
 }
 
+// By a warp: what attention will read of the cache before its barrier, from memory to L2, a layer ahead. Under full load a
+// read from memory takes as long as a barrier and the attention over it. The plan may be one for another window meanwhile:
+// then these are other tokens of the sequences, and nothing is lost but time.
+__device__ inline void fetch_cache_ahead() {
+  const Shared& s = shared();
+#pragma unroll 1
+  for (int l = 1; l < LAYERS; l++) {
+    while (s.cache_layer < l) __nanosleep(500);
+    __syncwarp();
+    if (blockIdx.x >= s.step.items) continue;
+    const Item item = find_item(s.step, blockIdx.x);
+    const int end = min(item.end, item.begin + kSweep), newest = s.step.length[item.row] - 1;
+    const int* pages = s.step.pages[item.row];
+#pragma unroll 1
+    for (int i = item.begin * 2 + threadIdx.x % 32; i < end * 2; i += 32)
+      if (i / 2 != newest)
+        bulk_prefetch_l2(s.layer[l].cache + cache_offset(pages[i / 2 / PAGE_SIZE], i % 2, i / 2 % PAGE_SIZE, item.virtual_head / kSubgroups), HEAD_DIM * KV_BYTES);
+  }
+}
+
 __device__ inline void consume_step() {
   Shared& s = shared();
   const Model& model = s.model;
@@ -112,12 +135,14 @@ __device__ inline void consume_step() {
     const float* amax = model.amax + l * 2 * ROWS;
     ring = normed_phase<QkvProduct>(ring, barrier, layer.input_norm, {layer.qkv_scale, layer.qkv_bias, model.qkv, nullptr});
     plan_attention(s.step, (int)layer.window);
+    if (threadIdx.x == kConsumers - 32) describe_attention(l);  // not the thread that the barrier keeps busy
     barrier.arrive();
-    attention_phase(barrier, l);
+    attention_phase(barrier);
     barrier.arrive();
     if (threadIdx.x < ROWS) s.gated_amax[threadIdx.x] = 0;
     ring = plain_phase<OProduct>(ring, barrier, model.attended, amax, {layer.o_scale, layer.o_bias, model.hidden, nullptr});
     barrier.arrive();
+    if (threadIdx.x == 0) s.cache_layer = l + 1;
     ring = normed_phase<GateUpProduct>(ring, barrier, layer.post_norm, {layer.gate_up_scale, layer.gate_up_bias, model.gated, nullptr});
     consumers_sync();
     if (kLayerFormat == kFp8 && threadIdx.x < ROWS) atomic_max(model.amax + (l * 2 + 1) * ROWS + threadIdx.x, __int_as_float(s.gated_amax[threadIdx.x]));
@@ -151,6 +176,7 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
     s.logits = logits;
     s.step.window = -1;
     s.awaited = -1;
+    s.cache_layer = 0;
     for (int i = 0; i < SLOTS; i++) {
       mbarrier_init(shared_address(&s.full[i]), 1);
       mbarrier_init(shared_address(&s.empty[i]), 1);
@@ -167,6 +193,8 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
     } else if (kPrefetchSlots > 0 && tid < kConsumers + 64) {
       Prefetcher prefetcher;
       pass_weights(prefetcher);
+    } else if (tid >= kConsumers + 64 && tid < kConsumers + 96) {
+      fetch_cache_ahead();
     }
   } else {
     many_registers();

@@ -81,6 +81,7 @@ struct Shared {
   uint16_t residual[ROWS][kMostResidualTiles * 16];
   float2 x_groups[kXGroups];  // INT4: [chunk][group][row]: a group's scale / 16 and its scale * the sum of its x
   volatile int awaited;       // number of the slot, from the step's start, that the producer waits to fill; -1: it does not wait
+  volatile int cache_layer;  // the last layer whose cache may be fetched into L2
   int gated_amax[ROWS];  // bits of floats
   union {
     AttentionScratch attention;
