@@ -57,7 +57,8 @@ def triton_as_before() -> Iterator[None]:
 def run_program(engine: Path, cache: Path, *arguments: str) -> tuple[list[int], str]:
     """(cubin bytes, from the engine, from the cache, compiled), and what was logged."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path}
     program = engine.parent / "program.py"
     program.write_text("import logging; logging.basicConfig(level='INFO')\n" + _PROGRAM)
     command = [sys.executable, str(program), str(engine), *arguments]

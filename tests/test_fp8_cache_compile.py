@@ -20,7 +20,7 @@ SHARED = {90: 227 << 10, 89: 99 << 10}  # bytes that a block may have
 @pytest.mark.timeout(300)
 def test_kernels_of_fp8_caches_compile_and_fit(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(HERE / "compile_fp8_cache.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

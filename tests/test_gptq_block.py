@@ -70,7 +70,7 @@ def test_kernel_on_a_gpu(rows: int, columns: int, per_column: bool) -> None:
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 def test_kernel_compiles_and_spills_nothing(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(HERE / "compile_gptq_block.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -25,7 +25,7 @@ from appliance.server.metrics import ServerMetrics
 from appliance.types import EngineInfo, EngineOptions, EngineRequest, SamplingParams
 
 OPTIONS = EngineOptions(engine_dir="/nowhere", backend="fake")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
 
 
 class Rig:

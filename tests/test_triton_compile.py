@@ -24,7 +24,7 @@ PRODUCTS = {"decode_kernel", "prefill_kernel", "_skinny_kernel", "_int4_linear_k
 def lines_of(script: str, cache: Path, *arguments: str) -> list[dict[str, Any]]:
     """What a script of this directory prints, a JSON object a line, in a process where kernels are compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(HERE.parent)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -148,7 +148,7 @@ async def main():
     print("whole", flush=True)
 asyncio.run(main())
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "begun\n"
         child.send_signal(signal.SIGSTOP)
