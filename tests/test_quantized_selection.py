@@ -118,3 +118,14 @@ def test_bytes_follow_from_what_the_checkpoint_is() -> None:
     plain = weights(unquantized=("layers.3.mlp.down", "layers.4.mlp.down", "lm_head"))
     assert plain - weights() == 2 * (2 * down - down // 2 - down // 128 * group)
     assert weights(unquantized=("layers.*.mlp.down", "lm_head")) - weights() == 16 * (plain - weights())
+
+
+def test_a_checkpoint_brings_its_own_groups() -> None:
+    """INT4 profiles want multiples of 128, the groups that a build makes; smaller groups go with other dimensions."""
+    odd = msgspec.structs.replace(llama_8b(group_size=32), intermediate_size=14336 + 32)
+    assert profiles.require(choose("a100-80gb-x1", odd, build=FULL)).name == "int4-tp1"
+    with pytest.raises(ProfileError, match="int4 needs multiples of 128"):
+        larger = msgspec.structs.replace(llama_8b(), intermediate_size=14336 + 32)
+        profiles.require(choose("a100-80gb-x1", larger, build=FULL))
+    own = msgspec.structs.replace(odd, quantization=None)
+    assert profiles.require(choose("a100-80gb-x1", own, build=FULL)).name != "int4-tp1"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from appliance.profiles.capabilities import Capabilities
@@ -16,6 +18,7 @@ from appliance.types import Hardware, ModelConfig, Struct
 
 _ORIGINAL = "serve the original, unquantized checkpoint"
 _NOT_TWICE = f"leave --precision (or the profile) out, or {_ORIGINAL}"
+_INT4_WORD = 8  # INT4 values of an int32, in which engines store them
 _LAST = 6  # depth of what is looked at after every rule
 
 
@@ -215,7 +218,7 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
         reason = f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"
         return Rejection(reason, 4, "pp_size", f"choose {model.num_hidden_layers} or less for --pp-size")
     scheme = question.capabilities.scheme_of(candidate.profile.precision, candidate.profile.scheme)
-    for multiple in (candidate.profile.requires.dimension_multiple, scheme.dimension_multiple if scheme else 1):
+    for multiple in (_profile_multiple(candidate, question), scheme.dimension_multiple if scheme else 1):
         for name, size in (
             ("hidden_size", model.hidden_size),
             ("intermediate_size per rank", model.intermediate_size // tp),
@@ -226,6 +229,15 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
                 reason = f"{precision} needs multiples of {multiple}, and the model's {name} is {size}"
                 return Rejection(reason, 4, "precision", "leave --precision out, or choose another, for example bf16")
     return None
+
+
+def _profile_multiple(candidate: Candidate, question: Question) -> int:
+    """What the profile says of dimensions; for INT4 it speaks of the groups that a build makes, and a checkpoint that
+    is quantized already has its own."""
+    published = question.model.quantization
+    if published is None or published.precision != "int4":
+        return candidate.profile.requires.dimension_multiple
+    return math.lcm(_INT4_WORD, published.group_size or 1)
 
 
 def _too_few(candidate: Candidate, place: Place, question: Question) -> Rejection | None:
