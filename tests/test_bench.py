@@ -139,7 +139,7 @@ def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
     more = ("--backend", "cpu", "--text-tokens", "128", *options)
     result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache", "auto,fp8", *more)
-    parts = {"accuracy", "mean", "text", "divergence", "seconds"}
+    parts = {"accuracy", "mean", "text", "divergence", "divergence_answers", "seconds"}
     assert set(result) == WHERE | parts | {"bench", "model", "samples", "seed"}
     columns = ("bf16", "bf16 + fp8 KV", "fp8", "fp8 + fp8 KV")
     assert result["accuracy"] == {name: {"addition": 1.0, "recall 256": 1.0} for name in columns}
@@ -148,7 +148,10 @@ def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["text"] == "conversations of the built-in tasks" and set(found) == set(columns)
     assert found["bf16"]["kl_divergence"] == 0 and found["bf16"]["positions"] >= 128
     for name in columns[1:]:
-        assert 0 < found[name]["kl_divergence"] < 0.01 and found[name]["top1_agreement"] > 0.99, name
+        assert 0 < found[name]["kl_divergence"] < 0.05 and found[name]["top1_agreement"] > 0.9, name
+        answers = result["divergence_answers"][name]
+        assert 0 < answers["positions"] < found[name]["positions"] and answers["kl_divergence"] < 0.005, name
+        assert answers["perplexity"] < 1.1 < found[name]["perplexity"], "it knows answers, and no questions"
     assert found["fp8"]["kl_divergence"] != found["fp8 + fp8 KV"]["kl_divergence"], "the cache counts, too"
 
 
@@ -187,7 +190,7 @@ def test_rounding_to_nearest_is_an_engine_of_its_own(cache: str) -> None:
     manifest = read_manifest(Path(open_column(args, columns("int4_rtn", "auto")["int4_rtn"]).engine_dir))
     assert manifest.scheme == "int4_awq" and manifest.key_inputs.calibration == {}
     assert manifest.quality is not None and manifest.quality.limit is None, "the bench looks at whatever comes out"
-    assert 1e-6 < (manifest.quality.kl_divergence or 0) < 0.01
+    assert 1e-3 < (manifest.quality.kl_divergence or 0) < 0.2
 
 
 def test_quality_over_a_file(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

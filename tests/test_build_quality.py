@@ -93,29 +93,30 @@ def test_block_by_block_is_the_whole_model(tmp_path: Path) -> None:
     """The same numbers as both models loaded whole, prompt by prompt."""
     found = measure(TRAINED, fp8(), tmp_path / "rank.safetensors")
     config = read_model_config(TRAINED)
-    text, prompts = default_prompts(TRAINED, config.vocab_size, 512, 513)
+    text, prompts = default_prompts(TRAINED, config.vocab_size, 1024, 513)
     expected = Divergence()
     models = load_model(TRAINED), load_model(TRAINED, scheme="fp8", stored_dtype=torch.bfloat16)
     with torch.inference_mode():
         for prompt in prompts:
-            ids, rows = torch.tensor(prompt.ids), torch.tensor(prompt.counted)
+            ids, rows = torch.tensor(prompt.ids), torch.arange(prompt.positions)
             hidden = [m(ids, prompt_context(config, [len(ids)], torch.float32, CPU)) for m in models]
             logits = [model.logits(h[rows]) for model, h in zip(models, hidden, strict=True)]
             expected.add(logits[0], logits[1], ids[rows + 1])
     assert found.text == text == BUILTIN_TEXT and found.note == "" and found.reference == "float32"
-    assert found.tokens == expected.positions >= 512
+    assert found.tokens == expected.positions >= 1024
     assert found.kl_divergence == pytest.approx(expected.kl_divergence, rel=0.02, abs=1e-7)
-    assert found.top1_agreement == expected.top1_agreement > 0.99
+    assert found.top1_agreement == pytest.approx(expected.top1_agreement, abs=0.01)
+    assert expected.top1_agreement > 0.9
     assert found.reference_perplexity == pytest.approx(expected.reference_perplexity, rel=1e-4)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
-    assert 1 < expected.reference_perplexity < 1.1, "the built-in model knows the answers of its tasks"
+    assert expected.reference_perplexity < config.vocab_size / 2, "so that it is judged"
 
 
 def test_a_damaged_quantization_is_seen_and_refused(tmp_path: Path) -> None:
     good = measure(TRAINED, fp8(), tmp_path / "good.safetensors")
     bad = measure(TRAINED, Damaged(fp8()), tmp_path / "bad.safetensors")
     assert good.kl_divergence is not None and bad.kl_divergence is not None
-    assert good.kl_divergence < 0.01 and bad.kl_divergence > 1
+    assert good.kl_divergence < 0.05 and bad.kl_divergence > 1
     vocab = read_model_config(TRAINED).vocab_size
     assert judge(good, 0.1, vocab, "it") == msgspec.structs.replace(good, limit=0.1)
     with pytest.raises(EngineQualityError, match=rf"it differs too much.*KL {bad.kl_divergence:.3g} .*allows KL 0\.1"):
@@ -125,7 +126,7 @@ def test_a_damaged_quantization_is_seen_and_refused(tmp_path: Path) -> None:
 def test_random_weights_are_measured_but_not_judged(tmp_path: Path, random_checkpoint: Path) -> None:
     found = measure(random_checkpoint, Damaged(fp8()), tmp_path / "rank.safetensors")
     assert found.kl_divergence is not None and found.kl_divergence > 0.1
-    assert found.tokens == 510  # of two prompts, each as long as the model allows
+    assert found.tokens == 1020  # of four prompts, each as long as the model allows
     judged = judge(found, 0.1, 512, "it")
     assert judged.limit is None and "does not predict" in judged.note
     broken = msgspec.structs.replace(found, kl_divergence=math.inf)
@@ -138,7 +139,7 @@ def test_a_slow_machine_compares_fewer_tokens_or_says_that_it_does_not(tmp_path:
     whole = measure(TRAINED, fp8(), tmp_path / "rank.safetensors")
     fewer = measure(TRAINED, fp8(), tmp_path / "rank.safetensors", seconds=58, clock=itertools.count().__next__)
     assert fewer.note == "" and 32 <= fewer.tokens < whole.tokens
-    assert fewer.kl_divergence is not None and fewer.kl_divergence < 0.01
+    assert fewer.kl_divergence is not None and fewer.kl_divergence < 0.05
     none = measure(TRAINED, fp8(), tmp_path / "rank.safetensors", seconds=1, clock=itertools.count().__next__)
     assert none.tokens == 0 and none.kl_divergence is None and none.note.startswith("not measured: on this machine")
     assert judge(none, 0.1, 2048, "it") is none and numbers(none) == none.note
@@ -146,15 +147,20 @@ def test_a_slow_machine_compares_fewer_tokens_or_says_that_it_does_not(tmp_path:
 
 def test_prompts(random_checkpoint: Path, tmp_path: Path) -> None:
     text, prompts = default_prompts(TRAINED, 2048, 300, 200)
-    assert text == BUILTIN_TEXT and sum(len(p.counted) for p in prompts) >= 300
-    assert all(len(p.ids) <= 200 and min(p.counted) >= 0 and max(p.counted) < len(p.ids) - 1 for p in prompts)
+    assert text == BUILTIN_TEXT and sum(p.positions for p in prompts) >= 300
+    assert all(len(p.ids) <= 200 and p.positions == len(p.ids) - 1 for p in prompts)
+    assert all(answer.start > 0 and answer.stop == p.positions for p in prompts for answer in p.answers[-1:])
+    assert all(len(p.answers) == 1 for p in prompts), "one turn of the assistant each"
+    assert default_prompts(TRAINED, 2048, 300, 200) == (text, prompts)
+    _, others = default_prompts(TRAINED, 2048, 300, 200, seed=1)
+    assert [p.ids for p in others] != [p.ids for p in prompts]
     text, prompts = default_prompts(tmp_path, 100, 300, 200)
     assert "spread" in text and {t for p in prompts for t in p.ids} <= set(range(100))
     assert [len(p.ids) for p in windows(list(range(401)), 200)] == [200, 200]
     copied = tmp_path / "tokenizer.json"
     copied.write_text((TRAINED / "tokenizer.json").read_text() + "\n")  # another tokenizer, then
     text, prompts = default_prompts(tmp_path, 2048, 300, 200)
-    assert text == SHIPPED_TEXT and [len(p.counted) for p in prompts] == [199, 100]
+    assert text == SHIPPED_TEXT and [p.positions for p in prompts] == [199, 100] and not prompts[0].answers
 
 
 @pytest.mark.gpu

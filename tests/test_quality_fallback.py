@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from selection_cases import FACTS, LLAMA_8B, PROFILES, machine
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from appliance.builder import BuildRequest
 from appliance.builder.build import build
 from appliance.engines import EngineStore, read_manifest
 from appliance.engines.quality import recall
-from appliance.errors import EngineQualityError
+from appliance.errors import CheckpointError, EngineQualityError
 from appliance.ipc import Built, Progress
 from appliance.launch.prepare import prepare_engine
 from appliance.profiles import capabilities, reasons, select
@@ -56,8 +57,9 @@ def test_a_good_build_writes_what_it_measured(tmp_path: Path) -> None:
     said: list[Progress] = []
     manifest = read_manifest(build(request_of(tmp_path, max_kl=LIMIT), said.append))
     found = manifest.quality
-    assert found is not None and found.kl_divergence is not None and found.tokens >= 512
-    assert found.kl_divergence < 0.01 and found.top1_agreement == 1 and found.limit == LIMIT and found.note == ""
+    assert found is not None and found.kl_divergence is not None and found.tokens >= 1024
+    assert found.kl_divergence < 0.05 and (found.top1_agreement or 0) > 0.9
+    assert found.limit == LIMIT and found.note == ""
     assert any("against the checkpoint: KL " in (message.detail or "") for message in said)
     plain = read_manifest(build(request_of(tmp_path, precision="bf16", max_kl=LIMIT)))
     assert plain.quality is None, "the checkpoint's own numbers"
@@ -159,3 +161,28 @@ def test_the_selection_says_why_another_precision_serves() -> None:
     )
     assert selection.selected is not None and selection.selected.name == "bf16-tp1"
     assert "not fp8-tp1: was refused: the fp8 engine of m differs too much" in reasons(selection)
+
+
+@pytest.mark.parametrize("hardware", ["a100-80gb-x1", "l40s", "t4"])
+def test_int4_found_by_gptq_comes_before_another_precision(hardware: str) -> None:
+    bad = {"int4": "was refused: the int4 engine of m differs too much"}
+    selection = select(machine(hardware), LLAMA_8B, PROFILES, capabilities=capabilities(), gpu_facts=FACTS, refused=bad)
+    assert selection.selected is not None and selection.selected.name == "int4-gptq-tp1"
+
+
+@pytest.mark.parametrize("damage", ["quality", "nan"])
+def test_a_calibration_that_ends_in_a_refusal_leaves_nothing(tmp_path: Path, damage: str) -> None:
+    """A second one would end alike, so there is nothing to go on with."""
+    source = tmp_path / "model"
+    shutil.copytree(builtin.checkpoint_dir(), source)
+    if damage == "nan":
+        file = source / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+    request = request_of(
+        tmp_path, checkpoint=str(source), precision="int4", max_kl=1e-6, calibration_samples=8, calibration_length=256
+    )
+    with pytest.raises(EngineQualityError if damage == "quality" else CheckpointError):
+        build(request)
+    assert not list((tmp_path / "engines" / ".staging").glob("*"))

@@ -3,7 +3,8 @@
 Two measurements. Exact-match accuracy on the tasks of the built-in model: samples are fresh (seeded, of the evaluation
 split, which training never draws from), and recall is reported per context length, as it is what shows that paged K/V,
 prefix reuse and chunked prefill keep every token. And for any model, over a text: perplexity, KL divergence and top-1
-agreement with the first column.
+agreement with the first column, at every position of the text. The built-in model's text are conversations of the
+evaluation split, questions as well as answers (builder/quality_text.py says why); answers are also shown apart.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from appliance.llm import LLM
 from appliance.types import EngineOptions, KvCacheDtype, SamplingParams
 
 if TYPE_CHECKING:
-    from appliance.bench.quality_divergence import Reference
+    from appliance.bench.quality_divergence import Compared, Reference
     from appliance.runtime.divergence import Divergence
 
 _LEAST = {"samples": 1, "text_tokens": 16, "window": 2}
@@ -61,11 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE", help="text that predictions are compared over (default: one that ships)"
     )
-    parser.add_argument("--text-tokens", type=int, default=8192, help="taken of the text (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=16384, help="taken of the text (default: %(default)s)")
     parser.add_argument(
         "--window", type=int, default=1024, help="tokens of a prompt of the text (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the samples and of the conversations that predictions are compared over (default: %(default)s)",
+    )
     parser.add_argument("--cache", help="cache directory (default: the server's)")
 
 
@@ -76,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
     if args.text is not None and not Path(args.text).expanduser().is_file():
         raise SettingsError(f"--text: there is no file {args.text}")
     accuracy: dict[str, dict[str, float]] = {}
-    divergence: dict[str, Divergence] = {}
+    compared: dict[str, Compared] = {}
     seconds: dict[str, float] = {}
     comparison = Comparison(args)
     for name, column in chosen.items():
         begin = time.perf_counter()
         options = open_column(args, column)
-        divergence[name] = comparison.measure(options)
+        compared[name] = comparison.measure(options)
         if not args.tasks and not is_builtin(tokenizer_dir(options)):
             sets = {}
         if sets:
@@ -90,8 +96,12 @@ def run(args: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - begin, 1)
     if sets:
         show_accuracy(accuracy, args.samples)
-    show_divergence(divergence, comparison.text)
-    for line in against_nearest(chosen, divergence):
+    everywhere = {name: found.everywhere for name, found in compared.items()}
+    answers = {name: found.answers for name, found in compared.items() if found.answers.positions}
+    show_divergence(everywhere, f"all positions of {comparison.text}")
+    if answers:
+        show_divergence(answers, "those of them that predict answers")
+    for line in against_nearest(chosen, everywhere):
         say(line)
     means = {name: mean(column) for name, column in accuracy.items()}
     result: dict[str, Any] = {
@@ -102,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         "accuracy": {name: {n: round(v, 4) for n, v in column.items()} for name, column in accuracy.items()},
         "mean": {name: round(value, 4) for name, value in means.items()},
         "text": comparison.text,
-        "divergence": {name: figures(found) for name, found in divergence.items()},
+        "divergence": {name: figures(found) for name, found in everywhere.items()},
+        "divergence_answers": {name: figures(found) for name, found in answers.items()},
         "seconds": seconds,
         **environment(),
     }
@@ -131,13 +142,13 @@ def show_accuracy(accuracy: Mapping[str, Mapping[str, float]], samples: int) -> 
     table.show(f"points against {first}")
 
 
-def show_divergence(divergence: Mapping[str, Divergence], text: str) -> None:
+def show_divergence(divergence: Mapping[str, Divergence], where: str) -> None:
     first, *_ = divergence
     table = Table("", "perplexity", f"KL({first} || it), nats/token", f"same top token as {first}")
     for name, found in divergence.items():
         kl, agreement = (f"{found.kl_divergence:.3g}", f"{found.top1_agreement:.2%}") if name != first else ("", "")
         table.row(name, f"{found.perplexity:.6g}", kl, agreement)
-    table.show(f"predictions, {divergence[first].positions} positions of {text}")
+    table.show(f"predictions, {divergence[first].positions} positions: {where}")
 
 
 def against_nearest(chosen: Mapping[str, Column], divergence: Mapping[str, Divergence]) -> list[str]:
@@ -175,7 +186,7 @@ class Comparison:
         self._args = args
         self._reference: Reference | None = None
 
-    def measure(self, options: EngineOptions) -> Divergence:
+    def measure(self, options: EngineOptions) -> Compared:
         from appliance.bench import quality_divergence as work
 
         args = self._args
@@ -183,7 +194,9 @@ class Comparison:
         window = min(args.window, config.max_position_embeddings)
         try:
             if self._reference is None:
-                self.text, prompts = work.prompts_of(options, config.vocab_size, args.text, args.text_tokens, window)
+                self.text, prompts = work.prompts_of(
+                    options, config.vocab_size, args.text, args.text_tokens, window, args.seed
+                )
                 self._reference = work.Reference(work.load_model(options, window), options, prompts)
             return self._reference.compare(work.load_model(options, window), options)
         finally:

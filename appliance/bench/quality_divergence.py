@@ -10,7 +10,9 @@ models and the cache's precision; knows nothing of tasks.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,13 +35,13 @@ _ROWS = 256  # logits computed at a time
 
 
 def prompts_of(
-    options: EngineOptions, vocab_size: int, text: str | None, tokens: int, window: int
+    options: EngineOptions, vocab_size: int, text: str | None, tokens: int, window: int, seed: int
 ) -> tuple[str, list[Prompt]]:
-    """What the text is, and its prompts: of the file `text`, or of the model's default. SettingsError for a file that
-    cannot be read or has too little text."""
+    """What the text is, and its prompts: of the file `text`, or of the model's default (`seed`: which conversations,
+    for the built-in model). SettingsError for a file that cannot be read or has too little text."""
     directory = tokenizer_dir(options)
     if text is None:
-        return default_prompts(directory, vocab_size, tokens, window)
+        return default_prompts(directory, vocab_size, tokens, window, seed)
     from appliance.server.tokenizer import load_tokenizer
 
     try:
@@ -53,29 +55,50 @@ def prompts_of(
     return Path(text).name, prompts
 
 
+@dataclass
+class Compared:
+    """What differs at all positions of the prompts, and at those alone that predict answers of the assistant; running
+    text has none."""
+
+    everywhere: Divergence = field(default_factory=Divergence)
+    answers: Divergence = field(default_factory=Divergence)
+
+
 class Reference:
     """What is kept of the model that the others are compared with."""
 
     def __init__(self, model: Decoder, options: EngineOptions, prompts: list[Prompt]) -> None:
         self._prompts = prompts
-        self._hidden = [hidden.cpu() for hidden, _ in _hidden_states(model, options, prompts)]
+        self._hidden = [batch.hidden.cpu() for batch in _hidden_states(model, options, prompts)]
         model.layers = nn.ModuleList()  # the logits need the last product only
         del model.embedding.weight
         self._logits: Callable[[Tensor], Tensor] = model.logits
 
-    def compare(self, model: Decoder, options: EngineOptions) -> Divergence:
-        found = Divergence()
-        for kept, (hidden, following) in zip(self._hidden, _hidden_states(model, options, self._prompts), strict=True):
-            for at in range(0, len(hidden), _ROWS):
+    def compare(self, model: Decoder, options: EngineOptions) -> Compared:
+        found = Compared()
+        for kept, batch in zip(self._hidden, _hidden_states(model, options, self._prompts), strict=True):
+            for at in range(0, len(kept), _ROWS):
                 rows = slice(at, at + _ROWS)
-                reference = self._logits(kept[rows].to(hidden.device))
-                found.add(reference, model.logits(hidden[rows]), following[rows])
+                reference = self._logits(kept[rows].to(batch.hidden.device))
+                logits, following = model.logits(batch.hidden[rows]), batch.following[rows]
+                answers = batch.answers[rows]
+                found.everywhere.add(reference, logits, following)
+                if answers.any():
+                    found.answers.add(reference[answers], logits[answers], following[answers])
         return found
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Of prompts run together, the n positions that are compared; all on the model's device."""
+
+    hidden: Tensor  # [n, hidden], the model's dtype
+    following: Tensor  # int64 [n]: the tokens behind them
+    answers: Tensor  # bool [n]: whether those belong to an answer
+
+
 @torch.inference_mode()
-def _hidden_states(model: Decoder, options: EngineOptions, prompts: list[Prompt]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per batch of prompts: hidden states [n, hidden] of the counted positions, and the tokens behind them, [n]."""
+def _hidden_states(model: Decoder, options: EngineOptions, prompts: list[Prompt]) -> Iterator[_Batch]:
     device = next(iter(model.norm.parameters())).device
     name = options.kv_cache_dtype
     kv_dtype = model.dtype if name == "auto" else KV_DTYPES[name]
@@ -84,12 +107,13 @@ def _hidden_states(model: Decoder, options: EngineOptions, prompts: list[Prompt]
         lengths = [len(prompt.ids) for prompt in batch]
         context = prompt_context(model.config, lengths, kv_dtype, device, longest=longest)
         ids = torch.tensor([token for prompt in batch for token in prompt.ids], device=device)
-        counted, start = [], 0
-        for prompt in batch:
-            counted += [start + at for at in prompt.counted]
-            start += len(prompt.ids)
-        rows = torch.tensor(counted, device=device)
-        yield model(ids, context)[rows], ids[rows + 1]
+        positions: list[int] = []
+        answers: list[bool] = []
+        for start, prompt in zip(itertools.accumulate(lengths, initial=0), batch, strict=False):
+            positions += range(start, start + prompt.positions)
+            answers += [any(at in answer for answer in prompt.answers) for at in range(prompt.positions)]
+        rows = torch.tensor(positions, device=device)
+        yield _Batch(model(ids, context)[rows], ids[rows + 1], torch.tensor(answers, device=device))
 
 
 def _batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:

@@ -45,6 +45,7 @@ from appliance.engines.meter import ByteMeter
 from appliance.engines.quality import Quality, judge, recall
 from appliance.engines.store import EngineStore, LockHolder
 from appliance.engines.verify import DamagedFileError, verify_engine
+from appliance.errors import CheckpointError, EngineBuildError
 from appliance.ipc import Progress
 from appliance.types import ModelConfig
 
@@ -105,7 +106,11 @@ def _build(
             weights = _source(job, tokens, store, send)
             _reserve(job, weights, store)
             with store.staging(key) as staging:
-                _write_engine(job, weights, staging, store, send)
+                try:
+                    _write_engine(job, weights, staging, store, send)
+                except (CheckpointError, EngineBuildError):  # a second calibration would end alike
+                    store.drop_calibration(key)
+                    raise
                 return store.publish(key, staging)
 
 

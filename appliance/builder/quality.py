@@ -35,7 +35,8 @@ from appliance.runtime.prompt_batch import prompt_context
 from appliance.runtime.weights import read_tensors
 from appliance.types import ModelConfig, WeightSpec
 
-_POSITIONS = 512  # whose predictions are compared
+_POSITIONS = 1024  # whose predictions are compared
+_WINDOW = 513  # tokens of a prompt
 _SECONDS = 8.0  # for the comparison, or
 _SHARE = 0.5  # of the time that the build has taken so far, whichever is more
 _LEAST = 32  # a comparison of fewer says little
@@ -101,7 +102,7 @@ def measure_quality(
     begin = clock()
     config = subject.config
     text, prompts = default_prompts(
-        tokenizer_dir, config.vocab_size, _POSITIONS, min(_POSITIONS + 1, config.max_position_embeddings)
+        tokenizer_dir, config.vocab_size, _POSITIONS, min(_WINDOW, config.max_position_embeddings)
     )
     with (
         StoredEngine(rank_files, subject.specs, subject.scheme, subject.dtype) as stored,
@@ -223,7 +224,7 @@ class _Comparison:
         self._lengths = [len(prompt.ids) for prompt in prompts]
         self._ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=device)
         starts = itertools.accumulate(self._lengths, initial=0)
-        counted = [start + at for start, prompt in zip(starts, prompts, strict=False) for at in prompt.counted]
+        counted = [start + at for start, prompt in zip(starts, prompts, strict=False) for at in range(prompt.positions)]
         self._counted = torch.tensor(counted, device=device)  # rows whose predictions are compared, ascending
         self._following = self._ids[self._counted + 1]
         self._streams: list[tuple[Tensor, Tensor | None]] = []  # (x, residual) of either side

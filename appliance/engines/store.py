@@ -222,6 +222,11 @@ class EngineStore:
             self._remove_if_free(left)
         return directory
 
+    def drop_calibration(self, key: str) -> None:
+        """Remove what calibration of this key has finished, if there is any, for the holder of the lock."""
+        assert key in self._held, "calibrating needs the build lock"
+        disk.remove_tree(self._staging / f"{key}.calibration")
+
     def publish(self, key: str, directory: Path) -> Path:
         """Make a finished staging directory the engine of its key: sizes checked, everything fsynced, renamed. What
         stood there before is moved aside. Returns the engine's path."""
