@@ -82,6 +82,11 @@ class Rig:
         self.engines.pop(replica).dead = True
         self.journal.on_engine_lost(replica)
 
+    @property
+    def homes(self) -> dict[str, int]:
+        """Where each request was sent last."""
+        return {name: n for n, engine in self.engines.items() for batch in engine.added for name in batch}
+
     def held(self, replica: int) -> list[str]:
         return sorted(self.engines[replica].held)
 
@@ -128,7 +133,7 @@ async def test_a_conversation_comes_back_to_its_replica() -> None:
     history = {i: [i] * 3 for i in range(6)}  # not a page: only with the answer is there one to tell them apart
     homes: dict[int, list[int]] = {i: [] for i in history}
     for turn in range(3):
-        for i in [0, 1, 2, 3, 4, 5] if turn % 2 else [3, 1, 5, 0, 4, 2]:
+        for i in [1, 2, 3, 4, 5, 0] if turn % 2 else [0, 1, 2, 3, 4, 5]:
             group = rig.journal.submit([make(f"{i}-{turn}", 20, list(history[i]))])
             await settle()
             homes[i] += [n for n in rig.engines if rig.held(n)]
@@ -137,6 +142,38 @@ async def test_a_conversation_comes_back_to_its_replica() -> None:
             history[i] += [*await tokens_of(group), 50 + i]
     assert all(len(set(home)) == 1 for home in homes.values()), homes
     assert {home[0] for home in homes.values()} == {0, 1, 2}
+
+
+async def test_a_lost_replicas_cache_is_lost_with_it() -> None:
+    rig = Rig(2)
+    await rig.start(0, 1)
+    prompt = [1] * 160
+    group = rig.journal.submit([make("a", 1, prompt)])
+    await rig.step()
+    assert await tokens_of(group) == [100]
+    home = rig.homes["a"]
+    busy = rig.journal.submit([make("x", 50, [2] * 20)])
+    await settle()
+    assert rig.homes["x"] == 1 - home
+    rig.lose(home)
+    await rig.start(home)
+    busy.cancel()
+    rig.journal.submit([make("y", 50, [3] * 20)])
+    await settle()
+    rig.journal.submit([make("b", 1, prompt)])
+    await settle()
+    assert rig.homes["b"] != rig.homes["y"], "no reason to go where more is to be done"
+
+
+async def test_outputs_of_a_replica_that_has_not_the_request_are_dropped() -> None:
+    rig = Rig(2)
+    await rig.start(0, 1)
+    group = rig.journal.submit([make("a", 2)])
+    await settle()
+    rig.journal.on_outputs([EngineOutput("a", [5], finish_reason="stop")], EngineStats(), 1 - rig.homes["a"])
+    for _ in range(2):
+        await rig.step()
+    assert await tokens_of(group) == [100, 101]
 
 
 async def test_a_lost_replicas_requests_go_on_at_once_elsewhere_with_their_tokens() -> None:
@@ -323,12 +360,14 @@ async def test_a_request_goes_where_its_context_fits() -> None:
     await rig.start(0, max_model_len=64)
     await rig.start(1, max_model_len=512)
     assert rig.state.require_engine().max_model_len == 64, "what is accepted fits everywhere"
-    rig.state.metrics.engines.pop(0)
-    rig.journal.submit([make("long", 100, [3] * 100)])  # accepted while only the second was there
-    rig.state.metrics.engines[0] = engine_info(64, 2)
-    rig.journal.submit([make("longer", 120, [4] * 100)])
+    groups = [rig.journal.submit([make(f"r{i}", 120, [i] * 100)]) for i in range(3)]  # accepted before the first came
     await settle()
-    assert "longer" in rig.held(1)
+    assert rig.held(0) == [] and rig.held(1) == ["r0", "r1", "r2"]
+    rig.lose(1)
+    await settle()
+    assert rig.held(0) == ["r0", "r1", "r2"], "its engine says what does not fit"
+    for group in groups:
+        group.cancel()
 
 
 async def test_limits_and_numbers_are_sums() -> None:
