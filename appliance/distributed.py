@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    ProcessGroupGloo,
+    TCPStore,
+    distributed_c10d,
+)
 
 from appliance.errors import HardwareError
 
@@ -198,6 +202,17 @@ class Meeting:
             torch.distributed.init_process_group(
                 "gloo", store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT, pg_options=options
             )
+
+
+def leave() -> None:
+    """Give the default process group up, if there is one, without waiting for ranks that may be gone. Nothing that uses
+    it may run any more; CUDA graphs that it is captured in should have been dropped."""
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "nccl":
+        distributed_c10d._abort_process_group()
+    else:
+        torch.distributed.destroy_process_group()
 
 
 def _loopback_options() -> Any:

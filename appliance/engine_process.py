@@ -12,12 +12,13 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from appliance import garbage, registry
 from appliance.batching.core import EngineCore
@@ -227,5 +228,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _leave(code: int) -> NoReturn:
+    """Exit; one of several ranks without what libraries do at exit, which might wait for ranks that are gone."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        raise SystemExit(code)
+    ChildEnd.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    _leave(main())

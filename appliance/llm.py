@@ -334,11 +334,14 @@ class LLM:
 
         import torch
 
+        from appliance.distributed import leave
+
         if self._core is None:
             return
         self._core, self._problem = None, problem
         self._member.close()
         gc.collect()
+        leave()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -76,6 +76,8 @@ def _run(args: argparse.Namespace) -> None:
             case LoadEngine(options=options):
                 begin = time.perf_counter()
                 backend = registry.load("backends", options.backend)
+                if hasattr(backend, "preload"):
+                    backend.preload()
                 loaded = backend.load(options, lambda *_: None, PhaseTimer(), member)
                 executor, info = backend.assemble(loaded, options, lambda *_: None, PhaseTimer())
                 garbage.settle()

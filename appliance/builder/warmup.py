@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +21,13 @@ from appliance.batching.core import EngineCore
 from appliance.builder.request import BuildRequest
 from appliance.builder.tactics import Tuner
 from appliance.builder.timings import Timings
+from appliance.distributed import leave
 from appliance.engines import disk
 from appliance.engines.manifest import TimedTactic
 from appliance.kernels.compiled import DIRECTORY, KERNELS
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.loading import LoadedModel, PhaseTimer
+from appliance.runtime.ranks import Alone, Member, lead
 from appliance.types import EngineOptions, EngineRequest, ModelConfig, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype
     def run() -> None:
         try:
             backend.preload()
-            start(config, dtype, _options(request, Path(), device), device)
+            start(config, dtype, _options(request, Path(), [device]), device, request.tp_size)
         except Exception as error:
             log.debug("compiling ahead: %s", error)
 
@@ -83,12 +85,12 @@ def warm_up(engine_dir: Path, request: BuildRequest, report: Report) -> WarmedUp
     Raises OSError where the disk is full; anything else that fails is a note."""
     if not _for_gpu(request):
         return WarmedUp()
-    device = _device(request)
-    if isinstance(device, str):
-        return WarmedUp(note=f"kernels are compiled at the first start: {device}")
+    devices = _devices(request)
+    if isinstance(devices, str):
+        return WarmedUp(note=f"kernels are compiled at the first start: {devices}")
     backend = registry.load("backends", request.backend)
     try:
-        return _warm_up(engine_dir, request, backend, device, report)
+        return _warm_up(engine_dir, request, backend, devices, report)
     except Exception as error:
         if disk.is_full(error):
             raise
@@ -97,17 +99,18 @@ def warm_up(engine_dir: Path, request: BuildRequest, report: Report) -> WarmedUp
         return WarmedUp(note=f"kernels are compiled at the first start: {type(error).__name__}: {error}"[:300])
     finally:
         TABLE.clear()
+        leave()
 
 
 def _for_gpu(request: BuildRequest) -> bool:
     return registry.plugins("backends")[request.backend].facts.get("device") == "gpu"
 
 
-def _options(request: BuildRequest, engine_dir: Path, device: torch.device) -> EngineOptions:
+def _options(request: BuildRequest, engine_dir: Path, devices: Sequence[torch.device]) -> EngineOptions:
     return EngineOptions(
         engine_dir=str(engine_dir),
         backend=request.backend,
-        devices=(str(device.index),),
+        devices=tuple(str(device.index) for device in devices),
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         kv_cache_dtype=request.kv_cache_dtype,
@@ -131,20 +134,57 @@ def _device(request: BuildRequest) -> torch.device | str:
     return f"no GPU here has compute capability {'.'.join(map(str, wanted or ()))}"
 
 
+def _devices(request: BuildRequest) -> list[torch.device] | str:
+    """A GPU for each rank, the one to try an engine of one rank on first; why there are not as many."""
+    first = _device(request)
+    if isinstance(first, str):
+        return first
+    if request.tp_size == 1:
+        return [first]
+    capability = torch.cuda.get_device_capability(first)
+    alike = [
+        torch.device("cuda", index)
+        for index in range(torch.cuda.device_count())
+        if torch.cuda.get_device_capability(index) == capability and index != first.index
+    ]
+    found = [first, *alike][: request.tp_size]
+    if len(found) < request.tp_size:
+        return f"the engine is for {request.tp_size} GPUs, and here are {len(found)} of that compute capability"
+    return found
+
+
 def _warm_up(
     engine_dir: Path,
     request: BuildRequest,
     backend: ModuleType,
-    device: torch.device,
+    devices: Sequence[torch.device],
     report: Report,
 ) -> WarmedUp:
-    options = _options(request, engine_dir, device)
-    timer = PhaseTimer()
+    """Of several ranks, products are timed on the first, while the others wait for it."""
+    options = _options(request, engine_dir, devices)
+    device, timer = devices[0], PhaseTimer()
+    member: Member = lead(options) if request.tp_size > 1 else Alone()
+    try:
+        return _try(engine_dir, request, backend, options, member, device, timer, report)
+    finally:
+        member.close()
+
+
+def _try(
+    engine_dir: Path,
+    request: BuildRequest,
+    backend: ModuleType,
+    options: EngineOptions,
+    member: Member,
+    device: torch.device,
+    timer: PhaseTimer,
+    report: Report,
+) -> WarmedUp:
 
     def progress(phase: str, detail: str, percent: float) -> None:
         report(f"trying the engine: {detail}")
 
-    loaded: LoadedModel = backend.load(options, progress, timer)
+    loaded: LoadedModel = backend.load(options, progress, timer, member)
     loaded.model.prepare(loaded.config.max_position_embeddings)
     gpu = torch.cuda.get_device_name(device)
     tactics: list[TimedTactic] = []

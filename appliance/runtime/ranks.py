@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from appliance.batching.step import StepPlan
-from appliance.distributed import Meeting, Rendezvous, TensorParallel
+from appliance.distributed import Meeting, Rendezvous, TensorParallel, leave
 from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
 from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 3.0  # for ranks to end by themselves
 _BLAME_SECONDS = 2.0  # for the watch to find out who was lost, when an operation fails
-_ABORT_SECONDS = 3.0  # rank 0's own thread may be stuck on the device for as long
 
 
 class LoadEngine(Struct, frozen=True, tag=True):
@@ -240,10 +239,8 @@ class Leader:
     def _abort(self, reason: ApplianceError) -> None:
         """What is enqueued on a GPU would wait for ever for ranks that are gone; gloo notices by itself."""
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
-            from torch.distributed.distributed_c10d import _abort_process_group
-
             with contextlib.suppress(RuntimeError):
-                _abort_process_group()
+                leave()
 
     def _kill(self) -> None:
         for rank in self._ranks:
