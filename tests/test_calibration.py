@@ -151,14 +151,23 @@ def test_rows_in_parts_give_the_same(algorithm: str, monkeypatch: pytest.MonkeyP
         assert parts.errors[key].result == pytest.approx(whole.errors[key].result, rel=0.02)
 
 
-def test_q_and_k_are_not_clipped() -> None:
+def test_rows_are_clipped_where_that_lowers_their_error() -> None:
+    """Those of q and k among them; all others stay as they are without clipping."""
     block = random_block()
     statistics = gathered(block, tokens(512))
-    v_rows = block.v_rows
-    with_clip = awq.calibrate(block, statistics, AWQ).weights["qkv"]
-    without = awq.calibrate(block, statistics, replace(AWQ, clip=False)).weights["qkv"]
-    assert torch.equal(with_clip.scales[: v_rows.start], without.scales[: v_rows.start])
-    assert not torch.equal(with_clip.scales[v_rows], without.scales[v_rows])
+    clipped = awq.calibrate(block, statistics, AWQ)
+    without = awq.calibrate(block, statistics, replace(AWQ, clip=False))
+    a, b = clipped.weights["qkv"], without.weights["qkv"]
+    changed = (a.scales != b.scales).any(1)
+    assert changed[: block.v_rows.start].any() and changed[block.v_rows].any() and not changed.all()
+    assert torch.equal(a.values[~changed], b.values[~changed])
+    assert clipped.errors["qkv"].result < without.errors["qkv"].result
+    scales = (clipped.norms["input_norm"].float() / block.input_norm.float()).nan_to_num(1.0)
+    x = statistics["qkv"].sample * scales
+    folded = block.qkv.weight.float() / scales
+    rows = changed & (torch.arange(len(changed)) < block.v_rows.start)  # v's rows also have o's scales
+    errors = [((weight.dequantize() - folded) @ x.T).square().sum(1)[rows] for weight in (a, b)]
+    assert (errors[0] < errors[1]).all()
 
 
 def test_clipping_by_grams_is_clipping_by_outputs() -> None:

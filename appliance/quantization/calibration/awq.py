@@ -102,7 +102,11 @@ def _round(
     block: BlockWeights, key: str, folding: Folding, error: OutputError, options: AwqOptions
 ) -> tuple[QuantizedWeight, float, float]:
     """(quantized weight, its error, share of the rows that are clipped). A row is clipped where that lowers its own
-    error on the sample, as `_clipped` looks at one group at a time; and the product only where it gains as a whole."""
+    error on the sample, as `_clipped` looks at one group at a time; and the product only where it gains as a whole.
+
+    The authors' code leaves q and k unclipped, since what counts of them is their product. With that check of each row,
+    clipping them gains as well: the built-in model then has 0.63 of the KL divergence of rounding to nearest, and
+    without it 0.74."""
     sample = error.sample / folding.inputs[key] if key in folding.inputs else error.sample
     grams = group_grams(sample, options.group_size)
     plain: list[GroupedWeight] = []
@@ -111,12 +115,10 @@ def _round(
     for rows in row_chunks(error.weight):
         weight = folding.weight(key, rows)
         plain.append(round_to_nearest(weight, options.group_size))
-        first = max(_first_clipped_row(block, key) - rows.start, 0)
-        if options.clip and first < weight.shape[0]:
-            some = weight[first:]
-            candidate = round_to_nearest(_clipped(some, grams, options), options.group_size)
-            better = _row_errors(sample, candidate, some) < _row_errors(sample, _rows(plain[-1], first), some)
-            clipped.append(_with_rows(plain[-1], first, candidate, better))
+        if options.clip:
+            candidate = round_to_nearest(_clipped(weight, grams, options), options.group_size)
+            better = _row_errors(sample, candidate, weight) < _row_errors(sample, plain[-1], weight)
+            clipped.append(_with_rows(plain[-1], candidate, better))
             taken += int(better.sum())
         else:
             clipped.append(plain[-1])
@@ -129,12 +131,6 @@ def _round(
     if clipped_result >= result:
         return quantized, result, 0.0
     return candidate_whole, clipped_result, taken / error.weight.shape[0]
-
-
-def _first_clipped_row(block: BlockWeights, key: str) -> int:
-    """q and k stay unclipped, as in the paper's code: what counts of them is the product of the two inside the
-    softmax, for which the error of each alone says little, and clipping biases it."""
-    return block.v_rows.start if key == "qkv" else 0
 
 
 def _clipped(weight: Tensor, grams: Tensor, options: AwqOptions) -> Tensor:
@@ -175,21 +171,17 @@ def _row_errors(sample: Tensor, quantized: GroupedWeight, weight: Tensor) -> Ten
     return (quantized.dequantize().sub_(weight) @ sample.T).square_().sum(1)
 
 
-def _rows(weight: GroupedWeight, first: int, stop: int | None = None) -> GroupedWeight:
-    rows = slice(first, stop)
+def _rows(weight: GroupedWeight, rows: slice) -> GroupedWeight:
     return GroupedWeight(weight.values[rows], weight.scales[rows], weight.zeros[rows])
 
 
-def _with_rows(weight: GroupedWeight, first: int, other: GroupedWeight, where: Tensor) -> GroupedWeight:
-    """A copy of `weight` in which those rows from `first` on for which `where` (bool) is set come from `other`."""
-    mixed = {}
-    for name in ("values", "scales", "zeros"):
-        mixed[name] = getattr(weight, name).clone()
-        mixed[name][first:][where] = getattr(other, name)[where]
-    return GroupedWeight(**mixed)
+def _with_rows(weight: GroupedWeight, other: GroupedWeight, where: Tensor) -> GroupedWeight:
+    """A copy of `weight` in which the rows for which `where` (bool [rows]) is set come from `other`."""
+    names = ("values", "scales", "zeros")
+    return GroupedWeight(*(torch.where(where[:, None], getattr(other, n), getattr(weight, n)) for n in names))
 
 
 def _unfolded(weight: QuantizedWeight, key: str, folding: Folding) -> Callable[[slice], Tensor]:
     """Rows of a folded, quantized weight, for the original inputs and outputs."""
     assert isinstance(weight, GroupedWeight)
-    return lambda rows: folding.unfold_rows(key, _rows(weight, rows.start, rows.stop).dequantize(), rows)
+    return lambda rows: folding.unfold_rows(key, _rows(weight, rows).dequantize(), rows)

@@ -12,7 +12,9 @@ from torch import Tensor
 from appliance.errors import EngineBuildError
 from appliance.quantization.calibration.block import PRODUCTS, BlockWeights
 
-SAMPLE_TOKENS = 512  # kept of each product's inputs; as many as the code of AWQ's authors clips by
+# Kept of each product's inputs. AWQ of the built-in model, q and k unclipped, had 0.80 of the KL divergence of rounding
+# to nearest with 512, and 0.74 with 2048 or 8192, over two sets of conversations.
+SAMPLE_TOKENS = 2048
 
 
 class InputStatistics:
