@@ -63,6 +63,17 @@ def test_a_rank_killed_under_a_streaming_client_is_a_pause(server: Server) -> No
     server.until_logged("the engine is ready again")
 
 
+def test_a_rank_that_is_lost_while_nothing_runs_is_replaced(server: Server) -> None:
+    engine, (rank,) = server.engine_pid(), ranks_of(server)
+    rank.kill()
+    psutil.Process(engine).wait(10)
+    deadline = time.monotonic() + 60
+    while server.status("/v1/health/ready") != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.engine_pid() != engine
+
+
 def test_ranks_die_with_their_engine_and_end_with_the_server(server: Server) -> None:
     (rank,) = ranks_of(server)
     os.kill(server.engine_pid(), signal.SIGKILL)
