@@ -10,10 +10,10 @@ import torch
 from quantized_helpers import DEVICE, assert_same_quantized, kernel_dtype, strided, ulp
 from torch import Tensor
 
-from appliance.kernels import all_reduce, all_reduce_norm
+from appliance.kernels import all_reduce
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import GATHER, PUBLISH, REDUCE, Workspace, all_reduce_, all_reduce_reference
-from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_reference
+from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference, launch_fused
 from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.kernels.row_quantization import FP8
 
@@ -143,24 +143,22 @@ def check_fused(
     inputs: list[Product] = [strided(p) if isinstance(p, Tensor) else p for p in products]
     streams = [strided(residual) for _ in products]
     spaces = workspaces(size)
-    outs: list[tuple[Tensor, Tensor | None] | None] = [None] * size
+    results = [torch.empty(x.shape, dtype=dtype if target is None else kernel_dtype(target)) for x in products]
+    scales = [torch.empty(len(residual), 1) for _ in products]
 
     def run(rank: int, step: int) -> None:
-        result, stream = all_reduce_rms_norm(
-            inputs[rank], streams[rank], weight, EPS, spaces[rank], two_shot=two_shot, dtype=target, scale=scale,
-            values_dtype=None if target is None else kernel_dtype(target), steps=step, out=outs[rank],
+        launch_fused(
+            inputs[rank], streams[rank], weight, EPS, spaces[rank], results[rank],
+            None if target is None else scales[rank], target or FP8, scale, two_shot=two_shot, steps=step,
         )  # fmt: skip
-        assert stream is streams[rank]
-        outs[rank] = result if isinstance(result, tuple) else (result, None)
 
     in_steps(size, run)
-    for stream, out in zip(streams, outs, strict=True):
-        assert torch.equal(stream, expected_stream) and out is not None
-        if target is None:
-            torch.testing.assert_close(out[0], expected, rtol=ulp(dtype), atol=1e-5)
+    for stream, result, factors in zip(streams, results, scales, strict=True):
+        assert torch.equal(stream, expected_stream) and torch.equal(result, results[0])
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(result, expected, rtol=ulp(dtype), atol=1e-5)
         else:
-            assert_same_quantized(out, expected, 1e-5 if dtype == torch.float32 else 1e-4)  # type: ignore[arg-type]
-        assert torch.equal(out[0], outs[0][0])  # type: ignore[index]
+            assert_same_quantized((result, factors), expected, 1e-5 if dtype == torch.float32 else 1e-4)
 
 
 def test_what_fits() -> None:
@@ -171,4 +169,3 @@ def test_what_fits() -> None:
     )
     assert space.fits_fused(torch.zeros(8, 512)) and not space.fits_fused(torch.zeros(9, 512))  # 2 rows a slot, then 3
     assert not space.fits_fused(torch.zeros(1, 516, dtype=torch.bfloat16))  # a rank's share begins anywhere
-    assert all_reduce_norm.SIZES == all_reduce.SIZES

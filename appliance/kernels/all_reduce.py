@@ -62,9 +62,8 @@ class Workspace:
 
     rank: int
     size: int  # ranks: one of SIZES
-    addresses: (
-        Tensor  # int64 [size]: where this rank sees every rank's workspace, `workspace_bytes` each, zeros at first
-    )
+    # int64 [size]: where this rank sees every rank's workspace, `workspace_bytes` each, zeros at first
+    addresses: Tensor
     epochs: Tensor  # int32 [slots], zeros at first: all-reduces that a slot has done
     region_bytes: int  # of a slot in one of the two buffers
     owner: Any = None  # keeps the memory
@@ -276,7 +275,7 @@ def all_reduce_(x: Tensor, workspace: Workspace, *, two_shot: bool, steps: int =
         count,
         TWO_SHOT=two_shot,
         PART=part,
-        num_warps=part // 256,
+        num_warps=max(part // 256, 1),
         **launch_arguments(workspace, steps, x.device),
     )
     return x

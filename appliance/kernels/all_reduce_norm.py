@@ -151,35 +151,54 @@ def _all_reduce_rms_norm_kernel(
 
 
 def all_reduce_rms_norm(
+    x: Product, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, *, two_shot: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum over the ranks of x [n, size] is added to residual [n, size], which is overwritten, and normalized with
+    weight [size]: one kernel for `all_reduce_` and `norm.rms_norm`, with what that returns. x's scales, if it has any,
+    are applied in front of the sum. `Workspace.fits_fused` x, whose dtype is that of the residual stream."""
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_fused(x, residual, weight, eps, workspace, result, None, two_shot=two_shot)
+    return result, residual
+
+
+def all_reduce_rms_norm_quantize(
     x: Product,
     residual: Tensor,
     weight: Tensor,
     eps: float,
     workspace: Workspace,
+    dtype: torch.dtype = FP8,
+    scale: Tensor | None = None,
     *,
     two_shot: bool,
-    dtype: torch.dtype | None = None,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Like `all_reduce_rms_norm`, with `norm.rms_norm_quantize` behind; `dtype` and `scale` as there."""
+    values, scales = quantized_rows(x.shape, dtype, x.device)
+    launch_fused(x, residual, weight, eps, workspace, values, scales, dtype, scale, two_shot=two_shot)
+    return (values, scales), residual
+
+
+def launch_fused(
+    x: Product,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    workspace: Workspace,
+    result: Tensor,
+    scales: Tensor | None,
+    dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    values_dtype: torch.dtype | None = None,
+    *,
+    two_shot: bool,
     steps: int = ALL_STEPS,
-    out: tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-    """The sum over the ranks of x [n, size] is added to residual [n, size], which is overwritten, and normalized with
-    weight [size]: one kernel for `all_reduce_` and `norm.rms_norm`, or, with `dtype` FP8 or torch.int8,
-    `norm.rms_norm_quantize` (`scale` as there), with what these return. x's scales, if it has any, are applied in front
-    of the sum. `Workspace.fits_fused` it. `values_dtype`: as in `row_quantization.quantize_rows_triton`; `out`: where
-    the result goes, of a call with other `steps`."""
+) -> None:
+    """Writes `result` [n, size] and, where it is to be quantized, `scales`; of several calls with some of the `steps`
+    each, the last does."""
     n, size = x.shape
     assert workspace.fits_fused(x) and workspace.size in SIZES and x.dtype == residual.dtype
     deferred = None if isinstance(x, Tensor) else x
     values = x if isinstance(x, Tensor) else x.values
     assert values.stride(-1) == 1 and residual.stride(-1) == 1
-    if out is not None:
-        result, scales = out
-    elif dtype is None:
-        result, scales = torch.empty((n, size), dtype=x.dtype, device=x.device), None
-    else:
-        result, scales = quantized_rows(x.shape, values_dtype or dtype, x.device)
     part = triton.next_power_of_2(size // workspace.size)
     bias = None if deferred is None else deferred.bias
     _all_reduce_rms_norm_kernel[(min(n, workspace.slots),)](
@@ -209,9 +228,8 @@ def all_reduce_rms_norm(
         QUANTIZE=scales is not None,
         SMALLEST_AMAX=SMALLEST_AMAX,
         STATIC=scale is not None,
-        **rounding(dtype or FP8),
+        **rounding(dtype),
         PART=part,
         num_warps=min(max(part * workspace.size // 512, 4), 16),
         **launch_arguments(workspace, steps, x.device),
     )
-    return (result if scales is None else (result, scales)), residual

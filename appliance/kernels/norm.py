@@ -14,6 +14,7 @@ from torch import Tensor
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.deferred_scale import DeferredScale, Product, apply_scales, materialize_reference
 from appliance.kernels.dependent_launch import launch_options
+from appliance.kernels.partial_sum import PartialSum
 from appliance.kernels.row_quantization import (
     FP8,
     SMALLEST_AMAX,
@@ -27,7 +28,11 @@ from appliance.kernels.row_quantization import (
 def rms_norm(x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [n, size], rows may be strided; residual [n, size] or None; weight [size]. Returns the normalized sum in x's
     dtype and the sum itself: `residual`, overwritten, or x where there was none (of a deferred product its values,
-    overwritten with the scaled ones)."""
+    overwritten with the scaled ones). A `PartialSum` is added up over the ranks first, perhaps by the same kernel."""
+    if isinstance(x, PartialSum):
+        if residual is not None:
+            return x.rms_norm(residual, weight, eps)
+        x = x.materialize(x.dtype)
     if x.is_cuda:
         return rms_norm_triton(x, residual, weight, eps)
     return rms_norm_reference(x, residual, weight, eps)
@@ -43,6 +48,10 @@ def rms_norm_quantize(
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Like `rms_norm`, with the result quantized per row: ((`dtype` [n, size], float32 [n, 1]), sum). `dtype` and
     `scale` as in `row_quantization.quantize_rows`."""
+    if isinstance(x, PartialSum):
+        if residual is not None:
+            return x.rms_norm_quantize(residual, weight, eps, dtype, scale)
+        x = x.materialize(x.dtype)
     if x.is_cuda:
         return rms_norm_quantize_triton(x, residual, weight, eps, dtype, scale)
     return rms_norm_quantize_reference(x, residual, weight, eps, dtype, scale)

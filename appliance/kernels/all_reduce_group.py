@@ -1,0 +1,335 @@
+"""How a group of GPUs adds up its numbers: own kernels over each other's memory, or the library, by what was timed.
+
+Makes the workspace (torch's symmetric memory, no multicast), says why there is none where GPUs cannot read each other's
+memory, and asks `TABLE`, like products do, which way serves how many rows. All ranks make the same choices: timings are
+put together over the ranks. The kernels are those of `all_reduce.py` and `all_reduce_norm.py`; who the ranks are, and
+the library's all-reduce, come in as a `Group`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from appliance.kernels import norm
+from appliance.kernels._triton import HAS_TRITON
+from appliance.kernels.all_reduce import (
+    FLAG_BYTES,
+    MAX_SLOTS,
+    SIZES,
+    Workspace,
+    all_reduce_,
+    all_reduce_reference,
+    workspace_bytes,
+)
+from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
+from appliance.kernels.deferred_scale import Product, materialize
+from appliance.kernels.skinny_linear import multiprocessors
+from appliance.kernels.tactics import ROW_BUCKETS, TABLE
+
+log = logging.getLogger(__name__)
+
+ONE_SHOT, TWO_SHOT = "one-shot", "two-shot"
+LIBRARY = "library"  # as a tactic of all-reduces
+SEPARATE = "separate"  # as a tactic of norms: an all-reduce by its own tactic, then the norm
+_REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 128 multiprocessors or more
+# Where nothing was timed: up to so many bytes one-shot, by number of ranks (H200s with NVLink, µs of one- and two-shot
+# at 128 KB: 7.9 and 7.4 of two ranks, 8.9 and 9.0 of four; at 512 KB 9.9 and 7.9, 13.1 and 9.7).
+_ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
+_CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
+_MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's, which needs no timing
+
+Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
+
+
+class Group(Protocol):
+    """The library's collective operations; those of `distributed.Collectives` that are needed here."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum, perhaps over x."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [n, k] of every rank: [size, n, k]."""
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the ranks' numbers."""
+
+
+@dataclass(frozen=True)
+class TimedChoice:
+    """One row count's winner; µs are those of the slowest rank. Fields as of a manifest's tactic."""
+
+    product: str
+    scheme: str
+    out_features: int  # hidden size
+    in_features: int  # ranks
+    rows: int
+    tactic: str
+    microseconds: float
+    runner_up: str
+    runner_up_microseconds: float
+
+
+def key(kind: str, dtype: torch.dtype) -> str:
+    """What `TABLE` calls an operation: `kind` "all_reduce" or "all_reduce_norm"."""
+    return f"{kind} {str(dtype).removeprefix('torch.')}"
+
+
+class AllReduce:
+    """All-reduce, alone or in front of a norm (a `partial_sum.Reducer`). All ranks call the same in the same order;
+    enqueues only, on the current stream, always the same one at a time; capturable in CUDA graphs."""
+
+    def __init__(self, group: Group, workspace: Workspace) -> None:
+        self._group = group
+        self._workspace = workspace
+        self._forced: str | None = None
+
+    @property
+    def workspace(self) -> Workspace:
+        return self._workspace
+
+    # -------------------------------------------------- use
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """x [n, k]: the sum, perhaps over x. Own kernels round once, the library after each summand."""
+        tactic = self._tactic(x)
+        if tactic == LIBRARY and TABLE.batch_invariant and x.is_contiguous():
+            return self._in_pieces(x)
+        if tactic == LIBRARY or not x.is_contiguous():
+            return self._group.all_reduce(x)
+        return all_reduce_(x, self._workspace, two_shot=tactic == TWO_SHOT)
+
+    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        way = self._norm_tactic(x, residual)
+        if way == SEPARATE:
+            return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
+        return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
+
+    def rms_norm_quantize(
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        way, space = self._norm_tactic(x, residual), self._workspace
+        if way == SEPARATE:
+            total = self.all_reduce(materialize(x, x.dtype))
+            return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
+        return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        """With own kernels whatever the size, so that a row's sum does not depend on how many there are."""
+        rows = max(1, self._workspace.capacity // (x.shape[1] * x.dtype.itemsize))
+        for part in x.split(rows):
+            all_reduce_(part, self._workspace, two_shot=True)
+        return x
+
+    def _tactic(self, x: Tensor) -> str:
+        if not self._workspace.fits(x):
+            return LIBRARY
+        chosen = self._forced if self._forced in (ONE_SHOT, TWO_SHOT) else self._chosen("all_reduce", x)
+        if chosen in (ONE_SHOT, TWO_SHOT):
+            return chosen
+        return self._default(x) if chosen != LIBRARY or TABLE.batch_invariant else LIBRARY
+
+    def _norm_tactic(self, x: Product, residual: Tensor) -> str:
+        # A row's norm has the same bits for any number of rows if it is always the same kernel that makes it.
+        if not self._workspace.fits_fused(x) or x.dtype != residual.dtype or TABLE.batch_invariant:
+            return SEPARATE
+        chosen = self._forced or self._chosen("all_reduce_norm", x)
+        if chosen in (ONE_SHOT, TWO_SHOT, SEPARATE):
+            return chosen
+        return self._default(x) if x.shape[0] <= self._workspace.slots else SEPARATE
+
+    def _chosen(self, kind: str, x: Product) -> str | None:
+        return TABLE.chosen(key(kind, x.dtype), x.shape[1], self._workspace.size, x.shape[0])
+
+    def _default(self, x: Product) -> str:
+        few = x.shape[0] * x.shape[1] * x.dtype.itemsize <= _ONE_SHOT_BYTES[self._workspace.size]
+        return ONE_SHOT if few else TWO_SHOT
+
+    def abort(self) -> None:
+        """Let kernels that wait for ranks that are gone go on, with rubbish. From any thread; once."""
+        flags = self._workspace.owner.flags
+        with torch.cuda.device(flags.device), torch.cuda.stream(torch.cuda.Stream(flags.device)):
+            flags.add_(1 << 30)
+
+    # -------------------------------------------------- timing
+
+    def known(self, hidden: int, dtype: torch.dtype) -> bool:
+        """Whether `TABLE` has choices for rows of `hidden` numbers."""
+        return TABLE.chosen(key("all_reduce", dtype), hidden, self._workspace.size, 1) is not None
+
+    @torch.inference_mode()
+    def tune(self, hidden: int, dtype: torch.dtype, timer: Timer) -> list[TimedChoice]:
+        """Time all ways for rows of `hidden` numbers, by all ranks together; the choices are in `TABLE` afterwards.
+        Takes a second or two, and some seconds more where kernels are yet to be compiled."""
+        device = self._workspace.addresses.device
+        weight = torch.ones(hidden, dtype=dtype, device=device)
+        chosen = []
+        for rows in ROW_BUCKETS:
+            if rows * hidden * dtype.itemsize > _MEMORY_OF_PROBES:
+                break
+            x = torch.zeros(rows, hidden, dtype=dtype, device=device)  # sums of sums would grow
+            residual = torch.zeros_like(x)
+            launches = 24 if rows <= 256 else 6
+            times = {LIBRARY: self._time(timer, partial(self._group.all_reduce, x), launches)}
+            if self._workspace.fits(x):
+                for way in (ONE_SHOT, TWO_SHOT):
+                    times[way] = self._time(timer, partial(self.all_reduce, x), launches, way)
+            chosen.append(self._choose("all_reduce", x, times))
+            if self._workspace.fits_fused(x):
+                times = {}
+                for way in (SEPARATE, ONE_SHOT, TWO_SHOT):
+                    run = partial(self.rms_norm, x, residual, weight, 1e-5)
+                    times[way] = self._time(timer, run, launches, way)
+                chosen.append(self._choose("all_reduce_norm", x, times))
+        return chosen
+
+    def _time(self, timer: Timer, run: Callable[[], object], launches: int, way: str | None = None) -> float:
+        """µs on the slowest rank."""
+        self._forced = way
+        try:
+            run()
+            mine = timer([run], launches)
+        finally:
+            self._forced = None
+        device = self._workspace.addresses.device
+        every = self._group.all_gather(torch.tensor([[mine]], dtype=torch.float32, device=device))
+        return float(every.max())
+
+    def _choose(self, kind: str, x: Tensor, times: dict[str, float]) -> TimedChoice:
+        ranked = sorted(times, key=lambda way: times[way])
+        best, other = ranked[0], ranked[min(1, len(ranked) - 1)]
+        rows, hidden, size = x.shape[0], x.shape[1], self._workspace.size
+        TABLE.choose(key(kind, x.dtype), hidden, size, rows, best)
+        choice = TimedChoice(
+            kind, key(kind, x.dtype), hidden, size, rows, best, round(times[best], 2), other, round(times[other], 2)
+        )
+        if self._workspace.rank == 0:
+            ways = ", ".join(f"{way} {times[way]:.1f} µs" for way in ranked)
+            log.info("%s of %d x %d over %d ranks: %s", kind, rows, hidden, size, ways)
+        return choice
+
+
+# ---------------------------------------------------------------- setting up
+
+
+@dataclass(frozen=True)
+class _Symmetric:
+    """Memory of torch's that other ranks have mapped."""
+
+    memory: Tensor  # uint8
+    handle: Any
+
+    @property
+    def flags(self) -> Tensor:
+        return self.memory[:FLAG_BYTES].view(torch.int32)
+
+
+def connect(group: Group, rank: int, size: int, device: torch.device) -> AllReduce | None:
+    """The group's own all-reduce; None, with a line in the log that says why, where the library has to do. Called by
+    all ranks once torch's default process group is theirs; enqueues on the current stream and waits for it."""
+    reason = _agree(group, rank, size, _refusal(group, rank, size, device))
+    if reason is None:
+        found: AllReduce | None = None
+        try:
+            found = AllReduce(group, _workspace(group, rank, size, device))
+        except RuntimeError as error:
+            reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
+        reason = _agree(group, rank, size, reason)
+        if reason is None and found is not None:
+            reason = _agree(group, rank, size, _check(found, device))
+            if reason is None:
+                return found
+    if reason:
+        log.warning("all-reduce by NCCL only: %s", reason)
+    return None
+
+
+def _agree(group: Group, rank: int, size: int, reason: str | None) -> str | None:
+    """Whether any rank has a reason against it: the reason on the first that has, "" on others, None if none has."""
+    first = group.minimum(size if reason is None else rank)
+    return None if first == size else (reason or "") if first == rank else ""
+
+
+def _refusal(group: Group, rank: int, size: int, device: torch.device) -> str | None:
+    """Why GPUs of these ranks cannot read each other's memory, as far as this one sees."""
+    if size not in SIZES:
+        return f"own kernels are made for {', '.join(map(str, SIZES))} ranks, these are {size}"
+    mine = torch.tensor([[_number(_host()), _number(_uuid(device.index or 0))]], device=device)
+    others = group.all_gather(mine)[:, 0].tolist()
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    here = {_number(_uuid(index)): index for index in range(torch.cuda.device_count())}
+    for other, (host, uuid) in enumerate(others):
+        if host != others[rank][0]:
+            return f"ranks {rank} and {other} are on different hosts or in different containers"
+        if other == rank:
+            continue
+        if uuid == others[rank][1]:
+            return f"ranks {rank} and {other} are on the same GPU"
+        if uuid not in here:
+            return f"the GPU of rank {other} is not visible to rank {rank} (a MIG slice, or CUDA_VISIBLE_DEVICES)"
+        if not torch.cuda.can_device_access_peer(device.index or 0, here[uuid]):
+            return f"GPUs {device.index or 0} and {here[uuid]} have no access to each other's memory"
+    return None
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _host() -> str:
+    """The same for processes that can hand each other file descriptors."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return f"{platform.node()} {boot}"
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Workspace:
+    """RuntimeError where torch cannot map it."""
+    # Read by torch when it maps memory; multicast is never used here.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    import torch.distributed._symmetric_memory as symmetric
+
+    slots = group.minimum(min(MAX_SLOTS, multiprocessors(device)))
+    memory = symmetric.empty(workspace_bytes(slots, _REGION_BYTES), dtype=torch.uint8, device=device)
+    memory.zero_()
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None, "the ranks have not joined"
+    handle = symmetric.rendezvous(memory, everyone)
+    offset = memory.data_ptr() - handle.buffer_ptrs[rank]
+    addresses = torch.tensor([pointer + offset for pointer in handle.buffer_ptrs], dtype=torch.int64, device=device)
+    epochs = torch.zeros(slots, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    group.minimum(0)  # nobody writes a flag before it is zero
+    return Workspace(rank, size, addresses, epochs, _REGION_BYTES, _Symmetric(memory, handle))
+
+
+def _check(found: AllReduce, device: torch.device) -> str | None:
+    """Run both kernels on numbers whose sum is known."""
+    space = found.workspace
+    for shape in _CHECK_SHAPES:
+        generator = torch.Generator().manual_seed(shape[0])
+        partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
+        expected = all_reduce_reference(partials)
+        for two_shot in (False, True, False, True):
+            got = all_reduce_(partials[space.rank].to(device, copy=True), space, two_shot=two_shot).cpu()
+            if not torch.equal(got, expected):
+                way = TWO_SHOT if two_shot else ONE_SHOT
+                return f"the {way} kernel gives wrong sums on rank {space.rank}, of {shape[0]} x {shape[1]} numbers"
+    return None

@@ -1,0 +1,95 @@
+"""One rank of tests/test_all_reduce_gpu.py: own all-reduces on a real GPU group, against sums in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+from appliance.distributed import GroupCollectives
+from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
+from appliance.kernels.all_reduce_group import AllReduce, connect
+from appliance.kernels.all_reduce_norm import (
+    all_reduce_rms_norm,
+    all_reduce_rms_norm_quantize,
+    all_reduce_rms_norm_reference,
+)
+from appliance.kernels.row_quantization import FP8
+from appliance.kernels.tactics import TABLE
+from appliance.runtime.cuda_graphs import capture
+from appliance.runtime.timing import time_in_graph
+
+SHAPES = [(1, 8192), (3, 4096), (64, 8192), (200, 5120), (1000, 8192), (7, 1024)]
+
+
+def partials(size: int, rows: int, columns: int, device: torch.device, seed: int) -> list[Tensor]:
+    """The same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, columns, generator=generator).bfloat16().to(device) for _ in range(size)]
+
+
+def run(rank: int, size: int, address: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=size, device_id=device)
+    group = GroupCollectives(size, device)
+    own = connect(group, rank, size, device)
+    assert own is not None, "no peer access here"
+    with torch.inference_mode():
+        eager(own, rank, size, device)
+        in_graphs(own, rank, size, device)
+        chosen = own.tune(4096, torch.bfloat16, time_in_graph)
+    rows = torch.tensor([[c.rows, len(c.tactic)] for c in chosen], dtype=torch.int64, device=device)
+    gathered = group.all_gather(rows)
+    assert (gathered == gathered[:1]).all() and own.known(4096, torch.bfloat16), "ranks chose differently"
+    TABLE.clear()
+    distributed.destroy_process_group()
+
+
+def eager(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Every shape one after the other, in changing order: slots' epochs move apart."""
+    for seed, (rows, columns) in enumerate(SHAPES * 3):
+        xs = partials(size, rows, columns, device, seed)
+        expected = all_reduce_reference(xs)
+        two_shot = bool(seed % 2)
+        got = all_reduce_(xs[rank].clone(), own.workspace, two_shot=two_shot)
+        assert torch.equal(got, expected), f"{rows} x {columns}, two-shot {two_shot}"
+        weight = partials(1, 1, columns, device, 77)[0][0]
+        residual = partials(1, rows, columns, device, 78)[0]
+        for dtype in (None, torch.int8, FP8):
+            if dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
+                continue
+            want, want_stream = all_reduce_rms_norm_reference(xs, residual.clone(), weight, 1e-5, dtype)
+            given = (xs[rank], residual.clone(), weight, 1e-5, own.workspace)
+            if dtype is None:
+                out, stream = all_reduce_rms_norm(*given, two_shot=two_shot)
+                torch.testing.assert_close(out, want, rtol=1.6e-2, atol=1e-3)
+            else:
+                (values, scales), stream = all_reduce_rms_norm_quantize(*given, dtype, two_shot=two_shot)
+                torch.testing.assert_close(scales, want[1], rtol=1e-4, atol=0)
+                torch.testing.assert_close(values.float() * scales, want[0].float() * want[1], rtol=0.14, atol=0.05)
+            assert torch.equal(stream, want_stream)
+
+
+def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Graphs with an odd number of all-reduces, replayed while ranks are slow in turns."""
+    xs = partials(size, 5, 4096, device, 5)
+    expected = all_reduce_reference(xs)
+    places = [torch.empty_like(xs[rank]) for _ in range(3)]
+
+    def step() -> None:
+        for at, place in enumerate(places):
+            place.copy_(xs[rank])
+            all_reduce_(place, own.workspace, two_shot=at == 1)
+
+    step()
+    graph, _ = capture(step)
+    for turn in range(300):
+        if turn % size == rank:
+            torch.cuda._sleep(20_000)
+        graph.replay()
+        if turn % 20 == 0:
+            for place in places:
+                assert torch.equal(place, expected), f"replay {turn}"
+    torch.cuda.synchronize()
+    for place in places:
+        assert torch.equal(place, expected)
