@@ -11,7 +11,7 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed
@@ -62,9 +62,17 @@ class GroupCollectives:
         self._device = device
         self._group = group
         self._on_call = on_call
+        # What adds numbers up instead of the library, if anything: a `kernels.partial_sum.Reducer`, set after joining.
+        self.own: Any = None
+
+    def library(self) -> GroupCollectives:
+        """The same group's, always by the library."""
+        return GroupCollectives(self._size, self._device, self._group, self._on_call)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._on_call()
+        if self.own is not None:
+            return cast(Tensor, self.own.all_reduce(x))
         torch.distributed.all_reduce(x, group=self._group)
         return x
 
@@ -130,6 +138,11 @@ class TensorParallel:
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' numbers, for what they must agree on. Waits for the device."""
         return value if self.size == 1 else self._together.minimum(value)
+
+    @property
+    def own_reducer(self) -> Any:
+        """A `kernels.partial_sum.Reducer` that can do more than add up; None: `all_reduce` is all there is."""
+        return getattr(self.collectives, "own", None)
 
     @property
     def _together(self) -> Collectives:

@@ -6,6 +6,7 @@ Sizes the KV cache from the memory that is really free after a step of the large
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import threading
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from appliance.engines.manifest import read_manifest
+from appliance.distributed import GroupCollectives
+from appliance.engines.manifest import TimedTactic, read_manifest
 from appliance.errors import HardwareError, SettingsError
+from appliance.kernels import all_reduce_group
 from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, ReferenceAttention
 from appliance.kernels.compiled import KERNELS, triton_key
 from appliance.kernels.fp8_linear import FP8
@@ -41,6 +44,7 @@ from appliance.runtime.loading import (
 )
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.runtime.ranks import Member, lead
+from appliance.runtime.timing import time_in_graph
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 if TYPE_CHECKING:
@@ -125,7 +129,23 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
         kernels.join()
     with timer.phase("other_ranks"):
         member.join(device)
+        if member.size > 1:
+            _connect(loaded, device)
     return loaded
+
+
+def _connect(loaded: LoadedModel, device: torch.device) -> None:
+    """Let the ranks add up by own kernels where their GPUs read each other's memory, by whichever the engine says is
+    the fastest; if it says nothing, that is timed."""
+    model, config, group = loaded.model, loaded.config, loaded.model.tp.collectives
+    assert isinstance(group, GroupCollectives)
+    own = all_reduce_group.connect(group.library(), model.tp.rank, model.tp.size, device)
+    if own is None:
+        return
+    group.own = own
+    if not own.known(config.hidden_size, model.dtype):
+        choices = own.tune(config.hidden_size, model.dtype, time_in_graph)
+        loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
 
 
 def _load_kernels(

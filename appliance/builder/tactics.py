@@ -152,7 +152,7 @@ class Tuner:
     def _offers(self, product: _Product) -> bool:
         """Run one layer, to see whether there is a choice and what the table calls the product."""
         x = product.inputs(1, self._dtype, self._device)
-        seen = self._probe.observe(lambda: product.layers[0](x))
+        seen = self._probe.observe(lambda: product.layers[0].multiply(x))
         if seen is None:
             return False
         product.scheme, product.out_features, product.in_features, product.tactics = seen
@@ -204,7 +204,7 @@ class Tuner:
                 with torch.inference_mode(), self._probe.force(tactic):
                     if self._device.type == "cuda":
                         torch.cuda.set_device(self._device)
-                    product.layers[0](product.inputs(rows, self._dtype, self._device))
+                    product.layers[0].multiply(product.inputs(rows, self._dtype, self._device))
             except Exception as error:
                 log.debug("tactics: %s: %s", job[2], error)
 
@@ -263,7 +263,7 @@ class Tuner:
 
     def _output(self, product: _Product, x: Any, tactic: Tactic) -> Tensor:
         with self._probe.force(tactic):
-            return as_float(product.layers[0](x))
+            return as_float(product.layers[0].multiply(x))
 
     def _key(self, product: _Product, rows: int) -> str:
         dtype = str(self._dtype).removeprefix("torch.")
@@ -297,7 +297,7 @@ class Tuner:
 
 
 def _call(layer: Linear, x: Any) -> Callable[[], object]:
-    return lambda: layer(x)
+    return lambda: layer.multiply(x)
 
 
 def _first_line(error: Exception) -> str:

@@ -187,11 +187,11 @@ def _try(
     loaded: LoadedModel = backend.load(options, progress, timer, member)
     loaded.model.prepare(loaded.config.max_position_embeddings)
     gpu = torch.cuda.get_device_name(device)
-    tactics: list[TimedTactic] = []
+    tactics: list[TimedTactic] = list(loaded.reductions)
     if request.tactics:
         with timer.phase("tactics"):
             tuner = Tuner(loaded.model.dtype, device, Timings(Path(request.cache), gpu))
-            tactics = tuner.tune(loaded.model, report)
+            tactics += tuner.tune(loaded.model, report)
         log.info("tactics: %d timed in %.1f s", tuner.measured, timer.seconds["tactics"])
     KERNELS.forget_launched()
     executor, _ = backend.assemble(loaded, options, progress, timer)

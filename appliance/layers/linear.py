@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from appliance.distributed import TensorParallel
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
+from appliance.kernels.partial_sum import PartialSum
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 _ORDER = "order"  # suffix of the stored tensor
@@ -73,8 +74,16 @@ class Linear(nn.Module):
     def forward(self, x: Activation) -> Product:
         return self._product(x, self.bias)
 
+    def multiply(self, x: Activation) -> Product:
+        """What this rank computes, without the others."""
+        return self._product(x, self.bias)
+
+    @property
+    def _deferrable(self) -> bool:
+        return self._defer
+
     def _product(self, x: Activation, bias: Tensor | None) -> Product:
-        apply = self._scheme.apply_deferred if self._defer else self._scheme.apply
+        apply = self._scheme.apply_deferred if self._deferrable else self._scheme.apply
         out = apply(self._prepared, x, bias, self._dtype)
         if out.shape[1] == self.out_features:
             return out
@@ -87,7 +96,8 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Input features are split: ranks give partial sums that are added up, so the result is whole on every rank.
+    """Input features are split: ranks give partial sums that are added up, so the result is whole on every rank, or, if
+    deferred, a `PartialSum` that whoever takes it adds up.
 
     A weight with an order of its inputs is split in that order, so that groups stay whole; a rank then multiplies
     inputs that any rank may have, and the ranks exchange them first."""
@@ -103,8 +113,6 @@ class RowParallelLinear(Linear):
         tp: TensorParallel,
         defer: bool = False,
     ) -> None:
-        # Ranks add numbers up, so with several of them there is nothing to defer.
-        defer = defer and tp.size == 1
         super().__init__(in_features, out_features, bias=bias, scheme=scheme, dtype=dtype, defer=defer)
         self._tp = tp
         self._order: Tensor | None = None  # int64 [in]: which of all ranks' inputs are multiplied here
@@ -124,4 +132,12 @@ class RowParallelLinear(Linear):
             x = self._tp.all_gather(x).index_select(1, self._order)
         # Every rank holds the whole bias; it must count once.
         bias = self.bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(materialize(self._product(x, bias), self._dtype))
+        product = self._product(x, bias)
+        if self._deferrable:
+            return PartialSum.of(product, self._tp.own_reducer)  # added up by whoever takes it
+        return self._tp.all_reduce(materialize(product, self._dtype))
+
+    @property
+    def _deferrable(self) -> bool:
+        """The library adds up numbers that are complete."""
+        return self._defer and (self._tp.size == 1 or self._tp.own_reducer is not None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from appliance import registry
 from appliance.distributed import TensorParallel
-from appliance.engines.manifest import EngineManifest, read_manifest
+from appliance.engines.manifest import EngineManifest, TimedTactic, read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.tactics import TABLE
@@ -134,6 +134,7 @@ class LoadedModel:
     config: ModelConfig
     engine_key: str
     member: Member = field(default_factory=Alone)  # this rank among the others
+    reductions: tuple[TimedTactic, ...] = ()  # how the ranks add up, if that was timed at this load
     weight_bytes: int = field(init=False)  # on the device
 
     def __post_init__(self) -> None:

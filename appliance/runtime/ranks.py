@@ -141,6 +141,7 @@ class Leader:
         self.lost: ApplianceError | None = None
         self._on_lost = on_lost or self._abort
         self._found = threading.Event()
+        self._place = TensorParallel()
         self._meeting = Meeting(rendezvous or Rendezvous(0, size))
         self._shared = SharedSteps.create(size)
         self._wake: list[int] = []
@@ -183,7 +184,8 @@ class Leader:
         return [rank.process.pid for rank in self._ranks]
 
     def tensor_parallel(self, device: torch.device) -> TensorParallel:
-        return self._meeting.tensor_parallel(device, lambda: self._shared.count(0, Word.CALLS))
+        self._place = self._meeting.tensor_parallel(device, lambda: self._shared.count(0, Word.CALLS))
+        return self._place
 
     def join(self, device: torch.device) -> None:
         with self._explained():
@@ -218,6 +220,7 @@ class Leader:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+            self.check()  # kernels that waited for a rank end with rubbish
         except Exception as error:
             reason = self.explain(error)
             if reason is error:
@@ -240,6 +243,8 @@ class Leader:
         """What is enqueued on a GPU would wait for ever for ranks that are gone; gloo notices by itself."""
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
             with contextlib.suppress(RuntimeError):
+                if self._place.own_reducer is not None:
+                    self._place.own_reducer.abort()
                 leave()
 
     def _kill(self) -> None:
