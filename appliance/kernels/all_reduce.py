@@ -171,7 +171,7 @@ def region(addresses_ptr, ranks, epoch, slots, region_bytes, like_ptr, FIRST: tl
     return tl.multiple_of(address.to(like_ptr.dtype), 16)
 
 
-@triton.jit(do_not_specialize=["rank", "count"])
+@triton.jit(do_not_specialize=["rank"])  # count is to be known as a multiple of 16, so that loads are wide
 def _all_reduce_kernel(
     x_ptr,
     addresses_ptr,
