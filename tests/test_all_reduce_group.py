@@ -11,12 +11,15 @@ from quantized_helpers import DEVICE
 from test_all_reduce import workspaces
 from torch import Tensor
 
+from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.kernels import norm
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce_group import LIBRARY, ONE_SHOT, SEPARATE, TWO_SHOT, AllReduce, connect, key
-from appliance.kernels.deferred_scale import DeferredScale
+from appliance.kernels.deferred_scale import DeferredScale, materialize
 from appliance.kernels.partial_sum import PartialSum
 from appliance.kernels.tactics import TABLE
+from appliance.layers.linear import RowParallelLinear
+from appliance.quantization.unquantized import Scheme
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or DEVICE == "cuda", reason="only in Triton's interpreter")
 HIDDEN = 64
@@ -136,3 +139,22 @@ def test_a_refusal_elsewhere_is_one_here(caplog: pytest.LogCaptureFixture) -> No
 
 def connect_without_gpus(group: _Library, rank: int) -> AllReduce | None:
     return connect(group, rank, 3, torch.device("cpu"))
+
+
+def test_row_parallel_layers_leave_the_sum_to_the_norm() -> None:
+    """With own kernels, as a layer whose result goes to a norm says; without them, or elsewhere, they add up."""
+    own, library = made()
+    for defer, with_own in ((True, True), (False, True), (True, False)):
+        group = GroupCollectives(2, torch.device("cpu"))
+        group.own = own if with_own else None
+        tp = TensorParallel(0, 2, group if with_own else library)
+        layer = RowParallelLinear(16, HIDDEN, bias=False, scheme=Scheme(), dtype=torch.float32, tp=tp, defer=defer)
+        weight = torch.randn(HIDDEN, 16)
+        layer.load_state_dict({"weight": weight})
+        layer.prepare()
+        x = torch.randn(3, 16)
+        got = layer(x)
+        assert isinstance(got, PartialSum) == (defer and with_own)
+        torch.testing.assert_close(materialize(got, torch.float32), x @ weight.T)
+        torch.testing.assert_close(materialize(layer.multiply(x), torch.float32), x @ weight.T)
+    assert library.calls == [(3, HIDDEN)]
