@@ -3,7 +3,8 @@
 FP8 in the library: "row" applies a scale per row of either side itself; "deferred" leaves scales to the kernel that
 reads the result (where the appliance does, it costs nothing), "deferred, scaled" has a kernel of its own for them.
 INT8: "deferred" leaves exact int32 sums to that kernel, "tiled" is an own kernel for many rows.
-INT4 with 16-bit activations (int4_ops.py): "stream" and "tile" are own kernels, "dequantize" the library's behind one.
+INT4 with 16-bit activations (int4_ops.py): "stream", "wide" and "tile" are own kernels, "dequantize" the library's
+behind one.
 
 Weights rotate over enough copies that no cache serves them; launches are timed in a CUDA graph, as in a decode step.
 Every config is compared with a plain product first. One that does not compile, or is wrong, is left out and named.
@@ -31,7 +32,7 @@ PRODUCTS = {
     "lm_head": (128256, 4096),
 }
 PRECISIONS = ("fp8", "bf16", "int8", "int4")
-_OWN = ("skinny", "tiled", "stream", "tile")  # methods with configs: own kernels
+_OWN = ("skinny", "tiled", "stream", "wide", "tile")  # methods with configs: own kernels
 ROTATED_BYTES = 256 << 20  # five times the L2 cache of a Hopper GPU
 _MIN_LAUNCHES = 24  # in one graph, so that starting it does not count
 _REPLAYS = 7

@@ -19,7 +19,7 @@ from appliance.types import Precision, Struct
 _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability whose tensor cores multiply bfloat16
 
 # Raised by hand when the builder writes other bytes for the same inputs; other releases share engines.
-BUILDER_VERSION = "2"
+BUILDER_VERSION = "3"
 
 
 class KeyInputs(Struct, frozen=True):
