@@ -234,11 +234,20 @@ class _Symmetric:
         return self.memory[:FLAG_BYTES].view(torch.int32)
 
 
+_connected = False  # of this process
+
+
 def connect(group: Group, rank: int, size: int, device: torch.device) -> AllReduce | None:
     """The group's own all-reduce; None, with a line in the log that says why, where the library has to do. Called by
     all ranks once torch's default process group is theirs; enqueues on the current stream and waits for it."""
-    reason = _agree(group, rank, size, _refusal(group, rank, size, device))
+    global _connected
+    reason = _refusal(group, rank, size, device)
+    if reason is None and _connected:
+        # torch would take the second group of a process for its first, since both have the same name.
+        reason = f"the process of rank {rank} has been in a group with shared memory before"
+    reason = _agree(group, rank, size, reason)
     if reason is None:
+        _connected = True
         found: AllReduce | None = None
         try:
             found = AllReduce(group, _workspace(group, rank, size, device))
