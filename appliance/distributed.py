@@ -8,6 +8,7 @@ the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; rea
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,6 +208,7 @@ class Meeting:
         else:
             self._store.set(_HERE.format(rank), "")
         if device.type == "cuda":
+            os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast is never used
             torch.distributed.init_process_group(
                 "nccl", store=self._store, rank=rank, world_size=size, device_id=device, timeout=_TIMEOUT
             )
