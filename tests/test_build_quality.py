@@ -166,7 +166,8 @@ def test_prompts(random_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     # Three times what an H200 gave: 0.016, 0.0024, 0.071.
-    ("scheme", "most"), [("fp8", 0.05), ("int8_smoothquant", 0.01), ("int4_awq", 0.2), ("none", 0.01)]
+    ("scheme", "most"),
+    [("fp8", 0.05), ("int8_smoothquant", 0.01), ("int4_awq", 0.2), ("none", 0.01)],
 )
 def test_on_a_gpu_kernels_give_what_the_cpu_gives(tmp_path: Path, scheme: str, most: float) -> None:
     """The engine's own kernels against the checkpoint in its own dtype; weights rounded to nearest."""

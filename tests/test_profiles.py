@@ -300,6 +300,7 @@ def test_a_mig_slice_has_its_share():
 
 def test_weight_bytes_of_8b():
     """h200.md: 15.0 GB in bf16 read per token, 7.5 GB all-FP8."""
+
     def size(stored: predict.Stored) -> int:
         return predict.linear_bytes(LLAMA_8B, stored, 1)
 
