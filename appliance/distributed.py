@@ -8,7 +8,6 @@ the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; rea
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from appliance.errors import HardwareError
+from appliance.settings import forbid_nvlink_multicast
 
 LOOPBACK = "127.0.0.1"
 # Whoever watches the ranks ends them long before; the library's own limit must only not be in the way.
@@ -208,7 +208,7 @@ class Meeting:
         else:
             self._store.set(_HERE.format(rank), "")
         if device.type == "cuda":
-            os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast is never used
+            forbid_nvlink_multicast()
             torch.distributed.init_process_group(
                 "nccl", store=self._store, rank=rank, world_size=size, device_id=device, timeout=_TIMEOUT
             )

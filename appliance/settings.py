@@ -398,3 +398,9 @@ def export_hub_environment(settings: Settings) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if settings.hf_token:
         os.environ["HF_TOKEN"] = settings.hf_token
+
+
+def forbid_nvlink_multicast() -> None:
+    """Let NCCL and torch's symmetric memory do without NVLink multicast, which they read from the environment."""
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"

@@ -241,7 +241,7 @@ def test_memory_holds_two_blocks_however_many_there_are(
     inputs = 3 * 128 + 256
     hessians = 4 * (3 * 128**2 + 256**2) if scheme == "int4_gptq" else 0
     itemsize = compute_dtype(torch.bfloat16, torch.device("cpu")).itemsize
-    statistics = {"measuring": hessians, "quantizing": hessians + 1024 * inputs * itemsize}
+    statistics = {"measuring": hessians, "quantizing": hessians + 24 * 64 * inputs * itemsize}
     peaks = {}
     for layers in (2, 5):
         path = make_source(tmp_path / f"model{layers}", CASES["llama"], layers=layers)

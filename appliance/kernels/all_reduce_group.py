@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rm
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
+from appliance.settings import forbid_nvlink_multicast
 
 log = logging.getLogger(__name__)
 
@@ -311,8 +311,7 @@ def _number(text: str) -> int:
 
 def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Workspace:
     """RuntimeError where torch cannot map it."""
-    # Read by torch when it maps memory; multicast is never used here.
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    forbid_nvlink_multicast()
     import torch.distributed._symmetric_memory as symmetric
 
     slots = group.minimum(min(MAX_SLOTS, multiprocessors(device)))
