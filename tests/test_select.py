@@ -142,7 +142,7 @@ def test_bf16_where_the_scheme_cannot_work_on_the_model():
 
 def test_heads_limit_tensor_parallelism():
     selection = choose("h100-x8", QWEN_2KV, build=FULL)  # 12 heads, 2 KV heads
-    assert "do not divide the model's 12 heads" in by_name(selection, "fp8-tp8").reason
+    assert "do not divide the model's heads (12)" in by_name(selection, "fp8-tp8").reason
     assert by_name(selection, "fp8-tp4").status == "runnable"  # KV heads repeated
     three = msgspec.structs.replace(LLAMA_8B, num_key_value_heads=3)
     assert "3 KV heads do not divide" in by_name(choose("h100-x8", three, build=FULL), "bf16-tp2").reason
@@ -323,7 +323,7 @@ def test_fp8_keys_and_values_serve_where_only_they_fit():
 @pytest.mark.parametrize(
     ("name", "asked", "words"),
     [
-        ("a100-80gb-x1", {"kv_cache_dtype": "fp8"}, r"cache needs compute capability 8\.9, and NVIDIA A100.* has 8\.0"),
+        ("a100-80gb-x1", {"kv_cache_dtype": "fp8"}, r"cache in fp8 needs compute capability 8\.9, and NVIDIA A100.* has 8\.0"),
         ("a100-80gb-x1", {"profile": "fp8-kv8"}, r"needs compute capability 8\.9, and NVIDIA A100.* has 8\.0"),
         ("h100-x1", {"precision": "bf16", "kv_cache_dtype": "fp32"}, "fp32 KV cache does not go: only bf16 or fp8"),
         ("t4", {"kv_cache_dtype": "bf16"}, r"bf16 KV cache does not go: only fp16 or fp8 \(leave --kv-cache-dtype "),

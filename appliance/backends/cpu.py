@@ -70,6 +70,8 @@ def assemble(
         raise SettingsError(
             f"attention {options.attention!r} is not supported by the cpu backend; allowed: auto, reference"
         )
+    if options.batch_invariant:
+        raise SettingsError("--batch-invariant is not supported by the cpu backend")
     config, model = loaded.config, loaded.model
     kv_dtype = KV_DTYPES["fp32" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype]
     page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, kv_dtype)

@@ -214,6 +214,8 @@ def _quantization(raw: _Raw, path: Path) -> _Raw | None:
         config = raw.get(key)
         if isinstance(config, dict):
             return config
+        if config is not None:
+            raise _bad(path, key, config, "an object that says how the checkpoint was quantized, or none")
     for name, method in QUANTIZATION_FILES.items():
         if config := read_json(path / name, required=False):
             return {"quant_method": method, **config}

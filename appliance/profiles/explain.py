@@ -86,7 +86,7 @@ def _why(selection: Selection, chosen: Outcome) -> str:
 
 def _why_size(selection: Selection, chosen: Outcome) -> str:
     if selection.objective == "latency":
-        return "no larger group is 10% faster"
+        return "no larger group that can run is 10% faster"
     ranks = chosen.tp_size * chosen.pp_size
     same = [o for o in selection.outcomes if o.status == "runnable" and o.profile == chosen.profile]
     smaller = [o for o in same if o.tp_size * o.pp_size < ranks]

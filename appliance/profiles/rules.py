@@ -192,7 +192,7 @@ def _no_such_kv_cache(candidate: Candidate, place: Place, question: Question, kv
     need = backend.kv_cache_capability.get(kv_cache, (0, 0)) if backend else (0, 0)
     if have < need:
         gpu = place.gpus[0].name
-        return f"a {kv_cache} KV cache needs compute capability {_dotted(need)}, and {gpu} has {_dotted(have)}"
+        return f"a KV cache in {kv_cache} needs compute capability {_dotted(need)}, and {gpu} has {_dotted(have)}"
     return None
 
 
@@ -203,14 +203,10 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     model, tp = question.model, candidate.tp_size
     size_hint = "leave --tp-size out, or choose another"
-    if model.num_attention_heads % tp or model.intermediate_size % tp:
-        return Rejection(
-            f"{tp} ranks do not divide the model's {model.num_attention_heads} heads and its intermediate size "
-            f"{model.intermediate_size}",
-            4,
-            "tp_size",
-            size_hint,
-        )
+    shared = {"heads": model.num_attention_heads, "intermediate size": model.intermediate_size}
+    undivided = [f"{what} ({size})" for what, size in shared.items() if size % tp]
+    if undivided:
+        return Rejection(f"{tp} ranks do not divide the model's {' and '.join(undivided)}", 4, "tp_size", size_hint)
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
         reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
         return Rejection(reason, 4, "tp_size", size_hint)
