@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from int4_helpers import emulated
 from nvrtc import compile_cubin, unavailable
 from test_int4_native import stored
 
@@ -24,28 +24,12 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(("n", "k", "group"), [(5, 4096, 128), (33, 40, 8), (7, 96, 96)])
 def test_every_thread_does_its_part(n: int, k: int, group: int, dtype: torch.dtype, tmp_path: Path) -> None:
     weight, scale_zero = stored(n, k, group)
-    kernel = Path(int4_dequantize.__file__).parent / "int4" / "dequantize.cu"
     constants = macros(group, dtype) | {"DEQUANTIZE": 1, "WARPS": 8}
-    defines = [f"-D{name}={value}" for name, value in constants.items()]
-    library = tmp_path / "dequantize.so"
-    command = [
-        "g++",
-        "-O2",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-w",
-        f"-I{kernel.parent}",
-        *defines,
-        f'-DKERNEL="{kernel}"',
-        "-x",
-        "c++",
-    ]
-    subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
+    library = emulated("dequantize.cu", constants, tmp_path / "dequantize.so")
     words = n * k // 8
     out = torch.full((n, k), float("nan"), dtype=dtype)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, scale_zero, out)]
-    ctypes.CDLL(str(library)).emulate(-(-words // 1024), *pointers, ctypes.c_int64(words))
+    library.emulate(-(-words // 1024), *pointers, ctypes.c_int64(words))
     assert torch.equal(out, dequantize_reference(weight, scale_zero, dtype))
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import ctypes
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from int4_helpers import emulated, random_stored
 from nvrtc import compile_cubin, spilled_bytes, unavailable
 from quantized_helpers import randn, strided
 from torch import Tensor
@@ -42,24 +42,8 @@ class Emulator:
 
     def __init__(self, config: Config, group: int, dtype: torch.dtype, directory: Path) -> None:
         self.config = config
-        defines = [f"-D{name}={value}" for name, value in macros(config, group, dtype).items()]
-        kernel = Path(int4_native.__file__).parent / "int4" / "linear.cu"
         library = directory / f"{config.name.replace(' ', '-')}-{group}-{dtype}.so"
-        command = [
-            "g++",
-            "-O2",
-            "-std=c++17",
-            "-shared",
-            "-fPIC",
-            "-w",
-            f"-I{kernel.parent}",
-            *defines,
-            f'-DKERNEL="{kernel}"',
-            "-x",
-            "c++",
-        ]
-        subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
-        self._emulate = ctypes.CDLL(str(library)).emulate
+        self._emulate = emulated("linear.cu", macros(config, group, dtype), library).emulate
 
     def run(
         self, x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | None, blocks: int, order: list[int]
@@ -204,9 +188,7 @@ def test_rows_and_groups_on_a_gpu(m: int, group: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("m", [1, 16, 32, 64])
 def test_all_configs_agree_on_a_gpu(name: str, m: int) -> None:
     n, k = LLAMA_8B[name]
-    words = torch.randint(-(2**31), 2**31, (n, k // 8), dtype=torch.int64, device="cuda").int()
-    scales = torch.stack([torch.rand(n, k // 128, device="cuda") * 0.01 + 0.005] * 2, -1).half()
-    scales[..., 1] = torch.randint(0, 16, (n, k // 128), device="cuda").half()
+    words, scales = random_stored(n, k, 128)
     x = randn(m, k, dtype=torch.bfloat16)
     expected = int4_linear_reference(x, words, scales, None)
     device = torch.device("cuda", 0)

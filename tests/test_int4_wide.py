@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from int4_helpers import emulated, random_stored
 from nvrtc import compile_cubin, machine_code, spilled_bytes, unavailable
 from quantized_helpers import randn, strided
 from test_int4_native import LLAMA_8B, error, stored
@@ -28,30 +28,14 @@ def emulate(
     config: WideConfig, group: int, x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | None, directory: Path
 ) -> Tensor:
     """As `wide_linear`, by wide.cu as C++ with int4_emulation.h in place of the GPU's instructions."""
-    defines = [f"-D{name}={value}" for name, value in config.macros(group, x.dtype).items()]
-    kernel = Path(int4_wide.__file__).parent / "int4" / "wide.cu"
-    library = directory / "wide.so"
-    command = [
-        "g++",
-        "-O2",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-w",
-        f"-I{kernel.parent}",
-        *defines,
-        f'-DKERNEL="{kernel}"',
-        "-x",
-        "c++",
-    ]
-    subprocess.run([*command, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)
+    library = emulated("wide.cu", config.macros(group, x.dtype), directory / "wide.so")
     (m, k), n = x.shape, weight.shape[0]
     out = torch.full((m, n), float("nan"), dtype=x.dtype)
     blocks = -(-n // config.rows) * -(-m // config.columns) * config.split
     tensors = (weight, scale_zero, x, bias, out)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     sizes = [ctypes.c_int64(size) for size in (m, n, k, x.stride(0))]
-    ctypes.CDLL(str(library)).emulate(blocks, *pointers, *sizes)
+    library.emulate(blocks, *pointers, *sizes)
     return out
 
 
@@ -156,9 +140,7 @@ def test_rows_and_groups_on_a_gpu(m: int, group: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 256])
 def test_all_configs_agree_on_a_gpu(name: str, m: int) -> None:
     n, k = LLAMA_8B[name]
-    words = torch.randint(-(2**31), 2**31, (n, k // 8), dtype=torch.int64, device="cuda").int()
-    scales = torch.stack([torch.rand(n, k // 128, device="cuda") * 0.01 + 0.005] * 2, -1).half()
-    scales[..., 1] = torch.randint(0, 16, (n, k // 128), device="cuda").half()
+    words, scales = random_stored(n, k, 128)
     x = randn(m, k, dtype=torch.bfloat16)
     expected = int4_linear_reference(x, words, scales, None)
     for config in candidates(n, k, m, 128, *H200):
