@@ -404,3 +404,14 @@ def forbid_nvlink_multicast() -> None:
     """Let NCCL and torch's symmetric memory do without NVLink multicast, which they read from the environment."""
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+
+
+def share_gpu(rank: int) -> None:
+    """Let ranks be on one GPU, as in tests; NCCL takes them for ranks of different hosts then."""
+    os.environ["NCCL_HOSTID"] = f"rank-{rank}"
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+
+
+def gpus_shared() -> bool:
+    """Whether `share_gpu` was called here."""
+    return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"

@@ -17,6 +17,7 @@ from appliance.kernels.row_quantization import FP8
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.timing import time_in_graph
+from appliance.settings import share_gpu
 
 SHAPES = [(1, 8192), (3, 4096), (64, 8192), (200, 5120), (1000, 8192), (7, 1024)]
 
@@ -28,7 +29,9 @@ def partials(size: int, rows: int, columns: int, device: torch.device, seed: int
 
 
 def run(rank: int, size: int, address: str) -> None:
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    if torch.cuda.device_count() < size:
+        share_gpu(rank)
     torch.cuda.set_device(device)
     distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=size, device_id=device)
     group = GroupCollectives(size, device)

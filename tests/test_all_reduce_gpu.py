@@ -1,4 +1,4 @@
-"""Own all-reduces between GPUs of this machine, a process each."""
+"""Own all-reduces between GPUs of this machine, a process each; several on one GPU where there are fewer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks_on_gpus_add_up(size: int, tmp_path: Path) -> None:
     """One-shot, two-shot and fused, eagerly and in CUDA graphs; the choices of all ranks are the same."""
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"gpu test: needs {size} GPUs, here are {torch.cuda.device_count()}")
+    if size > 2 * torch.cuda.device_count():
+        pytest.skip(f"gpu test: needs {size // 2} GPUs, here are {torch.cuda.device_count()}")
     torch.multiprocessing.spawn(all_reduce_ranks.run, (size, f"file://{tmp_path}/rendezvous"), nprocs=size)

@@ -45,6 +45,7 @@ from appliance.runtime.loading import (
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.runtime.ranks import Member, lead
 from appliance.runtime.timing import time_in_graph
+from appliance.settings import share_gpu
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def _device(options: EngineOptions, member: Member) -> torch.device:
     names = options.devices or tuple(map(str, range(member.size)))
     if len(names) != member.size:
         raise SettingsError(f"this engine runs on {member.size} GPU(s), {len(names)} were given: {', '.join(names)}")
+    if len(set(names)) < len(names):
+        share_gpu(member.rank)
+        log.warning("ranks share a GPU (%s): for tests only, they wait for each other's time slices", ", ".join(names))
     name = names[member.rank]
     index = int(name) if name.isdigit() else _index_of_uuid(name)
     device = torch.device("cuda", index)

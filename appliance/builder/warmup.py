@@ -28,6 +28,7 @@ from appliance.kernels.compiled import DIRECTORY, KERNELS
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.loading import LoadedModel, PhaseTimer
 from appliance.runtime.ranks import Alone, Member, lead
+from appliance.settings import gpus_shared
 from appliance.types import EngineOptions, EngineRequest, ModelConfig, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def _devices(request: BuildRequest) -> list[torch.device] | str:
         if torch.cuda.get_device_capability(index) == capability and index != first.index
     ]
     found = [first, *alike][: request.tp_size]
+    if gpus_shared():
+        found = [found[i % len(found)] for i in range(request.tp_size)]
     if len(found) < request.tp_size:
         return f"the engine is for {request.tp_size} GPUs, and here are {len(found)} of that compute capability"
     return found

@@ -35,7 +35,7 @@ from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rm
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
-from appliance.settings import forbid_nvlink_multicast
+from appliance.settings import forbid_nvlink_multicast, gpus_shared
 
 log = logging.getLogger(__name__)
 
@@ -284,6 +284,8 @@ def _refusal(group: Group, rank: int, size: int, device: torch.device) -> str | 
         if other == rank:
             continue
         if uuid == others[rank][1]:
+            if gpus_shared():
+                continue
             return f"ranks {rank} and {other} are on the same GPU"
         if uuid not in here:
             return f"the GPU of rank {other} is not visible to rank {rank} (a MIG slice, or CUDA_VISIBLE_DEVICES)"
