@@ -20,11 +20,12 @@ from appliance.server.state import ServerState
 from appliance.settings import load
 
 
-def test_builds_once_and_opens_what_it_built(tmp_path: Path) -> None:
+def test_builds_once_and_opens_what_it_built(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = prepare_engine("builtin", precision="bf16", cache=tmp_path, overrides={"max_num_seqs": 3, "num_pages": 7})
     assert options.backend == "cpu" and (options.max_num_seqs, options.num_pages) == (3, 7)
     (stored,) = EngineStore(tmp_path).list_engines()
     assert Path(options.engine_dir) == stored.path
+    assert "SERVING" not in caplog.text, "nothing is served"
 
     async def inside_a_loop() -> str:
         return prepare_engine("builtin", precision="bf16", cache=tmp_path).engine_dir
@@ -67,10 +68,10 @@ def test_a_read_only_cache_serves_the_engines_that_it_has(
         raise not_writable(path, PermissionError(13, "Permission denied"))
 
     monkeypatch.setattr("appliance.engines.disk.ensure_writable", refuse)
-    monkeypatch.setattr("appliance.launch.startup.ensure_writable", refuse)
+    monkeypatch.setattr("appliance.launch.obtain.ensure_writable", refuse)
     assert prepare_engine("builtin", precision="bf16", cache=tmp_path).engine_dir == built
     assert "only engines that are in the cache already can be served" in caplog.text
-    monkeypatch.setattr("appliance.launch.startup.run_builder", lambda *_: pytest.fail("a builder was started"))
+    monkeypatch.setattr("appliance.launch.obtain.run_builder", lambda *_: pytest.fail("a builder was started"))
     with pytest.raises(CacheNotWritableError):
         prepare_engine("builtin", precision="fp32", cache=tmp_path)
 
@@ -112,7 +113,7 @@ def test_the_builder_does_not_hash_the_checkpoint_again(tmp_path: Path, monkeypa
         asked.append(request)
         raise EngineBuildError("not today")
 
-    monkeypatch.setattr("appliance.launch.startup.run_builder", build_nothing)
+    monkeypatch.setattr("appliance.launch.obtain.run_builder", build_nothing)
     with pytest.raises(EngineBuildError, match="not today"):
         prepare_engine("builtin", cache=tmp_path)
     assert asked[0].checkpoint_digest == digest(builtin.checkpoint_dir()).value

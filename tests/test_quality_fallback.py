@@ -119,7 +119,7 @@ def damaged_builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str
         path = build(request, progress, load_plugin=damaged)
         return Built(str(path), path.name, 0.0)
 
-    monkeypatch.setattr("appliance.launch.startup.run_builder", run)
+    monkeypatch.setattr("appliance.launch.obtain.run_builder", run)
     return built
 
 

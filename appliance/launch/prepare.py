@@ -90,7 +90,7 @@ async def _prepare(
     state = ServerState((settings.model,))
     reporter = asyncio.create_task(watch(state.lifecycle))
     try:
-        startup = Startup(settings, state, directory, adapt)
+        startup = Startup(settings, state, directory, adapt, serves=False)
         options = msgspec.structs.replace(split(await startup.prepare())[0], replicas=1)
         if startup.publication is not None:
             await startup.publication
