@@ -13,15 +13,15 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from appliance import settings_children
 from appliance.errors import SettingsError
-from appliance.settings_rules import environment_warnings, is_service_link, read_config
+from appliance.settings_rules import check_together, environment_warnings, is_service_link, read_config
 from appliance.settings_table import Spec, row, specs_of
 from appliance.settings_table import add_flags as add_table_flags
 from appliance.types import KvCacheDtype, Objective, Precision
@@ -241,7 +241,7 @@ def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] |
             values[spec.name] = spec.parse(flags[spec.name], spec.flag)
             origins[spec.name] = Origin("command line", spec.flag)
     settings = Settings(**values, origins=origins, warnings=tuple(warnings))
-    _check_together(settings)
+    check_together(settings)
     return settings
 
 
@@ -249,33 +249,6 @@ def _from_variable(spec: Spec, name: str, environ: Mapping[str, str]) -> Any:
     bare = name.lstrip("!")
     value = spec.parse(environ[bare], bare)
     return not value if name.startswith("!") else value
-
-
-def _check_together(settings: Settings) -> None:
-    """Rules over several settings."""
-    needed = {"DISABLED": (), "TLS": ("certs", "key"), "MTLS": ("certs", "key", "ca_certs")}[settings.ssl_mode]
-    for part in needed:
-        name = f"ssl_{part}_path"
-        path = getattr(settings, name)
-        if path is None:
-            raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set APPLIANCE_{name.upper()}")
-        if not path.is_file():
-            raise SettingsError(f"{name}: there is no file {path}")
-    if settings.engine_publish:
-        if settings.engine_source is None:
-            raise SettingsError("engine_publish needs engine_source", hint="set APPLIANCE_ENGINE_SOURCE")
-        if settings.engine_source.startswith(("http://", "https://")):
-            raise SettingsError(
-                "engine_publish: an engine source on http is only for fetching",
-                hint="name a directory, s3:// or hf:// as engine source, or leave engine_publish out",
-            )
-    if 0 < settings.max_step_stretch <= 1:
-        raise SettingsError(
-            f"max_step_stretch is {settings.max_step_stretch:g}; at 1 or less prompts would never run beside decodes",
-            hint="set more than 1, or 0 for no limit",
-        )
-    if settings.chat_template is not None and not settings.chat_template.is_file():
-        raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
 
 
 # ---------------------------------------------------------------- the rest of the environment
@@ -323,36 +296,13 @@ def yield_idle_threads() -> None:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """Of engine and builder processes: this one's, minus API keys, plus what libraries read at import."""
-    environment = {k: v for k, v in os.environ.items() if k != specs()["api_keys"].variable}
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see yield_idle_threads
-    root = str(Path(__file__).resolve().parents[1])  # a clone that is not installed works from any directory
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers as NVML counts them
-    # Kernels compiled at a start are found by the next one, also where only the cache outlives the container.
-    kernels = _writable(settings.cache_dir / "kernels")
-    environment.setdefault("TRITON_CACHE_DIR", str(kernels / "triton"))
-    environment.setdefault("CUDA_CACHE_PATH", str(kernels / "cuda"))  # the driver's, of PTX
-    environment.setdefault("FLASHINFER_WORKSPACE_BASE", str(kernels))
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    environment["APPLIANCE_LOG_LEVEL"] = settings.log_level  # read back by `child_logging`
-    environment["APPLIANCE_LOG_JSON"] = str(settings.json_logging)
-    if settings.offline:
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return environment
-
-
-def _writable(directory: Path) -> Path:
-    """The directory, or a private one for temporary files where it cannot be written: libraries fail without."""
-    with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK | os.X_OK):
-            return directory
-    spare = Path(tempfile.gettempdir()) / f"appliance-kernels-{os.getuid()}"
-    spare.mkdir(mode=0o700, exist_ok=True)
-    there = spare.stat()
-    # Code is loaded from it, so nobody else may have made it or write into it.
-    return spare if there.st_uid == os.getuid() and not there.st_mode & 0o022 else Path(tempfile.mkdtemp())
+    return settings_children.child_environment(
+        {k: v for k, v in os.environ.items() if k != specs()["api_keys"].variable},
+        settings.cache_dir,
+        offline=settings.offline,
+        log_level=settings.log_level,
+        log_json=settings.json_logging,
+    )
 
 
 def child_logging() -> tuple[str, bool]:

@@ -1,4 +1,5 @@
-"""Rules of settings beyond single values: names that are not supported or not ours, and config files.
+"""Rules of settings beyond single values: names that are not supported or not ours, config files, and what
+several settings must be together.
 
 Knows names and values handed to it; which settings there are, and the environment, are settings.py's.
 """
@@ -9,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import SettingsError
 
@@ -94,3 +96,30 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, object]:
             )
         found[name] = value
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_together(settings: Any) -> None:
+    """Rules over several fields of a `Settings`, which is above this file. Raises SettingsError."""
+    needed = {"DISABLED": (), "TLS": ("certs", "key"), "MTLS": ("certs", "key", "ca_certs")}[settings.ssl_mode]
+    for part in needed:
+        name = f"ssl_{part}_path"
+        path = getattr(settings, name)
+        if path is None:
+            raise SettingsError(f"ssl_mode {settings.ssl_mode} needs {name}", hint=f"set APPLIANCE_{name.upper()}")
+        if not path.is_file():
+            raise SettingsError(f"{name}: there is no file {path}")
+    if settings.engine_publish:
+        if settings.engine_source is None:
+            raise SettingsError("engine_publish needs engine_source", hint="set APPLIANCE_ENGINE_SOURCE")
+        if settings.engine_source.startswith(("http://", "https://")):
+            raise SettingsError(
+                "engine_publish: an engine source on http is only for fetching",
+                hint="name a directory, s3:// or hf:// as engine source, or leave engine_publish out",
+            )
+    if 0 < settings.max_step_stretch <= 1:
+        raise SettingsError(
+            f"max_step_stretch is {settings.max_step_stretch:g}; at 1 or less prompts would never run beside decodes",
+            hint="set more than 1, or 0 for no limit",
+        )
+    if settings.chat_template is not None and not settings.chat_template.is_file():
+        raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
