@@ -207,7 +207,8 @@ def test_quality_over_a_file(cache: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     result = bench(capsys, "start", "--precision", "bf16", "--work", str(tmp_path), "--timeout", "50")
-    assert set(result) == WHERE | {"bench", "model", "precision", "starts"}
+    assert set(result) == WHERE | {"bench", "model", "precision", "starts", "build"}
+    assert 0 < result["build"]["convert"] < result["build"]["imports"] + sum(result["build"].values())
     assert set(result["starts"]) == {"empty cache", "engine built"}
     for row in result["starts"].values():
         assert 0 < row["live_seconds"] < row["first_token_seconds"]

@@ -16,6 +16,8 @@ from appliance.bench.options import shape_checkpoint
 from appliance.bench.own_server import OwnServer, get_json
 from appliance.bench.report import Table, environment, one_precision, say
 from appliance.bench.shapes import SHAPES, shape_config
+from appliance.builder.phases import describe
+from appliance.engines import EngineStore
 from appliance.types import Precision
 
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         model = str(shape_checkpoint(args.shape, work)) if args.shape else args.model
         cache = Path(tempfile.mkdtemp(prefix="cache-", dir=work))  # empty, also in a directory that was used before
         starts = {name: _start(args, model, cache) for name in ("empty cache", "engine built")}
+        build = _build_seconds(cache)
     finally:
         if not args.keep:
             for left in work.glob("cache-*") if args.work else [work]:
@@ -51,9 +54,17 @@ def run(args: argparse.Namespace) -> int:
     table.show(f"start of {args.shape or args.model}, {args.precision or 'selected precision'}")
     for name, row in starts.items():
         say(f"{name}: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["phases"].items()))
+    if build:
+        say(f"build, parts in brackets may run side by side: {describe(build)}")
     result = {"bench": "start", "model": args.shape or args.model, "precision": args.precision, "starts": starts}
+    result["build"] = build
     print(json.dumps({**result, **environment()}))
     return 0
+
+
+def _build_seconds(cache: Path) -> dict[str, float]:
+    """Seconds by part of the build, as the engine in this cache has them; empty for an engine that was not built."""
+    return next((engine.manifest.build.phases for engine in EngineStore(cache).list_engines() if engine.manifest), {})
 
 
 def _start(args: argparse.Namespace, model: str, cache: Path) -> dict[str, Any]:

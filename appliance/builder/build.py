@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import shutil
 import time
@@ -17,6 +18,7 @@ from appliance.builder.calibrate import CalibratedTensors
 from appliance.builder.calibration_data import CalibrationTokens, tokens_for
 from appliance.builder.convert import StoredTensors, convert
 from appliance.builder.job import Job, LoadPlugin, checked_scheme, for_gpu
+from appliance.builder.phases import Phases, describe
 from appliance.builder.plain import PlainTensors
 from appliance.builder.progress import SendFn, sender
 from appliance.builder.published import PublishedTensors, check_tensors, kv_scales_of
@@ -49,6 +51,8 @@ from appliance.errors import CheckpointError, EngineBuildError
 from appliance.ipc import Progress
 from appliance.types import ModelConfig
 
+log = logging.getLogger(__name__)
+
 # At most, of compiled kernels in an engine: some 100 cubins and a few of FlashInfer's modules.
 _KERNEL_BYTES = 256 << 20
 
@@ -59,9 +63,11 @@ def build(
     *,
     store: EngineStore | None = None,
     load_plugin: LoadPlugin = registry.load,
+    phases: Phases | None = None,
 ) -> Path:
     """The directory of the engine that `request` asks for; built unless it is in the store. If another process is
-    building it, waits and takes its result. `store` and `load_plugin` are seams for tests.
+    building it, waits and takes its result. `phases`: what was counted before; `store` and `load_plugin` are seams for
+    tests.
 
     `progress` is called at least every second from a thread of its own. Raises CheckpointError, EngineBuildError
     (EngineQualityError beyond `request.max_kl`), NoSpaceError (before writing), CacheNotWritableError.
@@ -72,20 +78,26 @@ def build(
     require_tokenizer(source)
     store = store or EngineStore(Path(request.cache))
     with disk.full_disk_explained(store.engines, f"the {request.precision} engine of {source.name}"):
-        return _build(request, config, store, send, load_plugin)
+        return _build(request, config, store, send, load_plugin, phases or Phases())
 
 
 def _build(
-    request: BuildRequest, config: ModelConfig, store: EngineStore, send: SendFn, load_plugin: LoadPlugin
+    request: BuildRequest,
+    config: ModelConfig,
+    store: EngineStore,
+    send: SendFn,
+    load_plugin: LoadPlugin,
+    phases: Phases,
 ) -> Path:
     source = Path(request.checkpoint)
     disk.ensure_writable(store.engines)
-    with Checkpoint(source) as checkpoint:  # what the headers show comes before the minutes of hashing
+    with phases.phase("headers"), Checkpoint(source) as checkpoint:  # what they show comes before minutes of hashing
         specs = load_plugin("models", registry.architectures()[config.architecture].name).weight_specs(config)
         check_tensors(checkpoint, config, specs)
-    checked_scheme(key_inputs_of(msgspec.structs.replace(request, checkpoint_digest="unknown")), specs, load_plugin)
-    tokens = tokens_for(request, config)  # a text that is too short, too
-    inputs = key_inputs_of(request, sender("verify", send))
+        checked_scheme(key_inputs_of(msgspec.structs.replace(request, checkpoint_digest="unknown")), specs, load_plugin)
+        tokens = tokens_for(request, config)  # a text that is too short, too
+    with phases.phase("digest"):
+        inputs = key_inputs_of(request, sender("verify", send))
     key = engine_key(inputs)
 
     def waiting(holder: LockHolder | None) -> None:
@@ -107,11 +119,14 @@ def _build(
             _reserve(job, weights, store)
             with store.staging(key) as staging:
                 try:
-                    _write_engine(job, weights, staging, store, send)
+                    _write_engine(job, weights, staging, store, send, phases)
                 except (CheckpointError, EngineBuildError):  # a second calibration would end alike
                     store.drop_calibration(key)
                     raise
-                return store.publish(key, staging)
+                with phases.phase("publish"):
+                    published = store.publish(key, staging)
+                log.info("built: %s", describe(phases.seconds))
+                return published
 
 
 def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send: SendFn) -> StoredTensors:
@@ -134,7 +149,9 @@ def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
     store.reserve(needed, f"the {job.inputs.precision} engine of {source.name}")
 
 
-def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: EngineStore, send: SendFn) -> None:
+def _write_engine(
+    job: Job, weights: StoredTensors, staging: Path, store: EngineStore, send: SendFn, phases: Phases
+) -> None:
     """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
     last."""
     source = job.checkpoint.path
@@ -149,22 +166,32 @@ def _write_engine(job: Job, weights: StoredTensors, staging: Path, store: Engine
     wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
     total = sum(weights.work(spec) for spec in job.specs)
     with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
-        rank_files = _write_weights(job, weights, staging, meter)
+        rank_files = _write_weights(job, weights, staging, meter, phases)
         meter.advance(0, "checking the built engine")
         paths = [staging / file.name for file in rank_files]
-        with torch.inference_mode():
+        with phases.phase("self-check"), torch.inference_mode():
             checks = self_check(job, weights, paths)
-        quality = check_quality(job, paths, store.engines, report)
+        with phases.phase("quality"):
+            quality = check_quality(job, paths, store.engines, report)
     notes = (f"torch {torch.__version__}", *([note] if note else []))
-    # Loading reads the manifest, so there is one before the kernels that loading makes known.
-    write_manifest(staging, _manifest(job, weights, _files(staging, rank_files), checks, quality, WarmedUp(), notes))
-    wait_for_compilers()
-    warmed = warm_up(staging, job.request, report)
+
+    def write(warmed: WarmedUp) -> None:
+        files = _files(staging, rank_files)
+        write_manifest(staging, _manifest(job, weights, files, checks, quality, warmed, notes, phases))
+
+    write(WarmedUp())  # loading reads the manifest, so there is one before the kernels that loading makes known
+    with phases.phase("compilers"):
+        wait_for_compilers()
+    with phases.phase("trial"):
+        warmed = warm_up(staging, job.request, report)
+        phases.add_parts("trial", warmed.seconds)
     notes = (*notes, *([warmed.note] if warmed.note else []))
-    write_manifest(staging, _manifest(job, weights, _files(staging, rank_files), checks, quality, warmed, notes))
+    write(warmed)
 
 
-def _write_weights(job: Job, weights: StoredTensors, staging: Path, meter: ByteMeter) -> list[EngineFile]:
+def _write_weights(
+    job: Job, weights: StoredTensors, staging: Path, meter: ByteMeter, phases: Phases
+) -> list[EngineFile]:
     """The weight file of every rank, in one pass over the source."""
     ranks = job.inputs.tp_size
     plan = plan_tensors(job.specs, job.scheme, job.dtype, ranks)
@@ -172,9 +199,11 @@ def _write_weights(job: Job, weights: StoredTensors, staging: Path, meter: ByteM
         writers = [
             stack.enter_context(SafetensorsWriter(staging / rank_file_name(rank), plan)) for rank in range(ranks)
         ]
-        convert(weights, writers, meter)
+        with phases.phase("convert"):
+            convert(weights, writers, meter, phases)
         meter.advance(0, "flushing to disk")
-        written = [(writer.path.name, *writer.finish()) for writer in writers]
+        with phases.phase("flush"):
+            written = [(writer.path.name, *writer.finish()) for writer in writers]
     return [EngineFile(name=name, size=size, digest=digest) for name, size, digest in written]
 
 
@@ -197,6 +226,7 @@ def _manifest(
     quality: Quality | None,
     warmed: WarmedUp,
     notes: tuple[str, ...],
+    phases: Phases,
 ) -> EngineManifest:
     inputs = job.inputs
     return EngineManifest(
@@ -230,5 +260,6 @@ def _manifest(
             device=str(job.device),
             gpu=warmed.gpu,
             notes=notes,
+            phases=phases.seconds,
         ),
     )

@@ -10,6 +10,7 @@ nothing of architectures (the specs do) nor of number formats (the scheme does).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from appliance.builder.phases import Phases
 from appliance.builder.shards import shard
 from appliance.checkpoint import Checkpoint, SafetensorsWriter
 from appliance.engines.manifest import SelfCheck
@@ -80,15 +82,20 @@ def quantize(scheme: PrecisionScheme, weight: Tensor) -> dict[str, Tensor]:
     return stacked
 
 
-def convert(source: StoredTensors, writers: Sequence[SafetensorsWriter], meter: ByteMeter) -> None:
+def convert(
+    source: StoredTensors, writers: Sequence[SafetensorsWriter], meter: ByteMeter, phases: Phases | None = None
+) -> None:
     """Write all tensors of a source, each rank's part of them to its writer; `meter` counts the work behind what is
     written. A tensor is read and computed once, however many ranks there are."""
+    phases = phases or Phases()
 
     def write(spec: WeightSpec, tensors: dict[str, Tensor]) -> None:
+        begin = time.monotonic()
         for rank, writer in enumerate(writers):
             for name, tensor in shard(spec, tensors, rank, len(writers)).items():
                 writer.write(name, tensor)
         meter.advance(source.work(spec), spec.name)
+        phases.add("convert.write", time.monotonic() - begin)
 
     with (
         contextlib.closing(source.tensors(meter)) as given,
@@ -96,10 +103,15 @@ def convert(source: StoredTensors, writers: Sequence[SafetensorsWriter], meter: 
     ):
         writing: deque[Future[None]] = deque()
         try:
-            for spec, tensors in given:
+            while True:
+                with phases.phase("convert.source"):  # reading and computing, as far as it was not done ahead
+                    spec, tensors = next(given, (None, {}))
+                if spec is None:
+                    break
                 writing.append(writes.submit(write, spec, tensors))
                 if len(writing) > _WAITING:
-                    writing.popleft().result()
+                    with phases.phase("convert.waiting for writes"):
+                        writing.popleft().result()
             for job in writing:
                 job.result()
         finally:

@@ -76,8 +76,11 @@ def _read_request(text: str) -> BuildRequest:
 
 def _build(request: BuildRequest, send: Callable[[Progress], None]) -> Path:
     from appliance.builder.build import build  # imports torch: after the first sign of life
+    from appliance.builder.phases import Phases, process_age
 
-    return build(request, send)
+    phases = Phases()
+    phases.add("imports", process_age())
+    return build(request, send, phases=phases)
 
 
 def main(argv: list[str] | None = None, run: RunFn | None = None) -> int:

@@ -126,6 +126,7 @@ class Tuner:
         self._probe = _Probe()
         self._left_out: set[tuple[str, str]] = set()  # (product, tactic) that was said to fail
         self.measured = 0  # tactics timed, those remembered not counted
+        self.compile_seconds = 0.0  # of which were spent running each once, compiling it
 
     @torch.inference_mode()
     def tune(self, model: nn.Module, report: Callable[[str], None] = lambda detail: None) -> list[TimedTactic]:
@@ -194,6 +195,7 @@ class Tuner:
     def _compile(self, jobs: Iterable[tuple[_Product, int, str, Tactic]]) -> None:
         """Run each once that will be timed, several at a time, since most of that time goes to compilers. What fails
         here is met again when it is timed."""
+        begin = self._clock()
         new = [job for job in jobs if self._timings.get(self._key(job[0], job[1]), job[2]) is None]
 
         def run(job: tuple[_Product, int, str, Tactic]) -> None:
@@ -212,6 +214,7 @@ class Tuner:
             list(pool.map(run, new))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self.compile_seconds += self._clock() - begin
 
     def _time_product(self, product: _Product, rows: int, tactics: dict[str, Tactic]) -> dict[str, float]:
         """µs of each tactic that gives the numbers of the default, from memory or by timing it."""

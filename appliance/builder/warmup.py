@@ -48,6 +48,7 @@ class WarmedUp:
     kernels: dict[str, str] = field(default_factory=dict)
     tactics: tuple[TimedTactic, ...] = ()
     note: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # of its parts
 
 
 def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype, report: Report) -> Callable[[], None]:
@@ -195,16 +196,19 @@ def _try(
         with timer.phase("tactics"):
             tuner = Tuner(loaded.model.dtype, device, Timings(Path(request.cache), gpu))
             tactics += tuner.tune(loaded.model, report)
+        timer.seconds["compiling tactics"] = tuner.compile_seconds
         log.info("tactics: %d timed in %.1f s", tuner.measured, timer.seconds["tactics"])
     KERNELS.forget_launched()
     executor, _ = backend.assemble(loaded, options, progress, timer)
-    while executor.prepare_more():
-        pass
+    with timer.phase("other_graphs"):
+        while executor.prepare_more():
+            pass
     with timer.phase("steps"):
         run_steps(EngineCore(executor), loaded.config)
-    kernels = KERNELS.gather(engine_dir / DIRECTORY)
-    log.info("engine tried: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timer.seconds.items()))
-    return WarmedUp(gpu, kernels, tuple(tactics))
+    with timer.phase("gather_kernels"):
+        kernels = KERNELS.gather(engine_dir / DIRECTORY)
+    log.info("engine tried with kernels: %s", KERNELS.summary())
+    return WarmedUp(gpu, kernels, tuple(tactics), seconds=timer.seconds)
 
 
 def run_steps(core: EngineCore, config: ModelConfig) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path, PurePosixPath
 
 import msgspec
+from msgspec import field
 
 from appliance.engines.disk import write_atomically
 from appliance.engines.key import KeyInputs
@@ -18,7 +19,7 @@ from appliance.errors import EngineDamagedError
 from appliance.types import ModelConfig, Precision, Struct
 
 MANIFEST_NAME = "engine.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class EngineFile(Struct, frozen=True):
@@ -77,6 +78,7 @@ class BuildSummary(Struct, frozen=True):
     device: str  # where weights were converted: "cpu", "cuda:0"
     gpu: str = ""  # the type of GPU that kernels were compiled and timed on; "": neither was done
     notes: tuple[str, ...] = ()
+    phases: dict[str, float] = field(default_factory=dict)  # seconds by part of the build, in order (builder/phases.py)
 
 
 class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
