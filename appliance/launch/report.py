@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 
 from appliance.server.lifecycle import Lifecycle
 
@@ -59,10 +58,3 @@ def breakdown(lifecycle: Lifecycle, before_seconds: float, engine_seconds: dict[
         inner = ", ".join(f"{key} {value:.1f}" for key, value in inside.items())
         shown.append(f"{name} {seconds:.1f}" + (f" ({inner})" if name == "loading" and inner else ""))
     return f"{(lifecycle.time_to_ready or 0.0) + before_seconds:.1f} s: {', '.join(shown)}{beside}"
-
-
-def process_age_seconds(now: Callable[[], float] = time.time) -> float:
-    """Seconds since this process was started (before Python's own start-up)."""
-    import psutil
-
-    return max(0.0, now() - psutil.Process().create_time())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from appliance import __version__, builtin, garbage, logs, termination
+from appliance.clock import process_age_seconds
 from appliance.engines.disk import full, is_full
 from appliance.errors import ApplianceError, SettingsError
 from appliance.launch.child import Child, kill_all, reap_orphans
@@ -123,7 +124,7 @@ class _Process:
         first_engine = self._spawn_engine("engine-0" if several else "engine", {})
         from appliance.launch import report
 
-        before_seconds = report.process_age_seconds()
+        before_seconds = process_age_seconds()
         state = self._make_state(before_seconds)
         replicas = self._make_replicas(state, first_engine)
         helpers = [asyncio.create_task(report.report_progress(state.lifecycle))]
