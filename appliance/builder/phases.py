@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import psutil
-
 
 class Phases:
     """Seconds by name, in the order in which they were first counted; counted from any thread."""
@@ -58,8 +56,3 @@ def describe(seconds: Mapping[str, float]) -> str:
         f"{whole} {seconds.get(whole, 0.0):.1f}" + (f" ({', '.join(parts)})" if parts else "")
         for whole, parts in groups.items()
     )
-
-
-def process_age() -> float:
-    """Seconds since this process was started."""
-    return max(0.0, time.time() - psutil.Process().create_time())

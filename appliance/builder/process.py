@@ -76,10 +76,11 @@ def _read_request(text: str) -> BuildRequest:
 
 def _build(request: BuildRequest, send: Callable[[Progress], None]) -> Path:
     from appliance.builder.build import build  # imports torch: after the first sign of life
-    from appliance.builder.phases import Phases, process_age
+    from appliance.builder.phases import Phases
+    from appliance.clock import process_age_seconds
 
     phases = Phases()
-    phases.add("imports", process_age())
+    phases.add("imports", process_age_seconds())
     return build(request, send, phases=phases)
 
 
