@@ -27,7 +27,7 @@ engine (or finds it in the cache) and serves it. Without a command it is `serve`
 EPILOG = """\
 Settings may also be given as APPLIANCE_<NAME> or the matching NIM_ variables, or in a YAML file (--config).
 Exit codes: 0 done, 2 wrong settings, 3 hardware or no profile fits, 4 checkpoint, 5 cache not writable, 6 disk full,
-7 engine build, 8 engine crashed too often.
+7 engine build, 8 engine crashed too often, 9 another node is missing.
 """
 
 _CONTAINER_COMMANDS = ("serve", "build", "download-to-cache", "create-model-store", "bundle")

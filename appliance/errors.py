@@ -11,6 +11,7 @@
     │   └── EngineQualityError          exit 7   what was built answers too differently from its checkpoint
     ├── EngineDamagedError              exit 7   an engine file does not match its digest (normally: rebuilt)
     ├── EngineCrashedError              exit 8   the engine crashed more often than its restart budget
+    ├── NodeError                       exit 9   another node is missing, or does not go with this one
     └── RequestError                    (never ends the process)
         ├── InvalidRequestError         400
         │   └── ContextLengthError      400      code context_length_exceeded
@@ -78,6 +79,10 @@ class EngineDamagedError(ApplianceError):
 
 class EngineCrashedError(ApplianceError):
     exit_code = 8
+
+
+class NodeError(ApplianceError):
+    exit_code = 9
 
 
 class RequestError(ApplianceError):

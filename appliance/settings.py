@@ -21,7 +21,13 @@ from typing import Any, Literal
 
 from appliance import settings_children
 from appliance.errors import SettingsError
-from appliance.settings_rules import check_together, environment_warnings, is_service_link, read_config
+from appliance.settings_rules import (
+    agent_holds_port,
+    check_together,
+    environment_warnings,
+    is_service_link,
+    read_config,
+)
 from appliance.settings_table import Spec, row, specs_of
 from appliance.settings_table import add_flags as add_table_flags
 from appliance.types import KvCacheDtype, Objective, Precision
@@ -45,6 +51,7 @@ DEFAULT = Origin("default")
 
 _model = partial(row, group="model and storage")
 _select = partial(row, group="profile selection")
+_nodes = partial(row, group="several nodes")
 _engine = partial(row, group="engine (changing these rebuilds nothing)")
 _server = partial(row, group="server")
 
@@ -100,6 +107,22 @@ class Settings:
         "fallback", "when quantization changes a model too much: serve another precision, end, or serve all the same"
     )
     require_gpu: bool = _select(False, "fail instead of serving on the CPU when no GPU can be used")
+
+    nnodes: int = _nodes(
+        1,
+        "nodes (machines) that serve together, each with stages of the model; the same on all",
+        also="NNODES GROUP_WORLD_SIZE NIM_NUM_COMPUTE_NODES",
+        limits=(1, 64),
+    )
+    node_rank: int | None = _nodes(
+        None,
+        "this node's number, from 0; node 0 has the API",
+        also="NODE_RANK GROUP_RANK NIM_NODE_RANK",
+        limits=(0, 63),
+    )
+    master_addr: str | None = _nodes(None, "name or address of node 0, as the other nodes reach it", also="MASTER_ADDR")
+    master_port: int = _nodes(29500, "port of node 0 at which the nodes meet", also="MASTER_PORT", limits=(1, 65534))
+    node_timeout: float = _nodes(600.0, "seconds that a node may be missing before the others end", limits=(1, 86_400))
 
     max_model_len: int | None = _engine(
         None, "context limit in tokens; default: the model's", also="NIM_MAX_MODEL_LEN", limits=(16, 16_777_216)
@@ -240,6 +263,9 @@ def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] |
         if spec.name in flags:
             values[spec.name] = spec.parse(flags[spec.name], spec.flag)
             origins[spec.name] = Origin("command line", spec.flag)
+    if agent_holds_port(environ, origins["master_port"].detail if "master_port" in origins else ""):
+        values["master_port"] += 1
+        origins["master_port"] = Origin("environment", "the port behind MASTER_PORT, where torchrun itself listens")
     settings = Settings(**values, origins=origins, warnings=tuple(warnings))
     check_together(settings)
     return settings

@@ -57,6 +57,20 @@ def environment_warnings(environ: Mapping[str, str], known: set[str]) -> list[st
     return warnings
 
 
+def agent_holds_port(environ: Mapping[str, str], source: str) -> bool:
+    """Whether torchrun's own store listens at MASTER_PORT, which is where the setting comes from (`source`): the nodes
+    then meet at the port behind it. SettingsError if torchrun started several processes on this node."""
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return False
+    count = environ.get("LOCAL_WORLD_SIZE", "1")
+    if count != "1":
+        raise SettingsError(
+            f"torchrun starts {count} processes on this node, and may start one",
+            hint="use --nproc-per-node 1: the appliance starts a process for each GPU itself",
+        )
+    return source == "MASTER_PORT" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" or nothing. The prefix is left out of the comparison: all names share it."""
     prefix = re.match(r"APPLIANCE_|NIM_|", name)
@@ -123,3 +137,35 @@ def check_together(settings: Any) -> None:
         )
     if settings.chat_template is not None and not settings.chat_template.is_file():
         raise SettingsError(f"chat_template: there is no file {settings.chat_template}")
+    _check_nodes(settings)
+
+
+def _check_nodes(settings: Any) -> None:
+    if settings.node_rank is not None and settings.node_rank >= settings.nnodes > 1:
+        raise SettingsError(
+            f"node_rank {settings.node_rank} is not below nnodes, {settings.nnodes}", hint="ranks of nodes begin with 0"
+        )
+    if settings.nnodes > 1 and (settings.replicas or 1) > 1:
+        raise SettingsError(
+            f"{settings.replicas} replicas on {settings.nnodes} nodes are not supported",
+            hint="leave --replicas out; start several groups of nodes instead",
+        )
+    if settings.nnodes > 1 and settings.pp_size is not None and settings.pp_size % settings.nnodes:
+        raise SettingsError(
+            f"pp_size {settings.pp_size} is no multiple of {settings.nnodes} nodes: a node has whole stages",
+            hint=f"leave --pp-size out, or choose {settings.nnodes} or a multiple of it",
+        )
+
+
+def check_place_of_node(settings: Any) -> None:
+    """What a server on one of several nodes needs beyond `check_together`. Raises SettingsError."""
+    if settings.nnodes == 1:
+        return
+    if settings.node_rank is None:
+        raise SettingsError(
+            f"nnodes is {settings.nnodes}, and node_rank is not set", hint="give each node its --node-rank, from 0"
+        )
+    if settings.node_rank and settings.master_addr is None:
+        raise SettingsError(
+            f"node {settings.node_rank} needs master_addr", hint="give --master-addr, the name or address of node 0"
+        )
