@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from appliance.kernels.all_reduce import (
 )
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
 from appliance.kernels.deferred_scale import Product, materialize
+from appliance.kernels.peer_memory import share
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
-from appliance.settings import forbid_nvlink_multicast, gpus_shared
+from appliance.settings import gpus_shared
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class AllReduce:
         self._group = group
         self._workspace = workspace
         self._forced: str | None = None
+        self.on_abort: list[Callable[[], None]] = []  # of other kernels that wait for ranks
 
     @property
     def workspace(self) -> Workspace:
@@ -157,7 +159,9 @@ class AllReduce:
 
     def abort(self) -> None:
         """Let kernels that wait for ranks that are gone go on, with rubbish. From any thread; once."""
-        flags = self._workspace.owner.flags
+        for release in self.on_abort:
+            release()
+        flags = self._workspace.owner.memory[:FLAG_BYTES].view(torch.int32)
         with torch.cuda.device(flags.device), torch.cuda.stream(torch.cuda.Stream(flags.device)):
             flags.add_(1 << 30)
 
@@ -220,18 +224,6 @@ class AllReduce:
 
 
 # ---------------------------------------------------------------- setting up
-
-
-@dataclass(frozen=True)
-class _Symmetric:
-    """Memory of torch's that other ranks have mapped."""
-
-    memory: Tensor  # uint8
-    handle: Any
-
-    @property
-    def flags(self) -> Tensor:
-        return self.memory[:FLAG_BYTES].view(torch.int32)
 
 
 _connected = False  # of this process
@@ -313,21 +305,11 @@ def _number(text: str) -> int:
 
 def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Workspace:
     """RuntimeError where torch cannot map it."""
-    forbid_nvlink_multicast()
-    import torch.distributed._symmetric_memory as symmetric
-
     slots = group.minimum(min(MAX_SLOTS, multiprocessors(device)))
-    memory = symmetric.empty(workspace_bytes(slots, _REGION_BYTES), dtype=torch.uint8, device=device)
-    memory.zero_()
-    everyone = torch.distributed.group.WORLD
-    assert everyone is not None, "the ranks have not joined"
-    handle = symmetric.rendezvous(memory, everyone)
-    offset = memory.data_ptr() - handle.buffer_ptrs[rank]
-    addresses = torch.tensor([pointer + offset for pointer in handle.buffer_ptrs], dtype=torch.int64, device=device)
     epochs = torch.zeros(slots, dtype=torch.int32, device=device)
-    torch.cuda.synchronize(device)
-    group.minimum(0)  # nobody writes a flag before it is zero
-    return Workspace(rank, size, addresses, epochs, _REGION_BYTES, _Symmetric(memory, handle))
+    shared = share(group, rank, workspace_bytes(slots, _REGION_BYTES), device)
+    addresses = torch.tensor(shared.addresses, dtype=torch.int64, device=device)
+    return Workspace(rank, size, addresses, epochs, _REGION_BYTES, shared)
 
 
 def _check(found: AllReduce, device: torch.device) -> str | None:
