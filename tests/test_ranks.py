@@ -216,7 +216,7 @@ def reader_of(shared: SharedSteps, rank: int) -> tuple[RingReader, int]:
 def test_messages_of_any_length_arrive_in_order() -> None:
     shared = SharedSteps.create(3)
     readers = [reader_of(shared, rank) for rank in (1, 2)]
-    writer = RingWriter(shared, [wake for _, wake in readers])
+    writer = RingWriter(shared, {rank: wake for rank, (_, wake) in enumerate(readers, 1)})
     sizes = [0, 1, SLOT_BYTES, SLOT_BYTES + 1, 3 * SLOT_BYTES - 1, (2 * SLOTS + 1) * SLOT_BYTES, 7] * 5
     messages = [bytes([i % 251]) * size for i, size in enumerate(sizes)]
     got: list[list[bytes | None]] = [[], []]
@@ -239,7 +239,7 @@ def test_messages_of_any_length_arrive_in_order() -> None:
 def test_a_full_ring_waits_and_can_be_given_up() -> None:
     shared = SharedSteps.create(2)
     reader, wake = reader_of(shared, 1)
-    writer = RingWriter(shared, [wake])
+    writer = RingWriter(shared, {1: wake})
     for i in range(SLOTS):
         writer.send(bytes([i]))
 

@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -33,16 +34,31 @@ _EXIT_SECONDS = 5.0  # between closing its end of the pipe and having ended
 PEER_LOST = "PeerLost"  # what a rank reports that failed in a collective operation: likely another's fault
 
 
+class Process(Protocol):
+    """What is asked of a rank's process: `subprocess.Popen`, or what stands for one on another node."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
 @dataclass
 class RankProcess:
     """Another rank, as rank 0 sees it. `report`: the reading end of a pipe that it writes one `Failed` to, or nothing,
-    and that closes when it ends."""
+    and that closes when it ends. `where`: the node it is on, if that is another one."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     report: int
+    where: str = ""
     said: bytearray = field(default_factory=bytearray)
     ended: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}" + (f" on {self.where}" if self.where else "")
 
     def reason(self) -> ApplianceError:
         """Why it has ended."""
@@ -51,15 +67,15 @@ class RankProcess:
             kind = getattr(errors, failed.error, None)
             known = isinstance(kind, type) and issubclass(kind, ApplianceError)
             cls: type[ApplianceError] = kind if known and kind is not None else EngineCrashedError
-            return cls(f"rank {self.rank}: {failed.message}", hint=failed.hint)
+            return cls(f"{self.name}: {failed.message}", hint=failed.hint)
         code = self.process.returncode
         if code is None:
-            return EngineCrashedError(f"rank {self.rank} has closed its report and does not end")
+            return EngineCrashedError(f"{self.name} has closed its report and does not end")
         if code >= 0:
-            return EngineCrashedError(f"rank {self.rank} exited with code {code}")
+            return EngineCrashedError(f"{self.name} exited with code {code}")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         cause = " (out of memory, or killed by someone)" if -code == signal.SIGKILL else ""
-        return EngineCrashedError(f"rank {self.rank} was killed by {name}{cause}")
+        return EngineCrashedError(f"{self.name} was killed by {name}{cause}")
 
     @property
     def failed(self) -> Failed | None:
@@ -149,7 +165,7 @@ class RankWatch:
             if looks > self._frozen_looks:
                 seconds = looks * LOOK_SECONDS
                 return EngineCrashedError(
-                    f"rank {rank.rank} has been frozen for {seconds:.0f} s: its process does not run",
+                    f"{rank.name} has been frozen for {seconds:.0f} s: its process does not run",
                     hint="was it stopped, or does a device driver hold it?",
                 )
         return None
@@ -171,8 +187,10 @@ class RankWatch:
             what, behind = f"does not join the others in a collective operation of step {step}", ranks
         if ranks := self._behind(Word.TAKEN):
             what, behind = f"has not begun step {step}", ranks
-        names = ", ".join(map(str, behind or range(self._shared.ranks)))
-        who = f"rank {names}" if len(behind) == 1 else f"each of ranks {names}"
+        if len(behind) == 1:
+            who = next((rank.name for rank in self._ranks if rank.rank == behind[0]), f"rank {behind[0]}")
+        else:
+            who = f"each of ranks {', '.join(map(str, behind or range(self._shared.ranks)))}"
         return EngineCrashedError(f"{who} {what}, for {seconds:.0f} s")
 
     def _behind(self, word: Word) -> list[int]:

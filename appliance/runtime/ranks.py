@@ -10,9 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +20,10 @@ import msgspec
 import torch
 
 from appliance.batching.step import StepPlan
-from appliance.distributed import Meeting, Rendezvous, TensorParallel, leave
+from appliance.distributed import LOOPBACK, Meeting, Rendezvous, TensorParallel, leave
 from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
+from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
 from appliance.runtime.step_ring import RingWriter, SharedSteps, Word
 from appliance.types import EngineOptions, Struct
@@ -144,7 +143,7 @@ class Leader:
         self._place = TensorParallel()
         self._meeting = Meeting(rendezvous or Rendezvous(0, size))
         self._shared = SharedSteps.create(size)
-        self._wake: list[int] = []
+        self._wake: dict[int, int] = {}
         self._ranks: list[RankProcess] = []
         try:
             for rank in range(1, size):
@@ -162,21 +161,9 @@ class Leader:
         self._shared.count(0, Word.FINISHED)
 
     def _start(self, rank: int) -> None:
-        sleeps, wakes = os.pipe()
-        hears, reports = os.pipe()
-        os.set_blocking(wakes, False)
-        fds = (self._shared.fd, sleeps, reports)
-        arguments = {"rank": rank, "world-size": self.size, "master-port": self._meeting.port}
-        arguments |= {"memory": fds[0], "wake": fds[1], "report": fds[2]}
-        bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), f"rank-{rank}"]
-        command = [*bootstrap, "appliance.worker_process", *(f"--{k}={v}" for k, v in arguments.items())]
-        try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds)
-        finally:
-            os.close(sleeps)
-            os.close(reports)
-        self._wake.append(wakes)
-        self._ranks.append(RankProcess(rank, process, hears))
+        process, wake = start_rank(rank, self._shared, LOOPBACK, self._meeting.port)
+        self._ranks.append(process)
+        self._wake[rank] = wake
 
     @property
     def pids(self) -> list[int]:

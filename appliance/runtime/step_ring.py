@@ -18,7 +18,7 @@ import select
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 SLOTS = 16
@@ -86,11 +86,12 @@ class SharedSteps:
 
 
 class RingWriter:
-    """Rank 0's end. `wake`: a pipe's writing end for each other rank, not blocking."""
+    """The writing end, rank 0's; on another node, that of the process that passes on what rank 0 sends. `wake`: of each
+    rank that reads here, a pipe's writing end, not blocking."""
 
-    def __init__(self, shared: SharedSteps, wake: Sequence[int]) -> None:
+    def __init__(self, shared: SharedSteps, wake: Mapping[int, int]) -> None:
         self._shared = shared
-        self._wake = wake
+        self._wake = dict(wake)
         self._parts = 0  # written; numbers begin with 1, since memory begins with 0
 
     def send(self, message: bytes, check: Callable[[], None] = lambda: None) -> None:
@@ -108,13 +109,12 @@ class RingWriter:
         self._shared.count(0, Word.TAKEN)
 
     def _wait_for_room(self, check: Callable[[], None]) -> None:
-        others = range(1, self._shared.ranks)
-        while min(self._shared.get(rank, Word.PARTS) for rank in others) + SLOTS <= self._parts:
+        while self._wake and min(self._shared.get(rank, Word.PARTS) for rank in self._wake) + SLOTS <= self._parts:
             check()
             time.sleep(_WRITER_POLL)
 
     def _wake_sleepers(self) -> None:
-        for rank, fd in enumerate(self._wake, 1):
+        for rank, fd in self._wake.items():
             if self._shared.get(rank, Word.ASLEEP):
                 # It has enough to wake up by, or is dead, which somebody else looks after.
                 with contextlib.suppress(BlockingIOError, BrokenPipeError):

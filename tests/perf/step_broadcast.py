@@ -49,7 +49,7 @@ def measure(ranks: int, plan: StepPlan, pause: float, steps: int) -> dict[str, f
         wakes.append(wake)
         answers.append(answer)
         children.append(child)
-    writer = RingWriter(shared, wakes)
+    writer = RingWriter(shared, dict(enumerate(wakes, 1)))
     latencies, sending = [], []
     for _ in range(steps):
         time.sleep(pause)
