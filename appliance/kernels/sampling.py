@@ -91,12 +91,12 @@ def load_logits(row_ptr, token, vocab_size):
 
 
 @triton.jit
-def _store_best(score, row, block, best_score_ptr, best_token_ptr, BLOCK: tl.constexpr):
+def _store_best(score, row, block, first_token, best_score_ptr, best_token_ptr, BLOCK: tl.constexpr):
     """The largest of BLOCK scores and the token it belongs to (the lowest of equals)."""
     best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     place = row * tl.num_programs(1) + block
     tl.store(best_score_ptr + place, best)
-    tl.store(best_token_ptr + place, (block * BLOCK + index).to(tl.int64))
+    tl.store(best_token_ptr + place, (first_token + block * BLOCK + index).to(tl.int64))
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _best_of_blocks_kernel(best_score_ptr, best_token_ptr, out_ptr, blocks, BLOC
     tl.store(out_ptr + row, tl.load(best_token_ptr + row * blocks + index))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])  # the same kernel on every rank
 def _draw_kernel(
     logits_ptr,
     row_scales_ptr,
@@ -124,6 +124,7 @@ def _draw_kernel(
     thresholds_ptr,
     best_score_ptr,
     best_token_ptr,
+    first_token,
     vocab_size,
     logits_stride,
     temperature_stride,
@@ -137,18 +138,18 @@ def _draw_kernel(
     PDL: tl.constexpr,
 ):
     """Program (row, block): the best score in BLOCK tokens of the row, and its token (the lowest of equals). GREEDY:
-    of every row the logits themselves."""
+    of every row the logits themselves. There are logits of vocab_size tokens from first_token on."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    logit = load_logits(logits_ptr + row * logits_stride, token, vocab_size)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    logit = load_logits(logits_ptr + row * logits_stride, column, vocab_size)
     if DEFERRED:
-        there = token < vocab_size
+        there = column < vocab_size
         scale = tl.load(row_scales_ptr + row)
-        logit = apply_scales(logit, scale, column_scales_ptr, bias_ptr, token, there, BIASED)
+        logit = apply_scales(logit, scale, column_scales_ptr, bias_ptr, column, there, BIASED)
         logit = tl.where(there & (logit == logit), logit, float("-inf"))
     score = logit
     if not GREEDY:
@@ -156,10 +157,10 @@ def _draw_kernel(
         if temperature >= greedy_temperature:
             key, second = row_keys(seeds_ptr, positions_ptr, row, seeds_stride)
             scaled = tl.div_rn(logit, temperature)  # rounded as in torch: thresholds are compared exactly
-            score = scaled - log_noise(token, key, second)
+            score = scaled - log_noise(first_token + column, key, second)
             if FILTERED:
                 score = tl.where(scaled >= tl.load(thresholds_ptr + row), score, float("-inf"))
-    _store_best(score, row, block, best_score_ptr, best_token_ptr, BLOCK)
+    _store_best(score, row, block, first_token, best_score_ptr, best_token_ptr, BLOCK)
 
 
 # ---------------------------------------------------------------- draw
@@ -201,11 +202,7 @@ def draw_triton(
     logits: Product, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
 ) -> Tensor:
     """`draw` in one pass over the logits, plus a reduction over blocks."""
-    if seeds.stride(1) != 1:
-        raise ValueError("seeds must be contiguous in their last dimension")
-    return _launch_draw(
-        logits, temperature, seeds, positions.contiguous(), None if thresholds is None else thresholds.contiguous()
-    )
+    return _best_of_blocks(*score_blocks(logits, temperature, seeds, positions, thresholds))
 
 
 def argmax(logits: Product) -> Tensor:
@@ -221,26 +218,32 @@ def argmax_reference(logits: Product) -> Tensor:
 
 def argmax_triton(logits: Product) -> Tensor:
     """`argmax` as `draw_triton` does it."""
-    return _launch_draw(logits, None, None, None, None)
+    return _best_of_blocks(*score_blocks(logits, None, None, None, None))
 
 
-def _launch_draw(
+def score_blocks(
     logits: Product,
     temperature: Tensor | None,
     seeds: Tensor | None,
     positions: Tensor | None,
     thresholds: Tensor | None,
-) -> Tensor:
-    """Every block of a row by a program of its own, then the best of the blocks. No temperature: all rows greedy."""
+    first_token: int = 0,
+    count: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The largest score in each block of a row, float32 [m, blocks], and its token (the lowest of equals), int64: each
+    block by a program of its own. Arguments of `draw`; no temperature: all rows greedy. The logits are those of `count`
+    tokens (None: as many as there are columns) from `first_token` on."""
+    if seeds is not None and seeds.stride(1) != 1:
+        raise ValueError("seeds must be contiguous in their last dimension")
     deferred = None if isinstance(logits, Tensor) else logits
     values = logits if isinstance(logits, Tensor) else logits.values
     if values.stride(1) != 1:
         raise ValueError("logits must be contiguous in their last dimension")
     bias = None if deferred is None else deferred.bias
-    m, vocab_size = values.shape
-    best, tokens = _per_block(m, vocab_size, values.device)
+    m, columns = values.shape
+    best, tokens = _per_block(m, columns, values.device)
     if m == 0:
-        return tokens[:, 0]
+        return best, tokens
     _draw_kernel[tokens.shape](
         values,
         None if deferred is None else deferred.row_scales,
@@ -248,11 +251,12 @@ def _launch_draw(
         bias,
         temperature,
         seeds,
-        positions,
-        thresholds,
+        None if positions is None else positions.contiguous(),
+        None if thresholds is None else thresholds.contiguous(),
         best,
         tokens,
-        vocab_size,
+        first_token,
+        columns if count is None else count,
         values.stride(0),
         0 if temperature is None else temperature.stride(0),
         0 if seeds is None else seeds.stride(0),
@@ -265,7 +269,7 @@ def _launch_draw(
         num_warps=4,
         **launch_options(values.device),
     )
-    return _best_of_blocks(best, tokens)
+    return best, tokens
 
 
 def _per_block(m: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -279,6 +283,8 @@ def _best_of_blocks(scores: Tensor, tokens: Tensor) -> Tensor:
     """int64 [m]: each row's token of the largest score."""
     m, blocks = scores.shape
     out = torch.empty(m, dtype=torch.int64, device=scores.device)
+    if m == 0:
+        return out
     _best_of_blocks_kernel[(m,)](
         scores,
         tokens,
