@@ -134,7 +134,7 @@ def test_trace_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     options = ["--shape", "tiny", "--batch-sizes", "1,8", "--isl", "8", "--steps", "16", "--max-num-seqs", "8"]
     assert main(["bench", "trace", *options, "--output", str(tmp_path)]) == 0
     for row in json.loads(capsys.readouterr().out.splitlines()[-1])["traces"]:
-        assert 0 < row["busy_share_profiled"] <= 1 and row["kernels_per_step"] > 10 and row["top"]
+        assert 0 < row["busy_share_profiled"] <= 1 and row["kernels_per_step"] > 3 and row["top"]
         assert 0 < row["graph_ms"] <= 1.1 * row["step_ms"]
         assert 0 <= row["launched_ahead_share"] <= 1
 

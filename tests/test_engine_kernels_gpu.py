@@ -115,7 +115,8 @@ def test_a_start_compiles_nothing(engine: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    print(said)
+    names = sorted(path.name for path in (tmp_path / "kernels").rglob("*.cubin"))
+    print(said, names)
     assert (said["compiled"], said["cache"]) == (0, 0) and said["engine"] > 0 and not said["unknown"]
     assert not list((tmp_path / "kernels").rglob("*.so")) and not list((tmp_path / "kernels").rglob("*.cubin"))
     assert said["attention"] == "flashinfer" if "flashinfer" in before.kernels else said["attention"] == "triton"

@@ -45,7 +45,7 @@ from appliance.runtime.loading import (
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.runtime.ranks import Member, lead
 from appliance.runtime.timing import time_in_graph
-from appliance.settings import share_gpu
+from appliance.settings import gpus_shared, share_gpu
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 if TYPE_CHECKING:
@@ -169,21 +169,21 @@ def assemble(
     config, model = loaded.config, loaded.model
     TABLE.batch_invariant = options.batch_invariant
     dtype = _kv_dtype(options, model.dtype)
-    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, dtype)
+    page_bytes = kv_page_bytes(model, options.page_size, dtype)
     model.prepare(options.max_model_len or config.max_position_embeddings)
     if dtype == FP8:
         with timer.phase("kv_scales"):
             set_kv_scales(model, options.engine_dir)
 
     pages = options.num_pages or _profile_pages(loaded, options, page_bytes, dtype, device, progress, timer)
-    num_pages = model.tp.minimum(pages)
+    num_pages = model.stage.minimum(model.tp.minimum(pages))
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kernels"):
         progress("warmup", _LOADING_KERNELS, 0.0)
         attention = _attention(loaded, options, limits, device)
     with timer.phase("kv_cache"):
-        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, dtype, device)
+        kv_caches = allocate_kv_cache(model, num_pages, options.page_size, dtype, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
     alone = loaded.member.size == 1  # or ranks might find different ways the faster ones
     if alone and options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
@@ -249,7 +249,7 @@ def _profile_pages(
         progress("warmup", _LOADING_KERNELS, 0.0)
         attention = _attention(loaded, options, limits, device)
     with timer.phase("profile_memory"):
-        caches = allocate_kv_cache(config, loaded.model.num_kv_heads, pages, options.page_size, dtype, device)
+        caches = allocate_kv_cache(loaded.model, pages, options.page_size, dtype, device)
         torch.cuda.reset_peak_memory_stats(device)
         runner = ModelRunner(loaded.model, caches, attention, limits, device)
         runner.profile()
@@ -261,6 +261,8 @@ def _profile_pages(
         # Memory of this process that torch does not see: context, library workspaces, compiled kernels.
         ours = torch.cuda.memory_reserved(device)
     budget = int((free + ours) * options.memory_fraction) - peak - _GRAPH_RESERVE
+    if gpus_shared():
+        budget //= 4 * loaded.member.size  # the others look at the same free memory
     if budget < pages * page_bytes:
         raise HardwareError(
             f"after weights and activations {max(budget, 0) / 1e9:.1f} GB of {total / 1e9:.1f} GB are left for the "
