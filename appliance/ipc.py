@@ -31,8 +31,17 @@ class Shutdown(Struct, frozen=True, tag=True):
     """Finish nothing, release the device, exit 0."""
 
 
+class Nodes(Struct, frozen=True):
+    """Of an engine on several nodes, of which this one is node 0."""
+
+    count: int
+    address: str  # to listen at for the others; empty: all of this machine's
+    timeout: float  # seconds that one may be missing
+
+
 class StartEngine(Struct, frozen=True, tag=True):
     options: EngineOptions
+    nodes: Nodes | None = None
 
 
 class Progress(Struct, frozen=True, tag=True):
@@ -44,6 +53,13 @@ class Progress(Struct, frozen=True, tag=True):
     bytes_done: int = 0
     bytes_total: int = 0
     eta_seconds: float | None = None
+
+
+class NodesWanted(Struct, frozen=True, tag=True):
+    """The other nodes are to join this engine, at this port, with this token."""
+
+    port: int
+    token: str
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -71,7 +87,7 @@ class Failed(Struct, frozen=True, tag=True):
 
 
 ToChild = AddRequests | AbortRequests | Shutdown | StartEngine
-ToServer = Progress | Ready | Outputs | Built | Failed
+ToServer = Progress | NodesWanted | Ready | Outputs | Built | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 

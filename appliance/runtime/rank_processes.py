@@ -16,17 +16,26 @@ from appliance.runtime.step_ring import SharedSteps
 
 
 def start_rank(
-    rank: int, shared: SharedSteps, master_addr: str, master_port: int, inherited: Mapping[str, int] | None = None
+    rank: int,
+    shared: SharedSteps,
+    master_addr: str,
+    master_port: int,
+    inherited: Mapping[str, int] | None = None,
+    further: Mapping[str, str] | None = None,
 ) -> tuple[RankProcess, int]:
     """The process, which dies with the calling thread, and the writing end of the pipe that ends its sleep. The ranks
-    meet at the address. `inherited`: further arguments that are file descriptors, by name."""
+    meet at the address. `inherited`: arguments that are file descriptors, by name; `further`: other arguments."""
     sleeps, wakes = os.pipe()
     hears, reports = os.pipe()
     os.set_blocking(wakes, False)
     fds = {"memory": shared.fd, "wake": sleeps, "report": reports, **(inherited or {})}
     arguments = {"rank": rank, "world-size": shared.ranks, "master-addr": master_addr, "master-port": master_port}
     bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), f"rank-{rank}"]
-    command = [*bootstrap, "appliance.worker_process", *(f"--{k}={v}" for k, v in (arguments | fds).items())]
+    command = [
+        *bootstrap,
+        "appliance.worker_process",
+        *(f"--{k}={v}" for k, v in {**arguments, **fds, **(further or {})}.items()),
+    ]
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=list(fds.values()))
     except BaseException:
