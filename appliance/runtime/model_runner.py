@@ -21,7 +21,8 @@ from appliance.layers.attention import ForwardContext
 from appliance.layers.decoder import Decoder
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
 from appliance.runtime.input_batch import InputBatch, StepInputs
-from appliance.runtime.persistent_decode import SIZES, PersistentDecode, refusal
+from appliance.runtime.persistent_choice import choose
+from appliance.runtime.persistent_decode import SIZES, PersistentDecode
 from appliance.runtime.piecewise_graphs import PiecewiseGraphs, token_buckets
 from appliance.runtime.results import PendingStep, PromptChunk, to_host
 from appliance.runtime.sampler import Sampler, prompt_logprobs
@@ -122,28 +123,23 @@ class ModelRunner:
     @torch.inference_mode()
     def enable_persistent(self) -> str | None:
         """Let one persistent kernel compute decode steps of few sequences, up to the size from which on the layers are
-        faster on this GPU; says why not where it cannot. Before `capture_graphs`; the model's rotary table and KV
-        scales stay as they are from now on."""
+        faster on these GPUs; says why not where it cannot. By all ranks, with the same outcome. Before
+        `capture_graphs`; the model's rotary table and KV scales stay as they are from now on."""
         if not isinstance(self._model, Decoder):
             return "the model is not one of the shared decoder"
-        reason = refusal(self._model, self._kv_caches)
-        if reason is not None:
-            return reason
         sizes = [size for size in SIZES if size <= self._limits.max_num_seqs]
-        persistent = PersistentDecode(self._model, self._kv_caches, self._batch, sizes)
-        for size in persistent.sizes:
-            inputs = self._dummy_decode(size)
-            mine, layers = (
-                self._step_microseconds(step, inputs) for step in (persistent.logits, self._logits_by_layers)
-            )
-            log.info("decode steps of %d: persistent kernel %.0f µs, layer by layer %.0f µs", size, mine, layers)
-            if mine >= layers:
-                persistent.keep_below(size)
-                break
-        if not persistent.sizes:
-            return "layer by layer is faster here"
-        self._persistent = persistent
+        found = choose(self._model, self._kv_caches, self._batch, sizes, self._time_both_ways)
+        if isinstance(found, str):
+            return found
+        self._persistent = found
         return None
+
+    def _time_both_ways(self, persistent: PersistentDecode, size: int) -> tuple[float, float]:
+        inputs = self._dummy_decode(size)
+        return (
+            self._step_microseconds(persistent.logits, inputs),
+            self._step_microseconds(self._logits_by_layers, inputs),
+        )
 
     def _step_microseconds(self, step: Callable[[StepInputs], Product], inputs: StepInputs) -> float:
         step(inputs)  # compiles and allocates what it needs

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.int4_layout import PER_WORD
+from appliance.kernels.persistent.exchange import RANKS, Exchange
 from appliance.kernels.persistent.kernel import DecodeKernel, DecodeShape, compile_all, unavailable
 from appliance.layers.attention import Attention
 from appliance.layers.decoder import Decoder, DecoderLayer
@@ -25,35 +26,41 @@ SIZES = (1, 2, 4)  # rows that kernels are made for; a batch takes the next larg
 
 
 def shape_of(model: Decoder, kv_cache: Tensor, rows: int) -> DecodeShape:
-    """What a kernel for steps of `rows` sequences of this model is compiled for."""
-    config = model.config
+    """What a kernel for steps of `rows` sequences of this model, or of a rank's share of it, is compiled for."""
+    config, layer = model.config, _layers(model)[0]
     return DecodeShape(
         rows=rows,
-        weights=_format(_layers(model)[0].attention.qkv),
+        weights=_format(layer.attention.qkv),
         head=_format(model.lm_head),
         kv_fp8=kv_cache.dtype == FP8,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        ffn=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        ffn=layer.mlp.down.in_features,
+        heads=layer.attention.num_heads,
+        kv_heads=layer.attention.num_kv_heads,
         head_dim=config.head_dim,
-        vocab=config.vocab_size,
+        vocab=model.lm_head.out_features,
         page_size=kv_cache.shape[2],
         eps=config.rms_norm_eps,
         blocks=torch.cuda.get_device_properties(kv_cache.device).multi_processor_count,
+        ranks=model.tp.size,
     )
 
 
 def refusal(model: Decoder, kv_caches: Sequence[Tensor]) -> str | None:
-    """Why steps of this model cannot go through the kernel, or None."""
+    """Why steps of this model, or of a rank's share of it, cannot go through the kernel, or None. As far as this rank
+    sees; calls none of the others."""
     reason = unavailable()
     if reason is not None:
         return reason
+    if len(kv_caches) != model.config.num_hidden_layers:
+        return "this is a stage of a pipeline; the kernel takes whole models"
     if type(model).forward is not Decoder.forward or not all(type(layer) is DecoderLayer for layer in model.layers):
         return "the architecture has layers of its own"
-    if model.tp.size > 1:
-        return "ranks have to add up their results within a layer"
+    if model.tp.size > 1 and model.tp.size not in RANKS:
+        return f"{model.tp.size} ranks; the kernel takes 2, 4 and 8"
+    if model.tp.size > 1 and model.tp.own_reducer is None:
+        return "the ranks' GPUs cannot write into each other's memory"
     if model.dtype != torch.bfloat16:
         return f"the model computes in {str(model.dtype).removeprefix('torch.')}, the kernel in bfloat16"
     formats = {_format(linear) for linear in _linears(model) if linear is not model.lm_head}
@@ -69,9 +76,19 @@ def refusal(model: Decoder, kv_caches: Sequence[Tensor]) -> str | None:
 class PersistentDecode:
     """Kernels of each size and their tables. Holds on to the tensors that the tables point to."""
 
-    def __init__(self, model: Decoder, kv_caches: Sequence[Tensor], batch: InputBatch, sizes: Sequence[int]) -> None:
-        """`model` is prepared and `refusal` said None. Compiles what has not been compiled before."""
+    def __init__(
+        self,
+        model: Decoder,
+        kv_caches: Sequence[Tensor],
+        batch: InputBatch,
+        sizes: Sequence[int],
+        exchange: Exchange | None = None,
+    ) -> None:
+        """`model` is prepared and `refusal` said None. Compiles what has not been compiled before. `exchange`: of
+        several ranks, for these sizes."""
         device = kv_caches[0].device
+        self._exchange = exchange
+        self._tp, self._vocab = model.tp, model.config.vocab_size
         shapes = {rows: shape_of(model, kv_caches[0], rows) for rows in sizes}
         shapes = {rows: shape for rows, shape in shapes.items() if shape.refused() is None}
         compile_all(shapes.values())
@@ -83,7 +100,7 @@ class PersistentDecode:
         self._logits: dict[int, Tensor] = {}
         for rows in self._kernels:
             self._models[rows] = self._model_table(model, shapes[rows], batch, device)
-            self._logits[rows] = torch.empty(rows, model.config.vocab_size, dtype=torch.float32, device=device)
+            self._logits[rows] = torch.empty(rows, shapes[rows].vocab, dtype=torch.float32, device=device)
 
     @property
     def sizes(self) -> list[int]:
@@ -100,7 +117,13 @@ class PersistentDecode:
 
     def logits(self, inputs: StepInputs) -> Tensor:
         """Run a pure decode step whose padded size is one of `sizes`: float32 [size, vocab], overwritten by the next
-        step of this size. Writes the KV caches. Device work only; can be captured in a CUDA graph."""
+        step of this size. Writes the KV caches. Device work only; can be captured in a CUDA graph. Of several ranks all
+        run it."""
+        share = self.rank_logits(inputs)
+        return share if self._tp.size == 1 else self._tp.all_gather(share)[:, : self._vocab].contiguous()
+
+    def rank_logits(self, inputs: StepInputs) -> Tensor:
+        """The same, but only this rank's share of the vocabulary."""
         rows = inputs.padded_seqs
         meta = inputs.metadata
         self._kernels[rows].launch(
@@ -166,6 +189,11 @@ class PersistentDecode:
             self._address(batch.page_table),
             batch.page_table.stride(0),
         ]
+        if self._exchange is None:
+            addresses += [0] * (3 + shape.ranks)
+        else:
+            addresses += self._exchange.table(rows)
+            self._held += self._exchange.held
         return _table(struct.pack(f"<{len(addresses)}q", *addresses), device)
 
 

@@ -25,6 +25,7 @@ __device__ __noinline__ Ring normed_phase(Ring ring, GridBarrier barrier, const 
 template <class P>
 __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const uint16_t* x, const float* amax, Output out) {
   fetch_for_epilogues<P>(out);
+  if (RANKS > 1 && threadIdx.x == 0) shared().epoch++;
   barrier.wait_all();
   Input<P> in;
   typename PlainOf<P>::Type loaded;
@@ -46,21 +47,17 @@ __device__ __noinline__ Ring plain_phase(Ring ring, GridBarrier barrier, const u
 #pragma unroll
       for (int i = 0; i < P::kTilesPerBlock; i++)
         if (blockIdx.x + i * GRID < P::kTiles) {
+          const bool last = pass + 1 == P::kPasses;
           Ring held;
           multiply_tile<P>(ring, held, in, pass, false, sums[i]);
+          if (last) store_sums<P>(s.sums[i % 2][threadIdx.x / 32], sums[i]);  // as in `product`; all of x is in registers by now
           consumers_sync();
           release(held, ring);
+          if (last) write_results<P>(out, blockIdx.x + i * GRID, i);
         }
     }
-#pragma unroll
-    for (int i = 0; i < P::kTilesPerBlock; i++) {
-      const int tile = blockIdx.x + i * GRID;
-      if (tile >= P::kTiles) continue;
-      store_sums<P>(s.sums[i % 2][threadIdx.x / 32], sums[i]);
-      consumers_sync();
-      write_results<P>(out, tile, i);
-    }
   }
+  if constexpr (RANKS > 1) collect_results<P>(out);
   return ring;
 }
 
@@ -100,6 +97,7 @@ __device__ inline void leave() {
   if (!s.last) return;
   for (int i = threadIdx.x; i < LAYERS * 2 * ROWS; i += kConsumers) s.model.amax[i] = 0.f;
   if (threadIdx.x == 0) *s.model.barrier = 0, *s.model.left = 0;
+  if (RANKS > 1 && threadIdx.x == 0) *s.model.epoch = s.epoch;
 }
 
 // By a warp: what attention will read of the cache before its barrier, from memory to L2, a layer ahead. Under full load a
@@ -176,6 +174,7 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
     s.logits = logits;
     s.step.window = -1;
     s.awaited = -1;
+    s.epoch = RANKS > 1 ? (uint32_t)*model->epoch : 0;
     s.cache_layer = 0;
     for (int i = 0; i < SLOTS; i++) {
       mbarrier_init(shared_address(&s.full[i]), 1);

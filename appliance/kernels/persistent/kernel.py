@@ -22,7 +22,7 @@ from appliance.kernels.compiled import KERNELS
 SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
 THREADS = 640
 MAX_ROWS = 16
-_SOURCES = ("ring.cuh", "attention.cuh", "tables.cuh", "input.cuh", "product.cuh", "decode.cu")
+_SOURCES = ("ring.cuh", "attention.cuh", "tables.cuh", "input.cuh", "exchange.cuh", "product.cuh", "decode.cu")
 _CHUNK = 2048  # bytes of a weight row per copy, as in ring.cuh
 _WARPS = 16
 _LAYER_BYTES = 160
@@ -50,7 +50,8 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """What a kernel is compiled for. `rows`: sequences of a step, each with one token."""
+    """What a kernel is compiled for. `rows`: sequences of a step, each with one token. Sizes are those of a rank's
+    share; the hidden size is whole on each."""
 
     rows: int
     weights: str  # of the layers, a name in FORMATS
@@ -66,6 +67,7 @@ class DecodeShape:
     page_size: int
     eps: float
     blocks: int  # multiprocessors of the GPU
+    ranks: int = 1
 
     @property
     def qkv_rows(self) -> int:
@@ -148,6 +150,7 @@ class DecodeShape:
             "EPS": f"{self.eps!r}f",
             "SOFTMAX_SCALE": f"{self.head_dim**-0.5!r}f",
             "GRID": str(self.blocks),
+            "RANKS": str(self.ranks),
             "SLOTS": str(self.slots),
             "SHARED_BYTES": str(SHARED_BYTES),
         }

@@ -178,15 +178,34 @@ __device__ __forceinline__ void fetch_for_epilogues(const Output& out) {
   }
 }
 
-// Results of a tile, from the warps' sums. Tiles take turns at the warps, so that no warp falls behind.
+// The result that a thread has of a block's tile number `turn`. Tiles take turns at the warps, so that no warp falls behind.
+template <class P>
+struct Result {
+  static constexpr int kOutputRows = P::kKind == kGateUp ? 8 : 16;
+  static constexpr unsigned kLanes = kOutputRows * ROWS < 32 ? (1u << (kOutputRows * ROWS)) - 1 : ~0u;  // of a warp that has some
+  int row, in_tile;  // row of x; row of the weight in the tile
+
+  __device__ __forceinline__ explicit Result(int turn) {
+    constexpr int kThreadsUsed = (kOutputRows * ROWS + 31) / 32 * 32;
+    const int at = (threadIdx.x + kConsumers - turn * kThreadsUsed % kConsumers) % kConsumers;
+    row = at / kOutputRows, in_tile = at % kOutputRows;
+  }
+};
+
+// To the residual stream.
+template <class P>
+__device__ __forceinline__ void add_to_residual(const Output& out, const Result<P>& at, int tile, int turn, float v) {
+  out.to[at.row * P::N + tile * 16 + at.in_tile] = bf16_bits(bf16_value(shared().residual[at.row][turn * 16 + at.in_tile]) + bf16_round(v));
+}
+
+// Results of a tile, from the warps' sums.
 template <class P>
 __device__ __forceinline__ void write_results(const Output& out, int tile, int turn) {
   constexpr int N = P::N, KIND = P::kKind;
-  constexpr int kOutputRows = KIND == kGateUp ? 8 : 16;
-  constexpr int kThreadsUsed = (kOutputRows * ROWS + 31) / 32 * 32;
+  constexpr int kOutputRows = Result<P>::kOutputRows;
   Shared& s = shared();
-  const int at = (threadIdx.x + kConsumers - turn * kThreadsUsed % kConsumers) % kConsumers;
-  const int row = at / kOutputRows, in_tile = at % kOutputRows;  // row of x; row of the weight in the tile
+  const Result<P> result(turn);
+  const int row = result.row, in_tile = result.in_tile;
   const int weight_row = tile * kOutputRows + in_tile;
   if (row >= ROWS || weight_row >= (KIND == kGateUp ? N / 2 : N)) return;
   const auto sums = P::kTwoTiles ? s.sums[turn / 2 % 2] + turn % 2 * kSideWarps : s.sums[turn % 2];
@@ -210,11 +229,23 @@ __device__ __forceinline__ void write_results(const Output& out, int tile, int t
     out.to[row * (N / 2) + weight_row] = bf16_bits(y);
     if (P::kFormat == kFp8) atomicMax(&s.gated_amax[row], __float_as_int(fabsf(y)));
   } else if (KIND == kO || KIND == kDown) {
-    out.to[row * N + weight_row] = bf16_bits(bf16_value(s.residual[row][turn * 16 + in_tile]) + bf16_round(v[0]));
+    if constexpr (RANKS > 1) tell_ranks(Result<P>::kLanes, row, weight_row, v[0]);
+    else add_to_residual<P>(out, result, tile, turn, v[0]);
   } else if (KIND == kQkv) {
     out.to[row * N + weight_row] = bf16_bits(v[0]);
   } else {
     out.logits[(int64_t)row * N + weight_row] = v[0];
+  }
+}
+
+// Once all tiles of this block were told to the ranks: their sums, to the residual stream.
+template <class P>
+__device__ __forceinline__ void collect_results(const Output& out) {
+#pragma unroll
+  for (int turn = 0; turn < P::kTilesPerBlock; turn++) {
+    const int tile = blockIdx.x + turn * GRID;
+    const Result<P> result(turn);
+    if (tile < P::kTiles && result.row < ROWS) add_to_residual<P>(out, result, tile, turn, sum_of_ranks(result.row, tile * 16 + result.in_tile));
   }
 }
 

@@ -6,6 +6,7 @@ static_assert(kLayerFormat != kInt4 || ROWS <= 4, "rows that INT4 has columns fo
 constexpr int kColumnPitch = 20;              // floats of a column of a tile's sums, so that writes meet no bank twice
 constexpr float kFp8Max = 448.f, kSmallestAmax = 1e-12f;
 static_assert((ROWS & (ROWS - 1)) == 0, "rows are dealt in powers of two");
+static_assert(RANKS == 1 || RANKS % 2 == 0 && HIDDEN % 16 == 0, "ranks exchange whole tiles, a thread tells every second one");
 
 // What depends on the format of a product's weights.
 template <Format F>
@@ -56,6 +57,11 @@ struct Model {  // as runtime/persistent_decode.py writes it
   int64_t token_stride;
   const int* page_table;  // [slots, max_pages]
   int64_t max_pages;
+  // Of several ranks; see exchange.cuh.
+  int64_t rank;
+  uint64_t* epoch;            // all-reduces that were done
+  const uint64_t* abandoned;  // not zero: the other ranks are gone
+  uint64_t* inbox[RANKS];     // of every rank, as this one sees it
 };
 
 enum Kind { kQkv, kO, kGateUp, kDown, kHead };
@@ -74,6 +80,7 @@ struct Shared {
   AttentionTask task;
   int token[ROWS];
   int last;
+  uint32_t epoch;  // of the ranks' next sum, or of the one being made
   float squares[kConsumerWarps][ROWS], largest[kConsumerWarps][ROWS];
   float x_scale[ROWS];
   // What epilogues need of this block's tiles, fetched at the start of a phase: under full load a fetch takes microseconds.
