@@ -1,14 +1,19 @@
-"""The tensor-parallel group: which share of a model a rank holds, and how the ranks put their partial results together.
+"""Which share of a model a rank holds, and how the ranks put their results together.
+
+A *stage* has some of the model's layers; the ranks of a stage are a tensor-parallel group, which shares each layer. Rank
+r of all is number r % tp_size in stage r // tp_size. Inside a stage numbers are added up (`TensorParallel`); from stage
+to stage hidden states go one way only, to the rank of the same number (`PipelineStage`).
 
 Knows ranks, not models: layers ask it for their share of a dimension. At size 1 every operation is a no-op. How numbers
-travel is a `Collectives`; the one here is torch.distributed's (gloo between CPUs, NCCL between GPUs). Whoever starts
-the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; reads no environment.
+travel is a `Collectives` or `Links`; those here are torch.distributed's (gloo between CPUs, NCCL between GPUs). Whoever
+starts the ranks gives them a `Rendezvous`, with torchrun's meaning of its numbers; reads no environment.
 """
 
 from __future__ import annotations
 
 import datetime
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -30,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 _TIMEOUT = datetime.timedelta(hours=24)
 _HERE = "appliance/rank-{}"  # key that a rank sets when it joins
 _LOOK_SECONDS = 0.005
+_UNSENT = 8  # hidden states on their way at once: as many as there may be stages
 _JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may read its imports from a slow disk
 
 
@@ -42,6 +48,9 @@ class Collectives(Protocol):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [n, k] of every rank, in rank order: [size, n, k]."""
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """x [size, n, k], whose part r is for rank r: what every rank had for this one, in rank order: [size, n, k]."""
 
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' numbers. Waits for the device."""
@@ -66,6 +75,10 @@ class GroupCollectives:
         # What adds numbers up instead of the library, if anything: a `kernels.partial_sum.Reducer`, set after joining.
         self.own: Any = None
 
+    def use(self, group: torch.distributed.ProcessGroup) -> None:
+        """The process group, where it could only be made after all ranks had joined."""
+        self._group = group
+
     def library(self) -> GroupCollectives:
         """The same group's, always by the library."""
         return GroupCollectives(self._size, self._device, self._group, self._on_call)
@@ -79,10 +92,20 @@ class GroupCollectives:
 
     def all_gather(self, x: Tensor) -> Tensor:
         self._on_call()
+        if self.own is not None and (found := self.own.all_gather(x)) is not None:
+            return cast(Tensor, found)
         x = x.contiguous()
         whole = x.new_empty((self._size * x.shape[0], *x.shape[1:]))
         _gather_into(whole, x, group=self._group)
         return whole.view(self._size, *x.shape)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        self._on_call()
+        if self.own is not None and (found := self.own.all_to_all(x)) is not None:
+            return cast(Tensor, found)
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.distributed.all_to_all_single(whole, x.contiguous(), group=self._group)
+        return whole
 
     def minimum(self, value: int) -> int:
         self._on_call()
@@ -136,6 +159,10 @@ class TensorParallel:
             return x
         return self._together.all_gather(x).transpose(0, 1).flatten(1)
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Part r of each rank's x [size, n, k] is for rank r: what this one gets, in rank order."""
+        return x if self.size == 1 else self._together.all_to_all(x)
+
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' numbers, for what they must agree on. Waits for the device."""
         return value if self.size == 1 else self._together.minimum(value)
@@ -149,6 +176,86 @@ class TensorParallel:
     def _together(self) -> Collectives:
         assert self.collectives is not None, "this rank was only described"
         return self.collectives
+
+
+# ---------------------------------------------------------------- from stage to stage
+
+
+class Links(Protocol):
+    """How hidden states travel from a stage to the next. Every send has its receive, in the same order. On a GPU both
+    are enqueued on the current stream, outside of CUDA graphs."""
+
+    def send(self, x: Tensor) -> None:
+        """To the next stage, which may take it later; x must not be written to afterwards."""
+
+    def receive(self, into: Tensor) -> None:
+        """What the stage before sent: as many numbers, contiguous."""
+
+
+class NeighbourLinks:
+    """torch.distributed's messages between neighbours. They only ever go forward, and a stage takes them in the order
+    of its steps, so no two wait for each other; what a rank was lost for ends the wait (`runtime/rank_watch.py`)."""
+
+    def __init__(self, before: int | None, behind: int | None, on_call: Callable[[], None] = lambda: None) -> None:
+        """`before`, `behind`: ranks of the neighbours. `on_call`: as of `GroupCollectives`."""
+        self._before = before
+        self._behind = behind
+        self._on_call = on_call
+        self._sending: deque[tuple[torch.distributed.Work, Tensor]] = deque()  # memory that is still being read
+
+    def send(self, x: Tensor) -> None:
+        assert self._behind is not None, "there is no next stage"
+        if len(self._sending) == _UNSENT:
+            self._sending.popleft()[0].wait()
+        self._on_call()
+        x = x.contiguous()
+        work = torch.distributed.isend(x, self._behind)
+        assert work is not None
+        self._sending.append((work, x))
+
+    def receive(self, into: Tensor) -> None:
+        assert self._before is not None, "there is no stage before"
+        self._on_call()
+        work = torch.distributed.irecv(into, self._before)
+        assert work is not None
+        work.wait()
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """One rank's stage. Without `links` a stage of several can be described, but not run."""
+
+    index: int = 0
+    size: int = 1  # number of stages
+    links: Links | None = None
+    everyone: Collectives | None = None  # the ranks of all stages
+
+    @property
+    def is_first(self) -> bool:
+        """It embeds tokens; others receive hidden states."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """It makes logits and samples; others send hidden states."""
+        return self.index == self.size - 1
+
+    def send(self, x: Tensor) -> None:
+        """See `Links`."""
+        assert self.links is not None, "this stage was only described"
+        self.links.send(x)
+
+    def receive(self, into: Tensor) -> None:
+        """See `Links`."""
+        assert self.links is not None, "this stage was only described"
+        self.links.receive(into)
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the numbers of all ranks of all stages. Waits for the device."""
+        if self.size == 1:
+            return value
+        assert self.everyone is not None, "this stage was only described"
+        return self.everyone.minimum(value)
 
 
 # ---------------------------------------------------------------- meeting the other ranks
@@ -170,6 +277,8 @@ class Meeting:
     def __init__(self, rendezvous: Rendezvous) -> None:
         """HardwareError if the address cannot be listened on or reached."""
         self._rendezvous = rendezvous
+        self._tp_size = rendezvous.world_size
+        self._inside: GroupCollectives | None = None
         try:
             self._store = TCPStore(
                 rendezvous.master_addr,
@@ -190,11 +299,22 @@ class Meeting:
     def port(self) -> int:
         return int(self._store.port)
 
-    def tensor_parallel(self, device: torch.device, on_call: Callable[[], None] = lambda: None) -> TensorParallel:
-        """This rank's place, on its `device`; its collectives can be used once all have joined. `on_call`: see
-        `GroupCollectives`."""
-        size = self._rendezvous.world_size
-        return TensorParallel(self._rendezvous.rank, size, GroupCollectives(size, device, None, on_call))
+    def place(
+        self, device: torch.device, pp_size: int = 1, on_call: Callable[[], None] = lambda: None
+    ) -> tuple[TensorParallel, PipelineStage]:
+        """This rank's place in its stage, and its stage, on its `device`; what they do together can be used once all
+        have joined. `on_call`: see `GroupCollectives`."""
+        rank, world = self._rendezvous.rank, self._rendezvous.world_size
+        size = world // pp_size
+        stage, number = divmod(rank, size)
+        self._tp_size = size
+        self._inside = GroupCollectives(size, device, None, on_call)
+        tp = TensorParallel(number, size, self._inside)
+        if pp_size == 1:
+            return tp, PipelineStage()
+        before, behind = (rank - size if stage else None), (rank + size if stage < pp_size - 1 else None)
+        everyone = GroupCollectives(world, device, None, on_call)
+        return tp, PipelineStage(stage, pp_size, NeighbourLinks(before, behind, on_call), everyone)
 
     def join(self, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
         """Wait for all ranks and make them the default process group; `device`: this rank's, the current one if it is a
@@ -213,10 +333,25 @@ class Meeting:
                 "nccl", store=self._store, rank=rank, world_size=size, device_id=device, timeout=_TIMEOUT
             )
         else:
-            options = _loopback_options() if self._rendezvous.master_addr == LOOPBACK else None
             torch.distributed.init_process_group(
-                "gloo", store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT, pg_options=options
+                "gloo", store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT, pg_options=self._options()
             )
+        if 1 < self._tp_size < size:
+            self._make_groups(device)
+
+    def _make_groups(self, device: torch.device) -> None:
+        """A group for each stage; every rank has a part in making all of them."""
+        rank, size = self._rendezvous.rank, self._tp_size
+        for begin in range(0, self._rendezvous.world_size, size):
+            options = None if device.type == "cuda" else self._options()
+            members = list(range(begin, begin + size))
+            group = torch.distributed.new_group(members, timeout=_TIMEOUT, pg_options=options)
+            if rank in members and self._inside is not None:
+                self._inside.use(group)
+
+    def _options(self) -> Any:
+        """Gloo's, where its own guess may be wrong."""
+        return _loopback_options() if self._rendezvous.master_addr == LOOPBACK else None
 
 
 def leave() -> None:

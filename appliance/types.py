@@ -11,7 +11,7 @@ import msgspec
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 KvCacheDtype = Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-Objective = Literal["latency", "throughput"]
+Objective = Literal["latency", "throughput", "auto"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -163,6 +163,24 @@ class ModelConfig(Struct, frozen=True):
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * (attention + mlp) + embeddings
 
+    def layers_of_stage(self, stage: int, stages: int) -> range:
+        """Layers that one of several pipeline stages has, 1 <= stages <= num_hidden_layers; at least one.
+
+        Shared by what a step reads: the last stage also multiplies by the head, which counts as so many layers as it
+        has the weights of; the embedding counts nothing. Of the other stages those at the end get what does not divide,
+        as the first has the embedding in its memory."""
+        layers, others = self.num_hidden_layers, stages - 1
+        assert 0 <= stage < stages <= layers, f"stage {stage} of {stages}, {layers} layers"
+        if others == 0:
+            return range(layers)
+        embeddings = self.vocab_size * self.hidden_size
+        blocks = self.num_parameters - embeddings * (1 if self.tie_word_embeddings else 2)
+        head = embeddings * layers / blocks
+        last = min(range(layers - others, 0, -1), key=lambda n: max(-(-(layers - n) // others), n + head))
+        each, rest = divmod(layers - last, others)
+        bounds = [i * each + max(0, i - (others - rest)) for i in range(stages)] + [layers]
+        return range(bounds[stage], bounds[stage + 1])
+
     def window_of(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, None for full attention."""
         if self.sliding_window is None:
@@ -217,6 +235,9 @@ class Gpu(Struct, frozen=True):
     unified_memory: bool = False  # GPU and CPU share one memory (GB10): the figures are the system's
     # Links to other GPUs of this machine: index -> "nvlink", "pcie" or "none" (no peer access).
     links: dict[int, str] = {}
+    # What lies between them on the way over PCIe, as far as the driver says: index -> "switch" (one), "switches",
+    # "host" (one host bridge), "numa" (one NUMA node) or "system" (from socket to socket).
+    paths: dict[int, str] = {}
 
     @property
     def usable(self) -> bool:

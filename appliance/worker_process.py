@@ -1,4 +1,5 @@
-"""Another rank of an engine than 0: loads its share, runs the plans that rank 0 sends, and gives nothing back.
+"""Another rank of an engine than 0: loads its share and runs the plans that rank 0 sends. It gives nothing back, save
+one of the last pipeline stage, which sends what was sampled.
 
 `python -m appliance.worker_process --rank R --world-size N --master-port P --memory FD --wake FD --report FD`, started
 by rank 0 (`runtime/ranks.py`) through `launch/bootstrap.py`: it dies with rank 0 and logs like it, as "rank-R". Why it
@@ -27,12 +28,13 @@ from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import PhaseTimer
 from appliance.runtime.rank_watch import PEER_LOST
 from appliance.runtime.ranks import Follower, LoadEngine, PrepareMore, RunStep, Stop, decode
+from appliance.runtime.step_results import ResultWriter
 from appliance.runtime.step_ring import LeaderGoneError, RingReader, SharedSteps, Word
 
 log = logging.getLogger("appliance.engine")
 
 _BEAT_SECONDS = 0.2
-_IN_FLIGHT = 4  # steps: more than rank 0 submits before it waits for the first
+_IN_FLIGHT = 12  # steps: more than rank 0 submits before it waits for the first
 _BUSY_POLL = 0.05  # seconds between looks whether the device has done a step
 _IDLE_POLL = 5.0
 
@@ -46,6 +48,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=int, required=True, help="file descriptor of the shared memory")
     parser.add_argument("--wake", type=int, required=True, help="file descriptor of the pipe that ends a sleep")
     parser.add_argument("--report", type=int, required=True, help="file descriptor of the pipe for a failure")
+    parser.add_argument("--results", type=int, help="file descriptor of the pipe for results of steps")
     return parser.parse_args(argv)
 
 
@@ -54,7 +57,8 @@ def _run(args: argparse.Namespace) -> None:
     shared = SharedSteps(args.memory, args.world_size)
     threading.Thread(target=_beat, args=(shared, args.rank), name="beat", daemon=True).start()
     reader = RingReader(shared, args.rank, args.wake, spin_seconds=0.0)
-    member = Follower(Rendezvous(args.rank, args.world_size, args.master_addr, args.master_port), shared)
+    results = None if args.results is None else ResultWriter(args.results)
+    member = Follower(Rendezvous(args.rank, args.world_size, args.master_addr, args.master_port), shared, results)
     executor: LocalExecutor | None = None
     while True:
         try:
@@ -112,8 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 after Stop, the error's own otherwise; the reason is reported first."""
     args = _arguments(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the engine process
-    for fd in (args.memory, args.wake, args.report):
-        os.set_inheritable(fd, False)  # what this process starts must not keep its pipes open
+    for fd in (args.memory, args.wake, args.report, args.results):
+        if fd is not None:
+            os.set_inheritable(fd, False)  # what this process starts must not keep its pipes open
     try:
         _run(args)
     except Exception as error:

@@ -69,6 +69,7 @@ class FakeExecutor:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 32
     step_sizes: tuple[int, ...] = ()
+    num_stages: int = 1
     plans: list[StepPlan] = field(default_factory=list)  # all submitted
     depths: list[int] = field(default_factory=list)  # steps queued at each collect, the collected one included
 

@@ -23,6 +23,7 @@ class SimulatedExecutor:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     step_sizes: tuple[int, ...] = ()  # as the executor of the same name pads
+    num_stages: int = 1
     num_pages: int = 200_000
     page_size: int = 16
     max_model_len: int = 131_072

@@ -74,11 +74,11 @@ def assemble(
         raise SettingsError("--batch-invariant is not supported by the cpu backend")
     config, model = loaded.config, loaded.model
     kv_dtype = KV_DTYPES["fp32" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype]
-    page_bytes = kv_page_bytes(config, model.num_kv_heads, options.page_size, kv_dtype)
+    page_bytes = kv_page_bytes(model, options.page_size, kv_dtype)
     pages = options.num_pages or _pages_that_fit(
         options, config.max_position_embeddings, page_bytes * loaded.member.size
     )
-    num_pages = model.tp.minimum(pages)
+    num_pages = model.stage.minimum(model.tp.minimum(pages))
     max_model_len = choose_max_model_len(options, config, num_pages)
     limits = runner_limits(options, max_model_len, config)
     with timer.phase("kv_cache"):
@@ -86,7 +86,7 @@ def assemble(
             model.prepare(max_model_len)
         if kv_dtype == FP8:
             set_kv_scales(model, options.engine_dir)
-        kv_caches = allocate_kv_cache(config, model.num_kv_heads, num_pages, options.page_size, kv_dtype, _DEVICE)
+        kv_caches = allocate_kv_cache(model, num_pages, options.page_size, kv_dtype, _DEVICE)
     runner = ModelRunner(model, kv_caches, ReferenceAttention(), limits, _DEVICE)
     info = engine_info(
         loaded,

@@ -5,7 +5,8 @@ Sequences live in *slots*: rows of the executor's persistent batch (token table,
 
 Steps are pipelined: the core may submit step N+1 before the result of step N is known. A token sampled in step N is
 written by the executor into its token table right behind the sequence's last token, on the device, so step N+1 reads it
-from there and the core does not send it.
+from there and the core does not send it. Where the device that samples is not the one that reads, as with several
+pipeline stages, the core waits for a sequence's token before it plans its next step, which brings it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class StepPlan:
     step_id: int
     new: list[NewSequence] = field(default_factory=list)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
+    # To executors of several stages: the tokens that the first rows run, those of decoding sequences, one each.
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +79,7 @@ class Executor(Protocol):
     max_num_batched_tokens: int  # tokens a step
     # Ascending numbers of tokens that steps with prefill are padded to; beyond the largest they are not.
     step_sizes: tuple[int, ...]
+    num_stages: int  # that a step runs through, one behind the other, each busy with one step at a time
 
     def submit(self, plan: StepPlan) -> None: ...
 

@@ -1,7 +1,8 @@
 """The decoder that Llama and its relatives share: pre-norm layers of attention and gated MLP over a residual stream.
 
 What differs between the relatives is in `ModelConfig` (biases, head norms, windows, rotary scaling) or in the model's
-own file (`models/*.py`), which derives from `Decoder`. Knows nothing of batches, pages or samplers.
+own file (`models/*.py`), which derives from `Decoder`. A pipeline stage is a decoder with some of the layers, which
+takes the residual stream from the stage before and gives it to the next. Knows nothing of batches, pages or samplers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from appliance.distributed import TensorParallel
+from appliance.distributed import PipelineStage, TensorParallel
 from appliance.errors import CheckpointError, EngineDamagedError
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.layers.attention import Attention, ForwardContext
@@ -60,8 +61,19 @@ class Decoder(nn.Module):
     The names of its parameters are the names of the engine's tensors.
     """
 
+    # What a stage does not have, its model lacks.
+    embedding: Embedding  # first stage
+    norm: FinalRMSNorm  # last stage
+    lm_head: ColumnParallelLinear  # last stage
+    layers: nn.ModuleList  # nothing in place of other stages' layers
+
     def __init__(
-        self, config: ModelConfig, scheme: PrecisionScheme, dtype: torch.dtype, tp: TensorParallel | None = None
+        self,
+        config: ModelConfig,
+        scheme: PrecisionScheme,
+        dtype: torch.dtype,
+        tp: TensorParallel | None = None,
+        stage: PipelineStage | None = None,
     ) -> None:
         """`scheme` tells, by name, how each linear layer is stored; `dtype` is that of activations and of weights that
         it does not store otherwise. CheckpointError for a configuration that these layers cannot express, HardwareError
@@ -71,17 +83,24 @@ class Decoder(nn.Module):
             raise CheckpointError(
                 f"activation {config.hidden_act!r} is not supported by {config.architecture}: only silu"
             )
-        tp = tp or TensorParallel()
+        tp, stage = tp or TensorParallel(), stage or PipelineStage()
         self.config = config
         self.dtype = dtype
         self.tp = tp
+        self.stage = stage
+        self.own_layers = config.layers_of_stage(stage.index, stage.size)
         self.num_kv_heads = tp.share_or_copy(config.num_key_value_heads, "key/value heads")  # of this rank
         self.rotary = RotaryEmbedding(config)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
+        if stage.is_first:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, rotary=self.rotary, scheme=scheme, dtype=dtype, tp=tp)
+            if i in self.own_layers
+            else nn.Identity()
             for i in range(config.num_hidden_layers)
         )
+        if not stage.is_last:
+            return
         self.norm = FinalRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.lm_head = ColumnParallelLinear(
             config.hidden_size,
@@ -91,6 +110,11 @@ class Decoder(nn.Module):
             dtype=dtype,
             defer=True,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
         """Take all parameters from (name, tensor) pairs as in an engine, in any order, one by one: moved to `device`;
@@ -119,19 +143,31 @@ class Decoder(nn.Module):
         """After loading: bring weights into the form that the products want, compute the rotary table for positions
         below `max_positions`. Parameters that a scheme has taken over are no longer listed by the module. Called again,
         it makes the table anew and nothing else."""
-        self.rotary.build(max_positions, self.embedding.weight.device)
+        self.rotary.build(max_positions, self.device)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()
         self.eval()
 
-    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """token_ids int64 [n] -> hidden states [n, hidden], final norm applied. Writes the KV caches of `ctx`."""
-        x, residual = self.embedding(token_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, ctx)
-        hidden: Tensor = self.norm(x, residual)
-        return hidden
+    def forward(self, token_ids: Tensor | None, ctx: ForwardContext, received: Tensor | None = None) -> Tensor:
+        """token_ids int64 [n] -> hidden states [n, hidden], final norm applied. Writes the KV caches of `ctx`.
+
+        Of several stages the others than the first take `received` instead, the residual stream [n, hidden] as the one
+        before gave it, and the others than the last give that: rounded to the model's dtype, as the next norm would
+        round it, so that stages change no number."""
+        if self.stage.is_first:
+            assert token_ids is not None
+            received = self.embedding(token_ids)
+        assert received is not None
+        x: Product = received
+        residual: Tensor | None = None
+        for index in self.own_layers:
+            x, residual = self.layers[index](x, residual, ctx)
+        if self.stage.is_last:
+            hidden: Tensor = self.norm(x, residual)
+            return hidden
+        x = materialize(x, self.dtype)
+        return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden] -> float32 [m, vocab]."""

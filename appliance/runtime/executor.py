@@ -1,13 +1,20 @@
-"""Hands plans to the model runner of this process, and to those of other ranks, and gives results back in order."""
+"""Hands plans to the model runner of this process, and to those of other ranks, and gives results back in order.
+
+Of several pipeline stages every rank runs its own for each plan. The last one samples: the first of its ranks sends
+what came out to rank 0.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from queue import SimpleQueue
 
 from appliance.batching.step import StepPlan, StepResult
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
-from appliance.runtime.ranks import Leader, Member, PrepareMore, RunStep
+from appliance.runtime.ranks import Follower, Leader, Member, PrepareMore, RunStep
 from appliance.runtime.results import PendingStep
+from appliance.runtime.step_results import ResultWriter
 
 
 class LocalExecutor:
@@ -20,6 +27,7 @@ class LocalExecutor:
         self.max_num_seqs = limits.max_num_seqs
         self.max_num_batched_tokens = limits.max_num_batched_tokens
         self.step_sizes = runner.step_sizes
+        self.num_stages = runner.num_stages
         self._runner = runner
         self._pending: deque[PendingStep] = deque()
 
@@ -79,8 +87,50 @@ class ParallelExecutor(LocalExecutor):
         return done
 
 
+class StagedExecutor(ParallelExecutor):
+    """Rank 0's executor of an engine of several pipeline stages, of which this process has the first."""
+
+    def collect(self) -> StepResult:
+        with self._leader.operation():
+            self._pending.popleft().wait()
+            self._leader.finished()  # its own part
+            return self._leader.result()
+
+
+class ReportingExecutor(LocalExecutor):
+    """The executor of the last stage's first rank. A thread waits for the device and sends results, while plans go on
+    to be enqueued."""
+
+    def __init__(self, runner: ModelRunner, limits: RunnerLimits, num_pages: int, results: ResultWriter) -> None:
+        super().__init__(runner, limits, num_pages)
+        self._results = results
+        self._unsent: SimpleQueue[PendingStep] = SimpleQueue()
+        self._failed: Exception | None = None
+        threading.Thread(target=self._send, name="results", daemon=True).start()
+
+    def submit(self, plan: StepPlan) -> None:
+        super().submit(plan)
+        self._unsent.put(self._pending[-1])
+
+    def drop(self, *, wait: bool) -> bool:
+        """Raises why results could not be sent."""
+        if self._failed is not None:
+            raise self._failed
+        return super().drop(wait=wait)
+
+    def _send(self) -> None:
+        try:
+            while True:
+                self._results.send(self._unsent.get().result())
+        except Exception as error:
+            self._failed = error
+
+
 def make_executor(runner: ModelRunner, limits: RunnerLimits, num_pages: int, member: Member) -> LocalExecutor:
     """This rank's executor."""
     if isinstance(member, Leader):
-        return ParallelExecutor(runner, limits, num_pages, member)
+        cls = ParallelExecutor if member.pp_size == 1 else StagedExecutor
+        return cls(runner, limits, num_pages, member)
+    if isinstance(member, Follower) and member.results is not None:
+        return ReportingExecutor(runner, limits, num_pages, member.results)
     return LocalExecutor(runner, limits, num_pages)

@@ -68,7 +68,8 @@ class InputBatch:
         self._arena = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def apply(self, plan: StepPlan) -> None:
-        """Fill new slots and append new pages, on the host mirror and (stream-ordered) on the device."""
+        """Fill new slots, append new pages, and write the tokens that the plan brings, on the host mirror and
+        (stream-ordered) on the device."""
         flat: list[int] = []
         pages: list[int] = []
         for new in plan.new:
@@ -80,6 +81,11 @@ class InputBatch:
         if flat:
             packed = self._to_device(np.array([flat, pages], np.int64))
             self.page_table.view(-1).index_copy_(0, packed[0], packed[1].to(torch.int32))
+        if plan.token_ids:
+            rows = plan.scheduled[: len(plan.token_ids)]
+            cells = [row.slot * self.token_table.shape[1] + row.start for row in rows]
+            packed = self._to_device(np.array([cells, plan.token_ids], np.int64))
+            self.token_table.view(-1).index_copy_(0, packed[0], packed[1].to(torch.int32))
 
     def _fill_slot(self, new: NewSequence) -> None:
         self._num_pages[new.slot] = 0

@@ -53,7 +53,7 @@ def _of_checkpoint(engine_dir: str) -> list[KvScales]:
 
 def _measured(model: Decoder, engine_dir: str) -> list[KvScales]:
     ids = sample_token_ids(engine_dir, model.config.vocab_size)[: min(_TOKENS, len(model.rotary.cos_sin))]
-    _, caches = run_prompt(model, torch.tensor(ids, device=model.embedding.weight.device))
+    _, caches = run_prompt(model, torch.tensor(ids, device=model.device))
     return [KvScales(k=_scale_of(cache[0]), v=_scale_of(cache[1])) for cache in caches]
 
 

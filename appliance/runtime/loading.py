@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from appliance import registry
-from appliance.distributed import TensorParallel
+from appliance.distributed import PipelineStage, TensorParallel
 from appliance.engines.manifest import EngineManifest, TimedTactic, read_manifest
 from appliance.errors import HardwareError, SettingsError
 from appliance.kernels.fp8_linear import FP8
@@ -64,18 +64,19 @@ def kv_dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
-def kv_page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: K and V of `page_size` tokens."""
-    return config.num_hidden_layers * 2 * page_size * num_kv_heads * config.head_dim * dtype.itemsize
+def kv_page_bytes(model: Decoder, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over this rank's layers: K and V of `page_size` tokens."""
+    return len(model.own_layers) * 2 * page_size * model.num_kv_heads * model.config.head_dim * dtype.itemsize
 
 
 def allocate_kv_cache(
-    config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    model: Decoder, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim]. Zeroed: attention may read (and
-    mask) entries that nothing has written, and 0 x NaN is not 0."""
-    shape = (num_pages, 2, page_size, num_kv_heads, config.head_dim)
-    return [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+    """One cache tensor per layer, [num_pages, 2, page_size, num_kv_heads, head_dim], with no pages for layers of other
+    stages. Zeroed: attention may read (and mask) entries that nothing has written, and 0 x NaN is not 0."""
+    shape = (2, page_size, model.num_kv_heads, model.config.head_dim)
+    pages = [num_pages if i in model.own_layers else 0 for i in range(model.config.num_hidden_layers)]
+    return [_zeros((count, *shape), dtype, device) for count in pages]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -114,6 +115,7 @@ def build_model(
     dtype: torch.dtype,
     parameters: Mapping[str, Any] | None = None,
     tp: TensorParallel | None = None,
+    stage: PipelineStage | None = None,
 ) -> Decoder:
     """The architecture's model, or a rank's share of it, on the meta device: shapes and dtypes, no memory.
     `parameters`: of the scheme, as the engine's key has them. EngineDamagedError for some that the scheme does not
@@ -121,7 +123,7 @@ def build_model(
     module = registry.load("models", registry.architectures()[config.architecture].name)
     scheme = registry.load("quantization", scheme_name).Scheme(parameters)
     with torch.device("meta"):
-        model: Decoder = module.Model(config, scheme, dtype, tp)
+        model: Decoder = module.Model(config, scheme, dtype, tp, stage)
     return model
 
 
@@ -164,9 +166,10 @@ def load_engine(
     path = Path(options.engine_dir)
     manifest = read_manifest(path)
     parameters = manifest.key_inputs.scheme_parameters
-    assert member.size == manifest.tp_size, f"rank {member.rank} of {member.size}, engine of {manifest.tp_size}"
-    tp = member.tensor_parallel(device)
-    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters, tp)
+    sizes = f"rank {member.rank} of {member.size}, engine of {manifest.tp_size} × {manifest.pp_size}"
+    assert member.size == manifest.tp_size * manifest.pp_size, sizes
+    place = member.place(device, manifest.pp_size)
+    model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters, *place)
     load_weights(
         model,
         path / manifest.rank_files[member.rank],

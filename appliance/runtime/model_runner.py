@@ -1,4 +1,5 @@
-"""Runs step plans on one device: inputs, forward pass (replayed or eager), sampling, results.
+"""Runs step plans on one device: inputs, forward pass (replayed or eager), sampling, results. A pipeline stage receives
+hidden states in front of its pass and sends them on behind it; only the last one samples.
 
 Knows no scheduling and no weights' storage form. `execute` only enqueues device work; `PendingStep.result` is the one
 place that waits for the device.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
+from appliance.distributed import PipelineStage
 from appliance.kernels.attention import Attention
 from appliance.kernels.deferred_scale import Product, first_rows
 from appliance.layers.attention import ForwardContext
@@ -37,7 +39,7 @@ _PROMPT_LOGPROB_ROWS = 512  # logits of this many prompt rows at a time: 128k vo
 class DecoderModel(Protocol):
     """What the runner needs of a model (`layers/decoder.py` is one)."""
 
-    def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor: ...
+    def __call__(self, token_ids: Tensor | None, ctx: ForwardContext, received: Tensor | None = None) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -83,16 +85,24 @@ class ModelRunner:
         self._persistent: PersistentDecode | None = None
         self._prompt_top = [0] * (limits.max_num_seqs + 1)  # top-n of prompt log probabilities, per slot
         self._cuda = device.type == "cuda"
+        self._stage = model.stage if isinstance(model, Decoder) else PipelineStage()
+        # [tokens, hidden]: what the stage before sent for the step at work; graphs read it from there.
+        self._received = torch.zeros(0)
+        if isinstance(model, Decoder) and not self._stage.is_first:
+            rows = max(limits.max_num_batched_tokens, limits.max_num_seqs)
+            self._received = torch.zeros(rows, model.config.hidden_size, dtype=model.dtype, device=device)
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline that this runner is a part of."""
+        return self._stage.size
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Enqueue one step. Plans must come in the order in which the core made them."""
         self._batch.apply(plan)
-        for new in plan.new:
-            self._sampler.set_slot(
-                new.slot, new.params, new.seed, new.suppressed_token_ids, num_prompt_tokens=new.num_prompt_tokens
-            )
-            self._prompt_top[new.slot] = new.params.prompt_logprobs or 0
+        if self._stage.is_last:
+            self._set_slots(plan)
         decode = all(s.length == 1 for s in plan.scheduled)
         scores_prompt = any(s.prompt_logprobs for s in plan.scheduled)  # needs hidden states, which graphs do not keep
         bucket = self._graphs.bucket(len(plan.scheduled)) if self._graphs and decode and not scores_prompt else None
@@ -102,6 +112,12 @@ class ModelRunner:
         inputs = self._batch.step_inputs(plan.scheduled, bucket, pieces)
         if self._persistent is None or not self._persistent.serves(bucket):
             self._attention.plan(inputs.metadata)
+        if not self._stage.is_first:
+            # Real tokens only: what stands behind them is anything, as the rows of padding are.
+            self._stage.receive(self._received[: inputs.num_tokens])
+        if not self._stage.is_last:
+            self._stage.send(self._stream(inputs, bucket, pieces))
+            return PendingStep(plan, None, None, None, self._cuda)
         # Real lengths: those in the metadata of a padded step are upper bounds.
         sampling = self._sampler.prepare(inputs.slots_host, int(inputs.metadata.seq_lens_host.max()) + 1)
         chunks = None
@@ -119,6 +135,23 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, slots, positions, self._batch.token_table, sampling)
         self._batch.token_table.index_put_((inputs.write_slots[:n], positions), sampled.token_ids.to(torch.int32))
         return PendingStep(plan, sampled, sampling, chunks, self._cuda)
+
+    def _set_slots(self, plan: StepPlan) -> None:
+        for new in plan.new:
+            self._sampler.set_slot(
+                new.slot, new.params, new.seed, new.suppressed_token_ids, num_prompt_tokens=new.num_prompt_tokens
+            )
+            self._prompt_top[new.slot] = new.params.prompt_logprobs or 0
+
+    def _stream(self, inputs: StepInputs, bucket: int | None, pieces: int | None) -> Tensor:
+        """What the next stage wants of this one, [tokens, hidden]; nothing writes over it."""
+        if bucket is not None and self._graphs is not None:
+            replayed = self._graphs.replay(bucket)
+            assert isinstance(replayed, Tensor)
+            return replayed[: inputs.num_tokens].clone()
+        if pieces is not None:
+            return self._hidden_in_pieces(inputs)[: inputs.num_tokens].clone()
+        return self._hidden(inputs)
 
     @torch.inference_mode()
     def enable_persistent(self) -> str | None:
@@ -202,6 +235,9 @@ class ModelRunner:
         self.execute(plan).result()
 
     def _logits(self, inputs: StepInputs) -> Product:
+        """What a captured step gives: of a stage that is not the last one, hidden states."""
+        if not self._stage.is_last:
+            return self._hidden(inputs)
         if self._persistent is not None and self._persistent.serves(inputs.padded_seqs):
             return self._persistent.logits(inputs)
         return self._logits_by_layers(inputs)
@@ -219,13 +255,15 @@ class ModelRunner:
         return self._pieces.run(inputs.padded_tokens, inputs, self._attention)
 
     def _forward(self, inputs: StepInputs, attention: Attention) -> Tensor:
-        token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
         ctx = ForwardContext(
             positions=inputs.positions,
             kv_caches=self._kv_caches,
             metadata=inputs.metadata,
             attention=attention,
         )
+        if not self._stage.is_first:
+            return self._model(None, ctx, self._received[: inputs.padded_tokens])
+        token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
         return self._model(token_ids, ctx)
 
     def _dummy_decode(self, size: int) -> StepInputs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from typing import Protocol
 import msgspec
 import torch
 
-from appliance.batching.step import StepPlan
-from appliance.distributed import LOOPBACK, Meeting, Rendezvous, TensorParallel, leave
+from appliance.batching.step import StepPlan, StepResult
+from appliance.distributed import LOOPBACK, Meeting, PipelineStage, Rendezvous, TensorParallel, leave
 from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
 from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
+from appliance.runtime.step_results import ResultReader, ResultWriter
 from appliance.runtime.step_ring import RingWriter, SharedSteps, Word
 from appliance.types import EngineOptions, Struct
 
@@ -57,14 +59,17 @@ encode: Callable[[ToRank], bytes] = msgspec.msgpack.Encoder().encode
 decode: Callable[[bytes], ToRank] = msgspec.msgpack.Decoder(ToRank).decode
 
 
+Place = tuple[TensorParallel, PipelineStage]
+
+
 class Member(Protocol):
     """A rank's place among the others, for those who load and assemble its share."""
 
     rank: int
     size: int
 
-    def tensor_parallel(self, device: torch.device) -> TensorParallel:
-        """To build the model with, on this rank's device."""
+    def place(self, device: torch.device, pp_size: int) -> Place:
+        """To build the model with, on this rank's device; `pp_size`: of the engine."""
 
     def join(self, device: torch.device) -> None:
         """Wait for the others; in front of the first collective operation."""
@@ -82,8 +87,8 @@ class Alone:
     rank = 0
     size = 1
 
-    def tensor_parallel(self, device: torch.device) -> TensorParallel:
-        return TensorParallel()
+    def place(self, device: torch.device, pp_size: int) -> Place:
+        return TensorParallel(), PipelineStage()
 
     def join(self, device: torch.device) -> None:
         """There is nobody."""
@@ -98,14 +103,16 @@ class Alone:
 class Follower:
     """Another rank than 0, in its own process."""
 
-    def __init__(self, rendezvous: Rendezvous, shared: SharedSteps) -> None:
+    def __init__(self, rendezvous: Rendezvous, shared: SharedSteps, results: ResultWriter | None = None) -> None:
+        """`results`: where steps' results go, of the one rank that gives them."""
+        self.results = results
         self.rank = rendezvous.rank
         self.size = rendezvous.world_size
         self._meeting = Meeting(rendezvous)
         self._shared = shared
 
-    def tensor_parallel(self, device: torch.device) -> TensorParallel:
-        return self._meeting.tensor_parallel(device, lambda: self._shared.count(self.rank, Word.CALLS))
+    def place(self, device: torch.device, pp_size: int) -> Place:
+        return self._meeting.place(device, pp_size, lambda: self._shared.count(self.rank, Word.CALLS))
 
     def join(self, device: torch.device) -> None:
         self._meeting.join(device)
@@ -129,22 +136,26 @@ class Leader:
         on_lost: Callable[[ApplianceError], None] | None = None,
         rendezvous: Rendezvous | None = None,
         *,
+        pp_size: int = 1,
         frozen_seconds: float = FROZEN_SECONDS,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
-        """Start the other ranks and have them load the engine. They die with the thread that this is called in.
+        """Start the other ranks and have them load the engine, which has `pp_size` stages of `size` ranks in all. They
+        die with the thread that this is called in.
         `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which may free
         this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default; the
         seconds are those of `RankWatch`."""
         self.size = size
+        self.pp_size = pp_size
         self.lost: ApplianceError | None = None
         self._on_lost = on_lost or self._abort
         self._found = threading.Event()
-        self._place = TensorParallel()
+        self._tp = TensorParallel()
         self._meeting = Meeting(rendezvous or Rendezvous(0, size))
         self._shared = SharedSteps.create(size)
         self._wake: dict[int, int] = {}
         self._ranks: list[RankProcess] = []
+        self._results: ResultReader | None = None
         try:
             for rank in range(1, size):
                 self._start(rank)
@@ -161,7 +172,15 @@ class Leader:
         self._shared.count(0, Word.FINISHED)
 
     def _start(self, rank: int) -> None:
-        process, wake = start_rank(rank, self._shared, LOOPBACK, self._meeting.port)
+        inherited = {}
+        if self.pp_size > 1 and rank == self.size - self.size // self.pp_size:  # the first of the last stage
+            reads, inherited["results"] = os.pipe()
+            self._results = ResultReader(reads)
+        try:
+            process, wake = start_rank(rank, self._shared, LOOPBACK, self._meeting.port, inherited)
+        finally:
+            for fd in inherited.values():
+                os.close(fd)
         self._ranks.append(process)
         self._wake[rank] = wake
 
@@ -170,9 +189,10 @@ class Leader:
         """Of the other ranks, in order."""
         return [rank.process.pid for rank in self._ranks]
 
-    def tensor_parallel(self, device: torch.device) -> TensorParallel:
-        self._place = self._meeting.tensor_parallel(device, lambda: self._shared.count(0, Word.CALLS))
-        return self._place
+    def place(self, device: torch.device, pp_size: int) -> Place:
+        place = self._meeting.place(device, pp_size, lambda: self._shared.count(0, Word.CALLS))
+        self._tp = place[0]
+        return place
 
     def join(self, device: torch.device) -> None:
         with self._explained():
@@ -180,7 +200,13 @@ class Leader:
 
     def send(self, message: RunStep | PrepareMore) -> None:
         """To every other rank. Raises what they were lost for."""
-        self._ring.send(encode(message), self.check)
+        self._ring.send(encode(message), self._check_while_full)
+
+    def result(self) -> StepResult:
+        """Of the oldest step whose result has not been asked for: of several stages, what the last one sends. Raises
+        what ranks were lost for."""
+        assert self._results is not None, "there is one stage"
+        return self._results.receive(self.check)
 
     def finished(self) -> None:
         """Rank 0's own part of the oldest message is done."""
@@ -190,6 +216,12 @@ class Leader:
         """Raises what a rank was lost for."""
         if self.lost is not None:
             raise self.lost
+
+    def _check_while_full(self) -> None:
+        """Ranks take no messages while they wait for somebody to read results."""
+        self.check()
+        if self._results is not None:
+            self._results.take()
 
     @contextlib.contextmanager
     def operation(self) -> Iterator[None]:
@@ -230,8 +262,8 @@ class Leader:
         """What is enqueued on a GPU would wait for ever for ranks that are gone; gloo notices by itself."""
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
             with contextlib.suppress(RuntimeError):
-                if self._place.own_reducer is not None:
-                    self._place.own_reducer.abort()
+                if self._tp.own_reducer is not None:
+                    self._tp.own_reducer.abort()
                 leave()
 
     def _kill(self) -> None:
@@ -260,5 +292,6 @@ class Leader:
 def lead(options: EngineOptions, on_lost: Callable[[ApplianceError], None] | None = None) -> Leader | Alone:
     """Rank 0's place in the engine that `options` name; starts the other ranks, if there are any. EngineDamagedError if
     there is no engine, HardwareError if they cannot meet."""
-    size = read_manifest(Path(options.engine_dir)).tp_size
-    return Leader(options, size, on_lost) if size > 1 else Alone()
+    manifest = read_manifest(Path(options.engine_dir))
+    size = manifest.tp_size * manifest.pp_size
+    return Leader(options, size, on_lost, pp_size=manifest.pp_size) if size > 1 else Alone()

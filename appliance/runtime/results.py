@@ -40,7 +40,7 @@ class PendingStep:
         self,
         plan: StepPlan,
         sampled: SamplerOutput | None,
-        batch: SamplingBatch,
+        batch: SamplingBatch | None,
         prompt_chunks: list[PromptChunk | None] | None,
         cuda: bool,
     ) -> None:
@@ -73,7 +73,7 @@ class PendingStep:
             sampled = self._token_ids.tolist()
             token_ids = [token if s.samples else -1 for token, s in zip(sampled, scheduled, strict=True)]
         logprobs: list[TokenLogprobs | None] = [None] * rows
-        if self._logprobs is not None:
+        if self._logprobs is not None and self._batch is not None:
             wanted = [n if s.samples else None for n, s in zip(self._batch.logprobs, scheduled, strict=True)]
             logprobs = unpack_logprobs(self._logprobs.numpy(), wanted)
         chunks = self._prompt_chunks or [None] * rows

@@ -13,7 +13,10 @@ from appliance.runtime.prompt_batch import prompt_context
 @torch.inference_mode()
 def run_prompt(model: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """token_ids int64 [n], on the model's device, n up to what `Decoder.prepare` was called with. Returns the hidden
-    states [n, hidden] and each layer's K and V, [2, n, num_kv_heads, head_dim] in the model's dtype, K rotated."""
+    states [n, hidden] and each layer's K and V, [2, n, num_kv_heads, head_dim] in the model's dtype, K rotated.
+
+    Of several pipeline stages all call it; the others than the last get what they sent, and layers of others have
+    zeros."""
     context = prompt_context(
         model.config,
         [len(token_ids)],
@@ -22,5 +25,11 @@ def run_prompt(model: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]
         num_kv_heads=model.num_kv_heads,
         keep=True,
     )
-    hidden = model(token_ids, context)
+    received = None
+    if not model.stage.is_first:
+        received = torch.empty(len(token_ids), model.config.hidden_size, dtype=model.dtype, device=token_ids.device)
+        model.stage.receive(received)
+    hidden = model(token_ids, context, received)
+    if not model.stage.is_last:
+        model.stage.send(hidden)
     return hidden, [cache[0, :, : len(token_ids)] for cache in context.kv_caches]

@@ -40,6 +40,7 @@ class InstantExecutor:
     max_num_seqs = 1024
     max_num_batched_tokens = 16_384
     step_sizes = ()
+    num_stages = 1
 
     def __init__(self) -> None:
         self._queue: deque[StepPlan] = deque()
