@@ -67,6 +67,7 @@ class FakeNvml:
             "nvmlDeviceGetGpuFabricInfo": lambda c, info: _fill_fabric(info._obj, *c["fabric"]),
             "nvmlDeviceGetComputeMode": lambda c: c["compute_mode"],
             "nvmlDeviceGetP2PStatus": lambda a, b, capability: a["p2p"][b["uuid"], capability],
+            "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: a["ancestor"][b["uuid"]],
             "nvmlDeviceGetNvLinkState": lambda c, link: c["nvlinks"][link] is not None,
             "nvmlDeviceGetNvLinkRemoteDeviceType": lambda c, link: 2 if c["nvlinks"][link] == "switch" else 0,
             "nvmlDeviceGetNvLinkRemotePciInfo": lambda c, link: SimpleNamespace(busId=c["nvlinks"][link].encode()),

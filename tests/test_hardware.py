@@ -135,6 +135,15 @@ def test_links():
     assert links({}, {}) == ("none", "none")
 
 
+def test_how_far_apart_gpus_are_on_pcie():
+    levels = {10: "switch", 20: "switches", 30: "host", 40: "numa", 50: "system", 0: "switch"}
+    for level, name in levels.items():
+        near = detect(card("GPU-aaaa0000", ancestor={"GPU-bbbb0001": level}), card("GPU-bbbb0001")).gpus
+        assert (near[0].paths, near[1].paths) == ({1: name}, {}), "one answers, the other's driver does not say"
+    lost = {"raises": {"nvmlDeviceGetTopologyCommonAncestor": pynvml.NVML_ERROR_UNKNOWN}}
+    assert detect(card("GPU-aaaa0000", **lost), TWO[1]).gpus[0].paths == {}
+
+
 def mig_card() -> dict[str, Any]:
     slices = [
         card("MIG-1111", name="NVIDIA H100 80GB HBM3 MIG 3g.40gb", memory=(39 * GIB, 38 * GIB)),
@@ -282,6 +291,7 @@ def test_the_required_machines_are_recorded():
     counts = {f"{gpu}-x{n}" for gpu in ("h100", "h200", "a100-80gb") for n in (1, 2, 4, 8)}
     single = {"a100-40gb", "l40s", "a10", "l4", "t4", "rtx-4090", "rtx-5090", "b200-x8", "gb10", "h100-mig-3g.40gb"}
     assert counts | single | {"mixed", "none", "busy-node", "unhealthy", "v100", "driver-failing"} <= names
+    assert {"l40s-x4", "rtx-4090-x2", "rtx-4090-x4", "h100-x4-pairs", "mixed-hopper-ada"} <= names
 
 
 def test_a_detected_machine_can_be_recorded(tmp_path: Path):
@@ -289,6 +299,9 @@ def test_a_detected_machine_can_be_recorded(tmp_path: Path):
     found = detect(mig_card(), TWO[1])
     path.write_text(hardware.dump(found))
     assert hardware.load(path) == found
+
+
+TWO_CARDS = """gpus: [{name: x, pci_id: "10de:2331", compute_capability: "9.0", total_memory: 1 GiB, count: 2}]"""
 
 
 @pytest.mark.parametrize(
@@ -302,6 +315,8 @@ def test_a_detected_machine_can_be_recorded(tmp_path: Path):
         ('gpus: [{name: x, compute_capability: "9.0", count: 0}]', "count is 0"),
         ('gpus: [{name: x, compute_capability: "9.0", total_memory: 1 GiB}]', "pci_id"),
         ("links: carrier pigeon", "links is"),
+        (f"numa_nodes: [[0], [0, 1]]\n{TWO_CARDS}", "must have each of the GPUs [0, 1] once"),
+        (f"numa_nodes: [[0]]\n{TWO_CARDS}", "must have each of the GPUs [0, 1] once"),
         ("gpus: [", "not valid YAML"),
     ],
 )

@@ -15,7 +15,7 @@ import msgspec
 from appliance.hardware.health import health_problem
 from appliance.hardware.host import Host, host
 from appliance.hardware.limits import apply_limits, built_cuda_version
-from appliance.hardware.links import link_between
+from appliance.hardware.links import link_between, path_between
 from appliance.hardware.visible import apply_visible
 from appliance.types import Gpu, Hardware, MigSlice
 
@@ -71,6 +71,7 @@ def expand_mig(gpu: Gpu) -> list[Gpu]:
             free_memory=part.free_memory,
             mig_slices=(),
             links={},
+            paths={},
         )
         for part in gpu.mig_slices
     ]
@@ -205,12 +206,16 @@ def _slice_profile(nvml: Any, part: Any, total: int) -> str:
 
 def _with_links(nvml: Any, gpus: list[Gpu], handles: dict[int, Any]) -> list[Gpu]:
     whole = [gpu for gpu in gpus if gpu.mig_profile is None and gpu.index in handles]
-    linked = {
-        gpu.index: {
-            other.index: link_between(nvml, handles[gpu.index], handles[other.index])
-            for other in whole
-            if other.index != gpu.index
-        }
-        for gpu in whole
-    }
-    return [msgspec.structs.replace(gpu, links=linked.get(gpu.index, {})) for gpu in gpus]
+
+    def to_others(gpu: Gpu, between: Callable[[Any, Any, Any], str | None]) -> dict[int, str]:
+        others = [other.index for other in whole if other.index != gpu.index]
+        answers = {other: between(nvml, handles[gpu.index], handles[other]) for other in others}
+        return {other: answer for other, answer in answers.items() if answer is not None}
+
+    found = {gpu.index: (to_others(gpu, link_between), to_others(gpu, path_between)) for gpu in whole}
+    none: tuple[dict[int, str], dict[int, str]] = ({}, {})
+    return [
+        msgspec.structs.replace(gpu, links=links, paths=paths)
+        for gpu in gpus
+        for links, paths in [found.get(gpu.index, none)]
+    ]

@@ -1,4 +1,5 @@
-"""How two GPUs reach each other's memory: over NVLink, peer to peer over PCIe, or not at all."""
+"""How two GPUs reach each other's memory (over NVLink, peer to peer over PCIe, or not at all), and how far apart they
+are on PCIe."""
 
 from __future__ import annotations
 
@@ -51,3 +52,20 @@ def link_between(nvml: Any, a: Any, b: Any) -> str:
         if "switch" in ends and "switch" in _nvlink_ends(nvml, b):
             return "nvlink"
     return "pcie" if _p2p(nvml, a, b, _P2P_READ) else "none"
+
+
+def path_between(nvml: Any, a: Any, b: Any) -> str | None:
+    """What lies between them on PCIe: "switch", "switches", "host", "numa" or "system"; None where NVML does not say."""
+    try:
+        level = nvml.nvmlDeviceGetTopologyCommonAncestor(a, b)
+    except nvml.NVMLError:
+        return None
+    names = {
+        nvml.NVML_TOPOLOGY_INTERNAL: "switch",  # two GPUs of one card
+        nvml.NVML_TOPOLOGY_SINGLE: "switch",
+        nvml.NVML_TOPOLOGY_MULTIPLE: "switches",
+        nvml.NVML_TOPOLOGY_HOSTBRIDGE: "host",
+        nvml.NVML_TOPOLOGY_NODE: "numa",
+        nvml.NVML_TOPOLOGY_SYSTEM: "system",
+    }
+    return names.get(level)

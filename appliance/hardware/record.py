@@ -3,6 +3,7 @@
 The fields are those of `types.Hardware` and `types.Gpu`, with these conveniences for people who write one by hand:
 sizes are bytes or text ("80 GiB", "81559 MiB"); `compute_capability` is text ("9.0"); a GPU with `count: 8` stands for
 eight in a row; `index` and `uuid` may be left out; `links: nvlink` stands for that link to every other GPU of the file;
+`numa_nodes: [[0, 1], [2, 3]]` for paths inside a NUMA node among those GPUs and from socket to socket between them;
 `cpu_cores`, `memory` and `free_memory` of the machine have modest defaults. Unknown keys are errors.
 """
 
@@ -64,9 +65,9 @@ def _read_sizes(entry: dict[str, Any]) -> None:
 
 
 def _decode(raw: Any) -> Hardware:
-    check_keys(raw, [*Hardware.__struct_fields__, "links"], "the file")
+    check_keys(raw, [*Hardware.__struct_fields__, "links", "numa_nodes"], "the file")
     raw = {**_DEFAULTS, **raw}
-    link = raw.pop("links", None)
+    link, numa_nodes = raw.pop("links", None), raw.pop("numa_nodes", None)
     _read_sizes(raw)
     gpus: list[dict[str, Any]] = []
     for entry in raw.pop("gpus") or []:
@@ -77,8 +78,21 @@ def _decode(raw: Any) -> Hardware:
             raise ValueError(f"links is {link!r}, and may be nvlink, pcie or none")
         for gpu in gpus:
             gpu.setdefault("links", {o["index"]: link for o in gpus if o["index"] != gpu["index"]})
+    if numa_nodes is not None:
+        _set_paths(gpus, numa_nodes)
     decoded = [device for gpu in gpus for device in expand_mig(msgspec.convert(gpu, Gpu, strict=False))]
     return msgspec.convert({**raw, "gpus": decoded}, Hardware, from_attributes=True)
+
+
+def _set_paths(gpus: list[dict[str, Any]], numa_nodes: list[list[int]]) -> None:
+    node_of = {index: number for number, node in enumerate(numa_nodes) for index in node}
+    indices = [gpu["index"] for gpu in gpus]
+    if sorted(index for node in numa_nodes for index in node) != sorted(indices):
+        raise ValueError(f"numa_nodes is {numa_nodes}, and must have each of the GPUs {indices} once")
+    for gpu in gpus:
+        here = gpu["index"]
+        near = {index: node_of[index] == node_of[here] for index in indices if index != here}
+        gpu.setdefault("paths", {index: "numa" if same else "system" for index, same in near.items()})
 
 
 def _expand_count(entry: dict[str, Any], start: int) -> list[dict[str, Any]]:

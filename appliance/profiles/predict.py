@@ -64,7 +64,7 @@ class Product(Struct, frozen=True):
 
     out_features: int
     in_features: int
-    count: int  # layers of a stage; 1 for the head
+    count: int  # layers; 1 for the head
     nbytes: int  # as stored, of all of them
 
 
@@ -72,13 +72,13 @@ class Product(Struct, frozen=True):
 _PARTS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down", "lm_head")
 
 
-def _rank_shapes(model: ModelConfig, tp_size: int, pp_size: int) -> list[tuple[int, int, int]]:
+def _rank_shapes(model: ModelConfig, tp_size: int) -> list[tuple[int, int, int]]:
     """(out_features, in_features, how many) of the linear layers on one rank; heads and rows are rounded up, so that KV
     heads are repeated where there are fewer than ranks."""
     heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
     kv = math.ceil(model.num_key_value_heads / tp_size) * model.head_dim
     inner = math.ceil(model.intermediate_size / tp_size)
-    layers = math.ceil(model.num_hidden_layers / pp_size)
+    layers = model.num_hidden_layers
     return [
         (heads + 2 * kv, model.hidden_size, layers),
         (model.hidden_size, heads, layers),
@@ -125,10 +125,10 @@ def stored_as(precision: str, *, on_cpu: bool, head: str | None = None, packed: 
     return Stored(rest, last, left_alone="fp32")
 
 
-def rank_products(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int = 1) -> tuple[Product, ...]:
-    """A layer's four linear layers in order, and lm_head, of one rank."""
+def rank_products(model: ModelConfig, stored: Stored, tp_size: int) -> tuple[Product, ...]:
+    """A layer's four linear layers in order, and lm_head, of one of `tp_size` ranks that have all layers."""
     facts, products = model.quantization, []
-    for part, (out_features, in_features, count) in zip(_PARTS, _rank_shapes(model, tp_size, pp_size)):
+    for part, (out_features, in_features, count) in zip(_PARTS, _rank_shapes(model, tp_size)):
         plain = _left_alone(facts, part, count)
         other = stored.head if part == "lm_head" and stored.head is not None else stored.precision
         size = plain * _linear_bytes(out_features, in_features, stored.left_alone, None)
@@ -137,9 +137,15 @@ def rank_products(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int
     return tuple(products)
 
 
-def linear_bytes(model: ModelConfig, stored: Stored, tp_size: int, pp_size: int = 1) -> int:
+def linear_bytes(model: ModelConfig, stored: Stored, tp_size: int) -> int:
     """Bytes of the linear layers (lm_head included) of one rank: what a decode step reads."""
-    return sum(product.nbytes for product in rank_products(model, stored, tp_size, pp_size))
+    return sum(product.nbytes for product in rank_products(model, stored, tp_size))
+
+
+def stage_layers(model: ModelConfig, pp_size: int) -> list[int]:
+    """How many layers each pipeline stage has; of more stages than layers, one each."""
+    stages = min(pp_size, model.num_hidden_layers)
+    return [len(model.layers_of_stage(stage, stages)) for stage in range(stages)]
 
 
 def memory(
@@ -153,27 +159,36 @@ def memory(
     max_num_batched_tokens: int,
     on_cpu: bool,
 ) -> Memory:
-    """Predicted bytes of one rank. `kv_cache` is a concrete precision, not "auto"."""
+    """Predicted bytes of one rank: with several stages the weights of the heaviest and the keys and values of the one
+    with the most layers. `kv_cache` is a concrete precision, not "auto"."""
     element = 4 if stored.precision == "fp32" or on_cpu else _ACTIVATION_BYTES
-    weights = linear_bytes(model, stored, tp_size, pp_size)
-    weights += model.vocab_size * model.hidden_size * element  # the embedding, whole on every rank
+    *products, head = rank_products(model, stored, tp_size)
     # Norms and biases, generously: they are under 0.1%.
-    weights += model.num_hidden_layers * (4 * model.hidden_size + 2 * model.intermediate_size) * element
+    norms = model.num_hidden_layers * (4 * model.hidden_size + 2 * model.intermediate_size) * element
+    blocks = sum(product.nbytes for product in products) + norms
+    embedding = model.vocab_size * model.hidden_size * element  # whole on every rank of the first stage
+    logits = 3 * 4 * max_num_seqs * model.vocab_size  # float32, with two copies for sampling
+    layers = stage_layers(model, pp_size)
+    heaviest, with_logits = 0, 0
+    for stage, count in enumerate(layers):
+        last = stage == len(layers) - 1
+        weights = math.ceil(blocks * count / model.num_hidden_layers)
+        weights += (embedding if stage == 0 else 0) + (head.nbytes if last else 0)
+        if weights + last * logits >= heaviest + with_logits:
+            heaviest, with_logits = weights, last * logits
     inner = math.ceil(model.intermediate_size / tp_size)
     heads = math.ceil(model.num_attention_heads / tp_size) * model.head_dim
     kv_heads = math.ceil(model.num_key_value_heads / tp_size)
     # Live at once in a step: residual, normed input and its quantized copy, output; q, k, v and attention's output;
-    # gate, up and their product. Then float32 logits, with two copies for sampling.
+    # gate, up and their product.
     per_token = 4 * model.hidden_size + 2 * heads + 2 * kv_heads * model.head_dim + 3 * inner
-    activations = max_num_batched_tokens * per_token * element + 3 * 4 * max_num_seqs * model.vocab_size
-    layers = math.ceil(model.num_hidden_layers / pp_size)
     on_gpu = GPU_OVERHEAD + (RANKS_OVERHEAD if tp_size * pp_size > 1 else 0)
     return Memory(
-        weights=weights,
-        activations=activations,
+        weights=heaviest,
+        activations=max_num_batched_tokens * per_token * element + with_logits,
         overhead=CPU_OVERHEAD if on_cpu else on_gpu,
         on_cpu=on_cpu,
-        kv_per_token=2 * layers * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
+        kv_per_token=2 * max(layers) * kv_heads * model.head_dim * _KV_BYTES[kv_cache],
     )
 
 

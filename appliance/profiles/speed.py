@@ -14,7 +14,7 @@ import math
 
 from appliance.profiles import kernels
 from appliance.profiles.load import GpuFacts
-from appliance.profiles.predict import Product, Stored, rank_products
+from appliance.profiles.predict import Product, Stored, rank_products, stage_layers
 from appliance.types import ModelConfig, Struct
 
 _PRODUCT_SECONDS = 3e-6  # of a product beyond its bytes and operations: 4 a layer
@@ -25,7 +25,8 @@ _PERSISTENT_ROWS = 4
 _STEP_SECONDS = 80e-6  # embedding, last norm, sampling, and the gap between steps
 _PROMPT_PRODUCTS = 0.88  # of the rate of products: at thousands of rows the clock goes down
 _PROMPT_ATTENTION = 0.5  # of the rate of 16-bit products
-_HAND_OVER_SECONDS = 10e-6  # of a small message from stage to stage: an estimate
+_HAND_OVER_SECONDS = 10e-6  # of a small message from stage to stage inside a node: an estimate
+_NETWORK = (40e-6, 2.5e9)  # from node to node: seconds of a small message, bytes/s; a modest network, likewise
 _LOGIT_BYTES = 12  # per logit: written in float32, read by sampling twice
 _ACTIVATIONS = (12, 4)  # elements moved per row and layer, in units of hidden_size and of a rank's intermediate_size
 
@@ -55,10 +56,11 @@ class Device(Struct, frozen=True):
     persistent: bool = False  # has the persistent decode kernel
 
 
-def cpu_device(cores: int) -> Device:
-    """Ranks on a CPU share its memory; their all-reduces cost what a message between processes does."""
-    flops = cores * _CPU_FLOPS_PER_CORE
-    return Device(_CPU_BANDWIDTH, flops, flops, element=4, link_seconds=100e-6, link_bandwidth=4e9)
+def cpu_device(cores: int, sharing: int = 1) -> Device:
+    """One of `sharing` ranks and replicas, which have a part of the cores and of the bandwidth each; all-reduces cost
+    what a message between processes does."""
+    flops = cores * _CPU_FLOPS_PER_CORE / sharing
+    return Device(_CPU_BANDWIDTH / sharing, flops, flops, element=4, link_seconds=100e-6, link_bandwidth=4e9)
 
 
 def gpu_device(
@@ -95,11 +97,12 @@ class Ranks(Struct, frozen=True):
     device: Device
     tp_size: int = 1
     pp_size: int = 1
+    nodes: int = 1  # that the stages are spread over
 
     @property
-    def layers(self) -> int:
-        """Of the largest stage."""
-        return math.ceil(self.model.num_hidden_layers / self.pp_size)
+    def stages(self) -> list[int]:
+        """Layers of each."""
+        return stage_layers(self.model, self.pp_size)
 
 
 def all_reduce_seconds(device: Device, tp_size: int, message: int) -> float:
@@ -118,7 +121,7 @@ def _product(product: Product, device: Device, rows: int, share: float = 1.0) ->
 def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
     """What a layer takes with any rows: products, activations, all-reduces. Fixed costs and attention are apart."""
     device, hidden = ranks.device, ranks.model.hidden_size
-    *products, _ = rank_products(ranks.model, ranks.stored, ranks.tp_size, ranks.pp_size)
+    *products, _ = rank_products(ranks.model, ranks.stored, ranks.tp_size)
     whole, part = _ACTIVATIONS
     moved = rows * device.element * (whole * hidden + part * ranks.model.intermediate_size / ranks.tp_size)
     seconds = sum(_product(product, device, rows, share) for product in products) + moved / device.bandwidth
@@ -127,7 +130,7 @@ def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
 
 def _head(ranks: Ranks, rows: int) -> float:
     """The head's product, the gather of its parts, sampling, and what else a step has once."""
-    *_, head = rank_products(ranks.model, ranks.stored, ranks.tp_size, ranks.pp_size)
+    *_, head = rank_products(ranks.model, ranks.stored, ranks.tp_size)
     device, logits = ranks.device, rows * ranks.model.vocab_size
     seconds = _product(head, device, rows) + _PRODUCT_SECONDS + _STEP_SECONDS + logits * _LOGIT_BYTES / device.bandwidth
     if ranks.tp_size > 1:  # a gather moves half of what an all-reduce does
@@ -135,28 +138,40 @@ def _head(ranks: Ranks, rows: int) -> float:
     return seconds
 
 
-def _decode_stage(ranks: Ranks, num_seqs: int, context: int) -> float:
-    """The layers of one stage."""
+def _decode_layer(ranks: Ranks, num_seqs: int, context: int) -> float:
+    """A layer of a decode step."""
     if ranks.device.persistent and ranks.tp_size == ranks.pp_size == 1 and num_seqs <= _PERSISTENT_ROWS:
         fixed = _PERSISTENT_SECONDS
     else:
         fixed = 4 * _PRODUCT_SECONDS + _LAYER_SECONDS + num_seqs * _SEQUENCE_SECONDS
-    kv_cache = num_seqs * context * ranks.kv_per_token / ranks.device.bandwidth
-    return ranks.layers * (_layer(ranks, num_seqs) + fixed) + kv_cache
+    kv_cache = num_seqs * context * ranks.kv_per_token / max(ranks.stages)
+    return _layer(ranks, num_seqs) + fixed + kv_cache / ranks.device.bandwidth
 
 
 def _hand_over(ranks: Ranks, rows: int) -> float:
-    """Of activations to the next stage."""
+    """Of activations to the next stage; on average, where only some of them are on another node."""
     if ranks.pp_size == 1:
         return 0.0
     message = rows * ranks.model.hidden_size * ranks.device.element
-    return max(ranks.device.link_seconds, _HAND_OVER_SECONDS) + message / ranks.device.link_bandwidth
+    inside = max(ranks.device.link_seconds, _HAND_OVER_SECONDS) + message / ranks.device.link_bandwidth
+    seconds, bandwidth = _NETWORK
+    share = (ranks.nodes - 1) / (ranks.pp_size - 1)  # of the borders between stages
+    return (1 - share) * inside + share * (seconds + message / bandwidth)
 
 
 def decode_seconds(ranks: Ranks, num_seqs: int, context: int = DECODE_CONTEXT) -> float:
     """Seconds of one decode step of `num_seqs` sequences, through all stages."""
-    stages = ranks.pp_size * _decode_stage(ranks, num_seqs, context) + _head(ranks, num_seqs)
-    return stages + (ranks.pp_size - 1) * _hand_over(ranks, num_seqs)
+    layers = ranks.model.num_hidden_layers * _decode_layer(ranks, num_seqs, context)
+    return layers + _head(ranks, num_seqs) + (ranks.pp_size - 1) * _hand_over(ranks, num_seqs)
+
+
+def _turn(ranks: Ranks, num_seqs: int, context: int) -> float:
+    """Seconds from one decode step of a part of the sequences to the next step of another part: as many parts are on
+    their way as there are stages, so the slowest stage sets the pace; but no part is ready again before it has been
+    through all stages, and its tokens have come back to the first one."""
+    layer, head = _decode_layer(ranks, num_seqs, context), _head(ranks, num_seqs)
+    *others, last = [count * layer for count in ranks.stages]
+    return max(*others, last + head, decode_seconds(ranks, num_seqs, context) / ranks.pp_size + _hand_over(ranks, 1))
 
 
 def prompt_tokens_per_second(ranks: Ranks, rows: int, length: int = PROMPT_TOKENS) -> float:
@@ -165,7 +180,7 @@ def prompt_tokens_per_second(ranks: Ranks, rows: int, length: int = PROMPT_TOKEN
     heads = math.ceil(model.num_attention_heads / ranks.tp_size) * model.head_dim
     attention = 4 * heads * (length / 2) * rows / (device.half_flops * _PROMPT_ATTENTION)
     layer = _layer(ranks, rows, _PROMPT_PRODUCTS) + attention + 4 * _PRODUCT_SECONDS + _LAYER_SECONDS
-    return rows / (ranks.layers * layer + _hand_over(ranks, rows))
+    return rows / (max(ranks.stages) * layer + _hand_over(ranks, rows))
 
 
 def tokens_per_second(
@@ -180,7 +195,7 @@ def tokens_per_second(
     and every output token is a row of a full decode step. Stages each have a part of the sequences in hand."""
     context = prompt_tokens + output_tokens // 2
     part = math.ceil(num_seqs / ranks.pp_size)
-    stage = _decode_stage(ranks, part, context) + _head(ranks, part) + _hand_over(ranks, part)
+    pace = _turn(ranks, part, context) if ranks.pp_size > 1 else decode_seconds(ranks, part, context)
     rows = min(max_num_batched_tokens, num_seqs * prompt_tokens)
     prompts = prompt_tokens / prompt_tokens_per_second(ranks, rows, prompt_tokens)
-    return output_tokens / (prompts + output_tokens * stage / part)
+    return output_tokens / (prompts + output_tokens * pace / part)
