@@ -28,6 +28,8 @@ from appliance.ipc import (
     AddRequests,
     ChildEnd,
     Failed,
+    Nodes,
+    NodesWanted,
     Outputs,
     Phase,
     Progress,
@@ -35,6 +37,7 @@ from appliance.ipc import (
     Shutdown,
     StartEngine,
 )
+from appliance.runtime.remote_nodes import NodeListener, RemoteNodes, WaitForNodes
 from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest
 
 if TYPE_CHECKING:
@@ -83,6 +86,20 @@ def open_engine(
         max_step_stretch=options.max_step_stretch,
     )
     return core, info, executor.prepare_more
+
+
+def join_nodes(nodes: Nodes | None, end: ChildEnd) -> RemoteNodes | None:
+    """The other nodes of the engine, if there are any, once all have joined. NodeError if one does not."""
+    if nodes is None:
+        return None
+    parent = os.getppid()
+
+    def say(line: str) -> None:
+        end.send(Progress(phase="load", detail=line))
+
+    listener = NodeListener(nodes.address, nodes.count)
+    end.send(NodesWanted(listener.port, listener.token))
+    return listener.accept_all(WaitForNodes(say, nodes.timeout, lambda: os.getppid() != parent))
 
 
 class EngineLoop:
@@ -209,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         assert isinstance(start, StartEngine), start
         from appliance.runtime.ranks import lead
 
-        member = lead(start.options, lost)
+        member = lead(start.options, lost, join_nodes(start.nodes, end))
         core, info, prepare_more = open_engine(start.options, end, import_seconds, member)
         garbage.settle()
         end.send(Ready(info=info))

@@ -30,6 +30,7 @@ from appliance.runtime.rank_watch import PEER_LOST
 from appliance.runtime.ranks import Follower, LoadEngine, PrepareMore, RunStep, Stop, decode
 from appliance.runtime.step_results import ResultWriter
 from appliance.runtime.step_ring import LeaderGoneError, RingReader, SharedSteps, Word
+from appliance.types import EngineOptions
 
 log = logging.getLogger("appliance.engine")
 
@@ -49,7 +50,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--wake", type=int, required=True, help="file descriptor of the pipe that ends a sleep")
     parser.add_argument("--report", type=int, required=True, help="file descriptor of the pipe for a failure")
     parser.add_argument("--results", type=int, help="file descriptor of the pipe for results of steps")
+    parser.add_argument("--engine-dir", help="where the engine lies, if not where rank 0 has it")
+    parser.add_argument("--device", help="what this rank runs on, if rank 0 does not know")
     return parser.parse_args(argv)
+
+
+def _here(options: EngineOptions, args: argparse.Namespace) -> EngineOptions:
+    """The options on this rank's node, which may be another than rank 0's."""
+    if args.device is not None:
+        devices = (*options.devices[: args.rank], args.device, *options.devices[args.rank + 1 :])
+        options = msgspec.structs.replace(options, devices=devices)
+    return options if args.engine_dir is None else msgspec.structs.replace(options, engine_dir=args.engine_dir)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -78,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
                 executor.prepare_more()
                 shared.count(args.rank, Word.FINISHED)
             case LoadEngine(options=options):
-                begin = time.perf_counter()
+                begin, options = time.perf_counter(), _here(options, args)
                 backend = registry.load("backends", options.backend)
                 if hasattr(backend, "preload"):
                     backend.preload()

@@ -52,9 +52,9 @@ class RankProcess:
     rank: int
     process: Process
     report: int
-    where: str = ""
     said: bytearray = field(default_factory=bytearray)
     ended: bool = False
+    where: str = ""
 
     @property
     def name(self) -> str:

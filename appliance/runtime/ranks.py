@@ -26,6 +26,7 @@ from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
 from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
+from appliance.runtime.remote_nodes import RemoteNodes
 from appliance.runtime.step_results import ResultReader, ResultWriter
 from appliance.runtime.step_ring import RingWriter, SharedSteps, Word
 from appliance.types import EngineOptions, Struct
@@ -137,11 +138,13 @@ class Leader:
         rendezvous: Rendezvous | None = None,
         *,
         pp_size: int = 1,
+        nodes: RemoteNodes | None = None,
         frozen_seconds: float = FROZEN_SECONDS,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
         """Start the other ranks and have them load the engine, which has `pp_size` stages of `size` ranks in all. They
-        die with the thread that this is called in.
+        die with the thread that this is called in. `nodes`: those that have joined, each of which has as many ranks as
+        this one.
         `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which may free
         this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default; the
         seconds are those of `RankWatch`."""
@@ -151,14 +154,18 @@ class Leader:
         self._on_lost = on_lost or self._abort
         self._found = threading.Event()
         self._tp = TensorParallel()
-        self._meeting = Meeting(rendezvous or Rendezvous(0, size))
+        self._nodes = nodes
+        self._address = LOOPBACK if nodes is None else nodes.address
+        self._meeting = Meeting(rendezvous or Rendezvous(0, size, self._address))
         self._shared = SharedSteps.create(size)
         self._wake: dict[int, int] = {}
         self._ranks: list[RankProcess] = []
         self._results: ResultReader | None = None
         try:
-            for rank in range(1, size):
+            for rank in range(1, size // (nodes.nnodes if nodes is not None else 1)):
                 self._start(rank)
+            if nodes is not None:
+                self._begin(nodes)
         except BaseException:
             self._kill()
             raise
@@ -168,16 +175,31 @@ class Leader:
         )
         self._watch.start()
         atexit.register(self.close)
-        self._ring.send(encode(LoadEngine(options)))
+        self._tell(encode(LoadEngine(options)), self.check)
         self._shared.count(0, Word.FINISHED)
+
+    @property
+    def _giver(self) -> int:
+        """The rank that gives results: the first of the last stage; -1 where every rank has them."""
+        return -1 if self.pp_size == 1 else self.size - self.size // self.pp_size
+
+    def _begin(self, nodes: RemoteNodes) -> None:
+        self._ranks += nodes.begin(self._shared, self._meeting.port, self._giver)
+        if self._giver >= self.size // nodes.nnodes:
+            self._results = ResultReader(nodes.results)
+
+    def _tell(self, message: bytes, check: Callable[[], None]) -> None:
+        self._ring.send(message, check)
+        if self._nodes is not None:
+            self._nodes.send(message, check)
 
     def _start(self, rank: int) -> None:
         inherited = {}
-        if self.pp_size > 1 and rank == self.size - self.size // self.pp_size:  # the first of the last stage
+        if rank == self._giver:
             reads, inherited["results"] = os.pipe()
             self._results = ResultReader(reads)
         try:
-            process, wake = start_rank(rank, self._shared, LOOPBACK, self._meeting.port, inherited)
+            process, wake = start_rank(rank, self._shared, self._address, self._meeting.port, inherited)
         finally:
             for fd in inherited.values():
                 os.close(fd)
@@ -200,7 +222,7 @@ class Leader:
 
     def send(self, message: RunStep | PrepareMore) -> None:
         """To every other rank. Raises what they were lost for."""
-        self._ring.send(encode(message), self._check_while_full)
+        self._tell(encode(message), self._check_while_full)
 
     def result(self) -> StepResult:
         """Of the oldest step whose result has not been asked for: of several stages, what the last one sends. Raises
@@ -277,21 +299,27 @@ class Leader:
         atexit.unregister(self.close)
         if self.lost is None:
             with contextlib.suppress(ApplianceError):
-                self._ring.send(encode(Stop()), self._give_up)
+                self._tell(encode(Stop()), self._give_up)
         for rank in self._ranks:
             try:
                 rank.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 rank.process.kill()
                 rank.process.wait()
+        if self._nodes is not None:
+            self._nodes.kill()
 
     def _give_up(self) -> None:
         raise ApplianceError("the ring is full")
 
 
-def lead(options: EngineOptions, on_lost: Callable[[ApplianceError], None] | None = None) -> Leader | Alone:
-    """Rank 0's place in the engine that `options` name; starts the other ranks, if there are any. EngineDamagedError if
-    there is no engine, HardwareError if they cannot meet."""
+def lead(
+    options: EngineOptions,
+    on_lost: Callable[[ApplianceError], None] | None = None,
+    nodes: RemoteNodes | None = None,
+) -> Leader | Alone:
+    """Rank 0's place in the engine that `options` name; starts the other ranks, if there are any, here and on other
+    nodes. EngineDamagedError if there is no engine, HardwareError if they cannot meet."""
     manifest = read_manifest(Path(options.engine_dir))
     size = manifest.tp_size * manifest.pp_size
-    return Leader(options, size, on_lost, pp_size=manifest.pp_size) if size > 1 else Alone()
+    return Leader(options, size, on_lost, pp_size=manifest.pp_size, nodes=nodes) if size > 1 else Alone()

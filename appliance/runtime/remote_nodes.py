@@ -180,7 +180,7 @@ class RemoteNodes:
             for rank in range(first, first + share):
                 hears, node.reports[rank] = os.pipe()
                 node.ranks[rank] = RemoteRank(rank, self.kill)
-                found.append(RankProcess(rank, node.ranks[rank], hears, f"{node.name} ({node.channel.there})"))
+                found.append(RankProcess(rank, node.ranks[rank], hears, where=f"{node.name} ({node.channel.there})"))
             try:
                 node.channel.note(Begin(first, share, shared.ranks, port, results))
             except OSError as error:
