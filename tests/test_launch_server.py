@@ -27,9 +27,10 @@ import pytest
 from appliance.errors import SettingsError
 from appliance.ipc import Progress
 from appliance.launch.engine import show_progress
+from appliance.launch.http import open_sockets
 from appliance.launch.report import SILENCE_SECONDS, breakdown, progress_line, report_progress
 from appliance.launch.scratch import socket_directory
-from appliance.launch.server import default_model_name, open_sockets
+from appliance.launch.server import default_model_name
 from appliance.server.lifecycle import Lifecycle
 from appliance.settings import load
 

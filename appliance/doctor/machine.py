@@ -155,7 +155,7 @@ def check_temporary() -> Check:
 
 
 def check_port(settings: Settings) -> Check:
-    from appliance.launch.server import open_sockets
+    from appliance.launch.http import open_sockets
 
     try:
         for opened in open_sockets(settings):

@@ -7,25 +7,21 @@ Never imports torch.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
-import ssl
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from appliance import __version__, builtin, garbage, logs, termination
 from appliance.clock import process_age_seconds
 from appliance.engines.disk import full, is_full
-from appliance.errors import ApplianceError, SettingsError
+from appliance.errors import ApplianceError
 from appliance.launch.child import Child, kill_all, reap_orphans
+from appliance.launch.http import SHUTDOWN_SECONDS, HttpServer, leave_at_once, open_sockets
 from appliance.launch.scratch import socket_directory
-from appliance.launch.watchdog import Watchdog
 from appliance.settings import Settings, child_environment, export_otel_environment, otel_exporters, secrets_of
 
 if TYPE_CHECKING:
@@ -37,11 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("appliance.launch")
 
-# Of idle connections. More than the pools of clients (httpx: 5 s) and load balancers (60 s) keep them, as else these
-# send requests into connections that are being closed.
-_KEEP_ALIVE_SECONDS = 75
 _EARLY_ENGINES = 8  # started before it is known whether so many replicas can be served at all
-_HTTP_SHUTDOWN_SECONDS = 5  # for responses whose last bytes are on their way
 
 
 class Sequence(Protocol):
@@ -72,30 +64,6 @@ def serve(settings: Settings, *, sequence: SequenceFactory | None = None, engine
             kill_all()
 
 
-def open_sockets(settings: Settings) -> list[socket.socket]:
-    """Listening sockets of the API and health ports. Connections wait in them until HTTP is up."""
-    ports = [settings.port]
-    if settings.health_port not in (None, settings.port):
-        ports.append(int(settings.health_port or 0))
-    return [_listen(settings.host, port) for port in ports]
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((host, port))
-        opened.listen(2048)
-    except OSError as error:
-        opened.close()
-        raise SettingsError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}",
-            hint="stop what uses it, or choose another with --port",
-        ) from error
-    return opened
-
-
 class _Process:
     """One run of the server process. `run` reads top to bottom."""
 
@@ -108,14 +76,12 @@ class _Process:
         engine_module: str | None,
     ) -> None:
         self._settings = settings
-        self._sockets = sockets
         self._directory = directory
         self._make_sequence = sequence
         self._engine_module = engine_module or "appliance.engine_process"
         self._environment: Mapping[str, str] = child_environment(settings)
         self._stop = asyncio.Event()
-        self._http: Any = None  # uvicorn.Server
-        self._watchdog: Watchdog | None = None
+        self._http = HttpServer(settings, sockets, directory)
 
     async def run(self) -> int:
         self._handle_signals()
@@ -140,8 +106,7 @@ class _Process:
                 await self._drain(state, work)
             return self._outcome(state, http, work)
         finally:
-            if self._watchdog is not None:
-                self._watchdog.stop()  # or its copies of the sockets would keep connections that nobody takes
+            self._http.stop_watching()
             await self._leave(replicas, http, work, [stop, *helpers])
             if state.tracer is not None:
                 state.tracer.shutdown()
@@ -151,26 +116,6 @@ class _Process:
     def _spawn_engine(self, name: str, variables: Mapping[str, str]) -> Child:
         environment = {**self._environment, **variables}
         return Child(name, self._engine_module, [], directory=self._directory, environment=environment)
-
-    def _make_watchdog(self) -> Watchdog | None:
-        if not self._settings.stuck_seconds:
-            return None
-        return Watchdog(
-            asyncio.get_running_loop(),
-            self._sockets,
-            self._settings.stuck_seconds,
-            self._give_up,
-            lambda: getattr(self._http.config, "ssl", None),  # from when it serves
-        )
-
-    def _give_up(self, reason: str) -> None:
-        """From the watchdog's thread: the loop will not end this process."""
-        log.error("%s: leaving", reason)
-        termination.write(reason, self._settings.termination_log)
-        kill_all()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        sys.stderr.flush()
-        os._exit(1)
 
     def _make_state(self, before_seconds: float) -> ServerState:
         from appliance.server.state import ServerState
@@ -221,39 +166,14 @@ class _Process:
         await replicas.run(options)
 
     async def _serve_http(self, state: ServerState) -> None:
-        import uvicorn
-
         from appliance.server.app import create_app
 
-        class Http(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:
-                yield  # signals are ours
-
-        tls: dict[str, Any] = {}
-        if self._settings.ssl_mode != "DISABLED":
-            tls = {"ssl_certfile": self._settings.ssl_certs_path, "ssl_keyfile": self._settings.ssl_key_path}
-        if self._settings.ssl_mode == "MTLS":
-            tls |= {"ssl_ca_certs": self._settings.ssl_ca_certs_path, "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        config = uvicorn.Config(
-            create_app(state),
-            log_config=None,
-            server_header=False,
-            ws="none",
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_HTTP_SHUTDOWN_SECONDS,
-            **tls,
-        )
-        self._http = Http(config)
-        self._watchdog = self._make_watchdog()
-        if self._watchdog is not None:
-            self._watchdog.start()  # only now: imports in the loop may take long where files come over a network
-        await self._http.serve(sockets=self._sockets)
+        await self._http.serve(create_app(state))
 
     async def _say_when_ready(self, state: ServerState, before_seconds: float) -> None:
         from appliance.launch.report import breakdown
 
-        scheme = "http" if self._settings.ssl_mode == "DISABLED" else "https"
+        scheme = self._http.scheme
         log.info("listening on %s://%s:%d", scheme, self._settings.host, self._settings.port)
         while not state.lifecycle.was_ready:
             await asyncio.sleep(0.02)
@@ -272,10 +192,7 @@ class _Process:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
             log.warning("%s again: leaving at once", number.name)
-            kill_all()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            sys.stderr.flush()
-            os._exit(128 + number)
+            leave_at_once(self._directory, 128 + number)
         log.info("%s: finishing what is running, %g s at most", number.name, self._settings.drain_seconds)
         self._stop.set()
 
@@ -312,9 +229,8 @@ class _Process:
         others: list[asyncio.Task[Any]],
     ) -> None:
         """HTTP first, so that last bytes reach clients; then the engines, then everything else."""
-        if self._http is not None:
-            self._http.should_exit = True
-        await asyncio.wait({http}, timeout=_HTTP_SHUTDOWN_SECONDS + 1)
+        self._http.stop()
+        await asyncio.wait({http}, timeout=SHUTDOWN_SECONDS + 1)
         await replicas.stop()
         tasks = [http, work, *others]
         for task in tasks:
