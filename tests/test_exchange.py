@@ -9,6 +9,7 @@ from quantized_helpers import DEVICE
 from test_all_reduce import partials, workspaces
 
 from appliance.kernels import exchange as ex
+from appliance.kernels import sharded_draw as sd
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import GATHER, PUBLISH, REDUCE, all_reduce_, all_reduce_reference
 from appliance.kernels.sampling import argmax_reference, score_blocks
@@ -58,21 +59,21 @@ def test_best_tokens(size: int) -> None:
         spaces = workspaces(size)
         given = list(zip(scores, tokens, spaces, strict=True))
         for score, token, space in given:
-            ex.best_tokens(score, token, space, steps=PUBLISH)
+            sd.best_tokens(score, token, space, steps=PUBLISH)
         want = torch.cat(tokens, 1).gather(1, torch.cat(scores, 1).argmax(1, keepdim=True))[:, 0]
-        assert torch.equal(ex.best_tokens_reference(scores, tokens), want) and want[-1] == 0
+        assert torch.equal(sd.best_tokens_reference(scores, tokens), want) and want[-1] == 0
         for score, token, space in given:
-            assert torch.equal(ex.best_tokens(score, token, space, steps=GATHER), want)
+            assert torch.equal(sd.best_tokens(score, token, space, steps=GATHER), want)
 
 
 def test_keys_are_in_the_order_of_scores() -> None:
     scores = torch.tensor([-INFINITY, -3e38, -1.5, -1e-40, 0.0, 1e-40, 2.0, 3e38, INFINITY])[:, None]
-    keys = ex.best_token_keys(scores, torch.zeros(9, 1, dtype=torch.int64))
+    keys = sd.best_token_keys(scores, torch.zeros(9, 1, dtype=torch.int64))
     assert torch.equal(keys.sort().values, keys) and keys.unique().numel() == 9
-    zeros = ex.best_token_keys(torch.tensor([[0.0], [-0.0]]), torch.tensor([[5], [4]]))
-    assert zeros[1] > zeros[0] and ex.best_token_of_keys(zeros[:, None]).tolist() == [4]
+    zeros = sd.best_token_keys(torch.tensor([[0.0], [-0.0]]), torch.tensor([[5], [4]]))
+    assert zeros[1] > zeros[0] and sd.best_token_of_keys(zeros[:, None]).tolist() == [4]
     high = torch.tensor([[2**31 - 2]])
-    assert ex.best_token_of_keys(ex.best_token_keys(torch.ones(1, 1), high)[None]).tolist() == [2**31 - 2]
+    assert sd.best_token_of_keys(sd.best_token_keys(torch.ones(1, 1), high)[None]).tolist() == [2**31 - 2]
 
 
 @interpreted
@@ -88,15 +89,15 @@ def test_best_of_blocks_of_shares() -> None:
         for r, x in enumerate(shares)
     ]
     for (scores, tokens), space in zip(blocks, spaces, strict=True):
-        ex.best_tokens(scores, tokens, space, steps=PUBLISH)
+        sd.best_tokens(scores, tokens, space, steps=PUBLISH)
     want = argmax_reference(logits)
     assert want.tolist()[1:] == [0, 700]
     for (scores, tokens), space in zip(blocks, spaces, strict=True):
-        assert torch.equal(ex.best_tokens(scores, tokens, space, steps=GATHER), want)
+        assert torch.equal(sd.best_tokens(scores, tokens, space, steps=GATHER), want)
 
 
 def test_what_fits() -> None:
     space = workspaces(4, slots=4, region_bytes=4096)[0]
     assert ex.exchange_fits(2048, space) and not ex.exchange_fits(2049, space) and not ex.exchange_fits(0, space)
-    assert ex.best_tokens_fit(4 * 128, space) and not ex.best_tokens_fit(4 * 128 + 1, space)
-    assert not ex.best_tokens_fit(0, space)
+    assert sd.best_tokens_fit(4 * 128, space) and not sd.best_tokens_fit(4 * 128 + 1, space)
+    assert not sd.best_tokens_fit(0, space)

@@ -2,8 +2,8 @@
 
 Makes the workspace (torch's symmetric memory, no multicast), says why there is none where GPUs cannot read each other's
 memory, and asks `TABLE`, like products do, which way serves how many rows. All ranks make the same choices: timings are
-put together over the ranks. The kernels are those of `all_reduce.py` and `all_reduce_norm.py`; who the ranks are, and
-the library's all-reduce, come in as a `Group`.
+put together over the ranks. The kernels are those of `all_reduce.py`, `all_reduce_norm.py`, `exchange.py` and
+`sharded_draw.py`; who the ranks are, and the library's all-reduce, come in as a `Group`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from appliance.kernels.all_reduce import (
 )
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
 from appliance.kernels.deferred_scale import Product, materialize
+from appliance.kernels.exchange import exchange, exchange_fits
 from appliance.kernels.peer_memory import share
+from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
 from appliance.settings import gpus_shared
@@ -156,6 +158,25 @@ class AllReduce:
     def _default(self, x: Product) -> str:
         few = x.shape[0] * x.shape[1] * x.dtype.itemsize <= _ONE_SHOT_BYTES[self._workspace.size]
         return ONE_SHOT if few else TWO_SHOT
+
+    # -------------------------------------------------- what is not a sum
+
+    def all_gather(self, x: Tensor) -> Tensor | None:
+        """x [n, k] of every rank: [size, n, k]. None: too much for own kernels."""
+        if not exchange_fits(x.numel() * x.dtype.itemsize, self._workspace):
+            return None
+        return exchange(x.contiguous(), self._workspace, to_each=False)
+
+    def all_to_all(self, x: Tensor) -> Tensor | None:
+        """x [size, n, k], of which part r is for rank r: what each rank had for this one, [size, n, k]. None: too much
+        for own kernels."""
+        if not exchange_fits(x.numel() * x.dtype.itemsize // self._workspace.size, self._workspace):
+            return None
+        return exchange(x.contiguous(), self._workspace, to_each=True)
+
+    def best_tokens(self, scores: Tensor, tokens: Tensor) -> Tensor | None:
+        """`sharded_draw.best_tokens`. None: too many rows."""
+        return best_tokens(scores, tokens, self._workspace) if best_tokens_fit(len(scores), self._workspace) else None
 
     def abort(self) -> None:
         """Let kernels that wait for ranks that are gone go on, with rubbish. From any thread; once."""

@@ -183,14 +183,29 @@ def draw_reference(
     logits: Product, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
 ) -> Tensor:
     """`draw` in plain torch, any device."""
+    return draw_scores(logits, temperature, seeds, positions, thresholds).argmax(1)
+
+
+def draw_scores(
+    logits: Product,
+    temperature: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    thresholds: Tensor | None,
+    first_token: int = 0,
+) -> Tensor:
+    """float32 [m, columns], in plain torch: what the largest is drawn of. The logits are those of tokens from
+    `first_token` on; no temperature: all rows are greedy; the rest as in `draw`."""
     logits = _numbers(logits)
+    if temperature is None:
+        return logits
     random = (temperature >= GREEDY_TEMPERATURE)[:, None]
     scaled = scale_logits(logits, temperature)
-    tokens = torch.arange(logits.shape[1], device=logits.device)
+    tokens = torch.arange(first_token, first_token + logits.shape[1], device=logits.device)
     score = scaled - exponential_noise(seeds, positions, tokens).log()
     if thresholds is not None:
         score.masked_fill_(scaled < thresholds[:, None], float("-inf"))
-    return torch.where(random, score, logits).argmax(1)
+    return torch.where(random, score, logits)
 
 
 def _numbers(logits: Product) -> Tensor:

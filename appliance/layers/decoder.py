@@ -170,14 +170,13 @@ class Decoder(nn.Module):
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [m, hidden] -> float32 [m, vocab]."""
-        return materialize(self.raw_logits(hidden), torch.float32)
+        """hidden [m, hidden] -> float32 [m, vocab], whole on every rank."""
+        logits = materialize(self.raw_logits(hidden), torch.float32)
+        return self.tp.all_gather(logits)[:, : self.config.vocab_size]
 
     def raw_logits(self, hidden: Tensor) -> Product:
-        """Logits [m, vocab] as the product gives them: in the model's dtype, or with scales still to be applied. For
-        those who may not need them in float32 (`runtime/sampler.py`)."""
+        """This rank's columns of the logits, [m, vocab / size], the vocabulary padded at its end, as the product gives
+        them: in the model's dtype, or with scales still to be applied. For those who may need neither the others' nor
+        float32 (`runtime/sampler.py`, `runtime/sharded_sampler.py`)."""
         logits: Product = self.lm_head(hidden)
-        if self.tp.size == 1:
-            return logits
-        # Where the vocabulary was padded, a copy without that: kernels of the sampler want rows behind each other.
-        return self.tp.all_gather(materialize(logits, self.dtype))[:, : self.config.vocab_size].contiguous()
+        return logits

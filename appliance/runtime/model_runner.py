@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from appliance.runtime.persistent_choice import choose
 from appliance.runtime.persistent_decode import SIZES, PersistentDecode
 from appliance.runtime.piecewise_graphs import PiecewiseGraphs, token_buckets
 from appliance.runtime.results import PendingStep, PromptChunk, to_host
-from appliance.runtime.sampler import Sampler, prompt_logprobs
+from appliance.runtime.sampler import Sampler
+from appliance.runtime.sharded_sampler import ShardedSampler
 from appliance.runtime.timing import time_in_graph
 from appliance.types import SamplingParams
 
@@ -79,7 +80,7 @@ class ModelRunner:
         self._batch = InputBatch(
             limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens, limits.page_size, device
         )
-        self._sampler = Sampler(limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1, device)
+        self._sampler = _sampler(model, limits, device)
         self._graphs: DecodeGraphs | None = None
         self._pieces: PiecewiseGraphs | None = None
         self._persistent: PersistentDecode | None = None
@@ -294,10 +295,18 @@ class ModelRunner:
         parts = []
         for at in range(0, count, _PROMPT_LOGPROB_ROWS):
             end = min(at + _PROMPT_LOGPROB_ROWS, count)
-            logits = self._model.logits(hidden[begin + at : begin + end])
-            parts.append(to_host(prompt_logprobs(logits, targets[at:end], num_top)))
+            logits = self._model.raw_logits(hidden[begin + at : begin + end])
+            parts.append(to_host(self._sampler.prompt_logprobs(logits, targets[at:end], num_top)))
         return PromptChunk(parts, num_top)
 
 
 def _ranks(model: DecoderModel) -> int:
     return model.tp.size if isinstance(model, Decoder) else 1
+
+
+def _sampler(model: DecoderModel, limits: RunnerLimits, device: torch.device) -> Any:
+    """A `Sampler`, or on one of several ranks a `ShardedSampler`, which has the same methods."""
+    sizes = limits.max_num_seqs + 1, limits.vocab_size, limits.max_model_len + 1
+    if isinstance(model, Decoder) and model.tp.size > 1:
+        return ShardedSampler(*sizes, device, model.tp)
+    return Sampler(*sizes, device)

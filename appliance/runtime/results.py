@@ -9,6 +9,7 @@ from torch import Tensor
 
 from appliance.batching.step import StepPlan, StepResult
 from appliance.runtime.sampler import SamplerOutput, SamplingBatch, unpack_logprobs
+from appliance.runtime.sharded_sampler import ShardedBatch
 from appliance.types import TokenLogprobs
 
 
@@ -40,7 +41,7 @@ class PendingStep:
         self,
         plan: StepPlan,
         sampled: SamplerOutput | None,
-        batch: SamplingBatch | None,
+        batch: SamplingBatch | ShardedBatch | None,
         prompt_chunks: list[PromptChunk | None] | None,
         cuda: bool,
     ) -> None:

@@ -6,7 +6,7 @@ Knows `SamplingParams` and slots; knows nothing of the model, of scheduling or o
 
 Order of a row's processing, as in Hugging Face `generate` and vLLM: logit bias, suppression before min_tokens,
 repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, draw. Log probabilities are of the raw
-logits.
+logits. On one of several ranks this is a part of `sharded_sampler.py`.
 """
 
 from __future__ import annotations
@@ -121,54 +121,72 @@ class Sampler:
         self._changed.add(slot)
         self._last = None
 
-    def prepare(self, slots: np.ndarray, max_length: int | None = None) -> SamplingBatch:
+    def prepare(
+        self, slots: np.ndarray, max_length: int | None = None, only: np.ndarray | None = None
+    ) -> SamplingBatch:
         """Uploads what changed and says what the rows `slots` (int [m]) need.
 
         max_length: an upper bound of the rows' token counts, so that penalties need not read whole rows of the token
-        table; None: max_model_len. Costs no upload while neither the slots nor their parameters change.
+        table; None: max_model_len. only: of the rows that are sampled here, if not all are; the same for the same
+        slots. They are processed as they would be among all. Costs no upload while neither the slots nor their
+        parameters change.
         """
-        if self._changed:
-            self._flush()
+        self.flush()
         slots = np.ascontiguousarray(slots, dtype=np.int64)
         key = slots.tobytes()
         if self._last is None or self._last[0] != key:
-            self._last = (key, self._describe(slots))
+            self._last = (key, self._describe(slots, slots if only is None else slots[only]))
         length = self._max_model_len if max_length is None else max_length
         width = min(max(64, 1 << max(0, length - 1).bit_length()), self._max_model_len)
         return replace(self._last[1], width=width)
 
-    def _flush(self) -> None:
+    def whole_row(self, slots: np.ndarray) -> np.ndarray:
+        """bool [m]: rows whose token or log probabilities depend on more than each token's own logit and noise."""
+        rows = self._params[slots]
+        wants = [self._bias[slot] is not None or self._logprobs[slot] is not None for slot in slots]
+        return _filtered(rows) | _penalized(rows) | np.array(wants, dtype=bool)
+
+    def logprobs(self, slots: np.ndarray) -> tuple[int | None, ...]:
+        """Per row, as in SamplingParams."""
+        return tuple(self._logprobs[slot] for slot in slots)
+
+    def all_greedy(self, slots: np.ndarray) -> bool:
+        return not _random(self._params[slots]).any()
+
+    def flush(self) -> None:
+        """Uploads what changed; `prepare` does."""
+        if not self._changed:
+            return
         changed = np.fromiter(self._changed, dtype=np.int64)
         rows = np.empty((len(changed), _WORDS + 1), dtype=np.int32)
         rows[:, 0] = changed
         rows[:, 1:] = self._params[changed].view(np.int32).reshape(-1, _WORDS)
-        uploaded = self._upload(rows)
+        uploaded = self.upload(rows)
         self._table.index_copy_(0, uploaded[:, 0].long(), uploaded[:, 1:])
         self._changed.clear()
 
-    def _upload(self, array: np.ndarray) -> Tensor:
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A copy on the device, for work that is enqueued behind it."""
         tensor = torch.from_numpy(array)
         if self._device.type != "cuda":
             return tensor.to(self._device)
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _describe(self, slots: np.ndarray) -> SamplingBatch:
+    def _describe(self, slots: np.ndarray, sampled: np.ndarray) -> SamplingBatch:
         rows = self._params[slots]
-        random = rows["temperature"] >= GREEDY_TEMPERATURE
-        filtered = random & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
+        filtered = _filtered(rows)
         unlimited = np.any(filtered & (rows["top_k"] <= 0) & (rows["top_p"] < 1))
         num_sorted = max(1, int(rows["top_k"][filtered].max(initial=0)))
-        penalized = np.flatnonzero((rows["repetition"] != 1) | (rows["presence"] != 0) | (rows["frequency"] != 0))
-        logprobs = tuple(self._logprobs[slot] for slot in slots)
+        penalized = np.flatnonzero(_penalized(self._params[sampled]))
         return SamplingBatch(
-            num_rows=len(slots),
-            all_greedy=not random.any(),
+            num_rows=len(sampled),
+            all_greedy=not _random(rows).any(),
             any_filter=bool(filtered.any()),
             num_sorted=0 if unlimited or num_sorted > _MAX_TOP_K else num_sorted,
-            max_logprobs=max((n for n in logprobs if n is not None), default=-1),
-            logprobs=logprobs,
-            penalty_rows=self._upload(penalized) if len(penalized) else None,
-            bias=self._upload_bias(slots),
+            max_logprobs=max((n for n in self.logprobs(slots) if n is not None), default=-1),
+            logprobs=self.logprobs(sampled),
+            penalty_rows=self.upload(penalized) if len(penalized) else None,
+            bias=self._upload_bias(sampled),
             width=self._max_model_len,
         )
 
@@ -178,7 +196,7 @@ class Sampler:
             entries = self._bias[slot]
             if entries is not None:
                 parts.append(np.concatenate((np.full((1, entries.shape[1]), row, dtype=np.int64), entries)))
-        return self._upload(np.concatenate(parts, axis=1)) if parts else None
+        return self.upload(np.concatenate(parts, axis=1)) if parts else None
 
     def sample(
         self, logits: Product, slots: Tensor, positions: Tensor, token_table: Tensor, batch: SamplingBatch
@@ -233,14 +251,34 @@ class Sampler:
             return argmax(logits)
         params = self._table[slots]
         floats = params.view(torch.float32)
-        temperature = floats[:, _COLUMN["temperature"]]
-        seeds = params[:, _SEED]
+        temperature, seeds = floats[:, _COLUMN["temperature"]], params[:, _SEED]
         if not batch.any_filter:
             return draw(logits, temperature, seeds, positions, None)
         filters = params[:, _COLUMN["top_k"]], floats[:, _COLUMN["top_p"]], floats[:, _COLUMN["min_p"]]
         return draw_filtered(
             materialize(logits, torch.float32), temperature, seeds, positions, *filters, batch.num_sorted
         )
+
+    def randomness(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """temperature float32 [m] and seeds int32 [m, 2] of slots int64 [m], on the device."""
+        params = self._table[slots]
+        return params.view(torch.float32)[:, _COLUMN["temperature"]], params[:, _SEED]
+
+    def prompt_logprobs(self, logits: Product, target_ids: Tensor, num_top: int) -> Tensor:
+        """`prompt_logprobs` of logits as `sample` takes them."""
+        return prompt_logprobs(materialize(logits, torch.float32), target_ids, num_top)
+
+
+def _random(rows: np.ndarray) -> np.ndarray:
+    return rows["temperature"] >= GREEDY_TEMPERATURE
+
+
+def _filtered(rows: np.ndarray) -> np.ndarray:
+    return _random(rows) & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
+
+
+def _penalized(rows: np.ndarray) -> np.ndarray:
+    return (rows["repetition"] != 1) | (rows["presence"] != 0) | (rows["frequency"] != 0)
 
 
 def _pack_bias(entries: list[tuple[int, float, int]]) -> np.ndarray:

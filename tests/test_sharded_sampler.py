@@ -1,0 +1,229 @@
+"""Ranks that sample from their columns of the logits give the tokens and log probabilities, bit for bit, of one that
+has all of them. The ranks are threads that meet in every collective operation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sampler import CASES, LENGTH, SLOTS, SUPPRESSED, VOCAB
+from torch import Tensor
+
+from appliance.distributed import TensorParallel
+from appliance.kernels.deferred_scale import DeferredScale, Product
+from appliance.runtime.sampler import Sampler, SamplerOutput
+from appliance.runtime.sharded_sampler import ShardedSampler
+from appliance.types import SamplingParams
+
+
+class Meeting:
+    """Collective operations of ranks that are threads; counts the numbers that travel to a rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: list[str] = []
+        self.numbers = 0
+        self._given: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=20)
+
+    def rank(self, rank: int) -> TensorParallel:
+        return TensorParallel(rank, self.size, _Rank(self, rank))
+
+    def exchange(self, rank: int, name: str, x: Tensor, take: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        self._given[rank] = (name, x)
+        self._barrier.wait()
+        names, given = zip(*self._given, strict=True)
+        assert set(names) == {name} and len({x.shape for x in given}) == 1, "ranks do different things"
+        found = take(list(given)).clone()
+        if rank == 0:
+            self.calls.append(name)
+            self.numbers += found.numel()
+        self._barrier.wait()
+        return found
+
+
+class _Rank:
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting, self._rank = meeting, rank
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._meeting.exchange(self._rank, "all_reduce", x, lambda xs: torch.stack(xs).sum(0))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._meeting.exchange(self._rank, "all_gather", x, torch.stack)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        take = lambda xs: torch.stack([x[self._rank] for x in xs])  # noqa: E731
+        return self._meeting.exchange(self._rank, "all_to_all", x, take)
+
+    def minimum(self, value: int) -> int:
+        return value
+
+
+Row = tuple[SamplingParams, int]  # parameters and seed of a row; its slot is its number
+
+
+def columns(logits: Product, rank: int, size: int, vocab: int) -> Product:
+    """A rank's, padded with what must never be taken."""
+    share = -(-vocab // size)
+    part = slice(rank * share, (rank + 1) * share)
+
+    def cut(x: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(x[:, part], (0, share - x[:, part].shape[1]), value=fill)
+
+    if isinstance(logits, Tensor):
+        return cut(logits, 1000.0)
+    return DeferredScale(cut(logits.values, 1000.0), logits.row_scales.clone(), cut(logits.column_scales, 9.0), None)
+
+
+def run(
+    make: Callable[[], Sampler | ShardedSampler], logits: Product, rows: list[Row], positions: list[int]
+) -> tuple[SamplerOutput, Any]:
+    sampler = make()
+    table = torch.randint(0, VOCAB, (SLOTS, LENGTH), generator=torch.Generator().manual_seed(11), dtype=torch.int32)
+    for slot, (params, seed) in enumerate(rows):
+        sampler.set_slot(slot, params, seed, SUPPRESSED, 5)
+    slots = list(range(len(rows)))
+    for _ in range(2):  # the second description is a kept one
+        batch = sampler.prepare(np.array(slots), max(positions) + 1)
+    return sampler.sample(logits, torch.tensor(slots), torch.tensor(positions), table, batch), batch  # type: ignore[arg-type]
+
+
+def compare(size: int, logits: Product, rows: list[Row], positions: list[int], vocab: int = VOCAB) -> Meeting:
+    """All ranks with one that has all logits."""
+    limits = (SLOTS, vocab, LENGTH, "cpu")
+    meeting = Meeting(size)
+    parts = [columns(logits, rank, size, vocab) for rank in range(size)]
+
+    def sample(rank: int) -> SamplerOutput:
+        return run(lambda: ShardedSampler(*limits, meeting.rank(rank)), parts[rank], rows, positions)[0]
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(sample, range(size)))
+    expected, batch = run(lambda: Sampler(*limits), logits, rows, positions)
+    wanted = torch.tensor([n is not None for n in batch.logprobs])
+    for output in found:
+        assert output.token_ids.tolist() == expected.token_ids.tolist() and output.token_ids.dtype == torch.int64
+        assert (output.logprobs is None) == (expected.logprobs is None)
+        if output.logprobs is not None and expected.logprobs is not None:
+            assert torch.equal(output.logprobs[wanted], expected.logprobs[wanted])
+    return meeting
+
+
+def random_logits(rows: int, seed: int, vocab: int = VOCAB, form: str = "float32") -> Product:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    if form == "float32":
+        return logits
+    if form == "bfloat16":
+        return logits.bfloat16()
+    row_scales, column_scales = torch.rand(rows, 1, generator=generator), torch.rand(1, vocab, generator=generator)
+    return DeferredScale(logits.bfloat16(), row_scales, column_scales, None)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "deferred"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_parameter_gives_what_one_rank_does(size: int, form: str) -> None:
+    for seed, name in enumerate(CASES):
+        rows = [(SamplingParams(**CASES[name]), seed), (SamplingParams(**CASES[name], logprobs=3), seed + 9)]
+        compare(size, random_logits(2, seed, form=form), rows, [9, 12])
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_mixed_batches(size: int) -> None:
+    """One of a batch's rows, none, all need whole rows; more and fewer than ranks."""
+    rng = np.random.default_rng(size)
+    names = [*CASES, "greedy", "plain", "hot", "greedy", "plain"]
+    for trial in range(16):
+        count = int(rng.integers(1, SLOTS + 1))
+        rows = []
+        for at in range(count):
+            logprobs = int(rng.integers(0, 4)) if rng.random() < 0.2 else None
+            rows.append((SamplingParams(**CASES[str(rng.choice(names))], logprobs=logprobs), trial * 100 + at))
+        compare(size, random_logits(count, trial), rows, [int(p) for p in rng.integers(6, LENGTH, count)])
+
+
+@pytest.mark.parametrize("vocab", [5, 9, 61, 64])
+def test_vocabularies_that_ranks_do_not_divide(vocab: int) -> None:
+    """Of 5 tokens the last of four ranks has none, and neither has the last of 9 more than padding."""
+    for seed in range(6):
+        logits = random_logits(3, seed, vocab)
+        plain: list[Row] = [(SamplingParams(temperature=t), seed) for t in (0.0, 1.0, 2.5)]
+        compare(4, logits, plain, [7, 8, 9], vocab)
+        filtered: list[Row] = [
+            (SamplingParams(temperature=2.0, top_p=0.8), seed),
+            plain[1],
+            (SamplingParams(logprobs=2), 4),
+        ]
+        compare(4, logits, filtered, [7, 8, 9], vocab)
+
+
+def test_equal_logits_give_the_lowest_token_and_nan_counts_for_nothing() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[0, [17, 31, 59]] = 4.0
+    logits[1] = float("nan")
+    logits[2, :31] = float("nan")
+    greedy: list[Row] = [(SamplingParams(temperature=0.0), 0)] * 3
+    compare(4, logits, greedy, [6, 6, 6])
+    compare(4, logits, [greedy[0], (SamplingParams(), 3), greedy[0]], [6, 6, 6])
+
+
+def test_what_travels() -> None:
+    """A number per row and rank for rows that each token decides alone; a rank's share of the rows for others."""
+    plain: Row = (SamplingParams(temperature=0.7), 1)
+    meeting = compare(4, random_logits(8, 1), [plain] * 8, list(range(8, 16)))
+    assert meeting.calls == ["all_gather"] and meeting.numbers == 4 * 8
+    filtered: Row = (SamplingParams(temperature=0.7, top_p=0.5), 1)
+    meeting = compare(4, random_logits(8, 1), [plain, *[filtered] * 2, *[plain] * 5], list(range(8, 16)))
+    assert meeting.calls == ["all_gather", "all_to_all", "all_gather"]
+    assert meeting.numbers == 4 * 8 + VOCAB + 4
+    meeting = compare(4, random_logits(8, 1), [filtered] * 8, list(range(8, 16)))
+    assert meeting.calls == ["all_to_all", "all_gather"] and meeting.numbers == 2 * VOCAB + 8
+
+
+def test_slots_that_change_are_described_anew() -> None:
+    meeting = Meeting(2)
+
+    def sample(rank: int) -> list[int]:
+        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", meeting.rank(rank))
+        found = []
+        logits = columns(random_logits(1, 3), rank, 2, VOCAB)
+        for params in (SamplingParams(temperature=0.0), SamplingParams(logit_bias={7: 99.0}), SamplingParams(top_k=1)):
+            sampler.set_slot(0, params, 1, (), 5)
+            batch = sampler.prepare(np.array([0]))
+            one = torch.zeros(1, dtype=torch.int64)
+            found.append(int(sampler.sample(logits, one, one + 8, torch.zeros(SLOTS, LENGTH), batch).token_ids))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(sample, range(2)))
+    best = int(random_logits(1, 3).argmax())  # type: ignore[union-attr]
+    assert found == [[best, 7, best]] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_prompt_logprobs(rows: int) -> None:
+    logits, targets = random_logits(rows, 5), torch.arange(rows) * 3
+    expected = Sampler(SLOTS, VOCAB, LENGTH, "cpu").prompt_logprobs(logits, targets, 2)
+    meeting = Meeting(4)
+
+    def sample(rank: int) -> Tensor:
+        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", meeting.rank(rank))
+        return sampler.prompt_logprobs(columns(logits, rank, 4, VOCAB), targets, 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(sample, range(4)):
+            assert torch.equal(found, expected)
+
+
+def test_wrong_number_of_rows_is_refused() -> None:
+    sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", Meeting(2).rank(0))
+    batch = sampler.prepare(np.array([0, 0]))
+    one = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="prepared for 2"):
+        sampler.sample(torch.zeros(1, VOCAB), one, one, torch.zeros(SLOTS, LENGTH), batch)
