@@ -4,184 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
+import persistent_ranks
 import pytest
 import torch
+import torch.multiprocessing
+from persistent_models import SHAPES, Step, check, error, random_model
 
-from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
-from appliance.kernels.attention import KvScales, ReferenceAttention
 from appliance.kernels.fp8_linear import FP8
-from appliance.kernels.paged_attention import TritonAttention
 from appliance.kernels.persistent.kernel import DecodeShape
-from appliance.layers.attention import Attention
-from appliance.layers.decoder import Decoder
-from appliance.layers.linear import Linear
-from appliance.quantization.int4_storage import from_stored
 from appliance.runtime.cuda_graphs import capture
-from appliance.runtime.loading import build_model
-from appliance.runtime.model_runner import ModelRunner, RunnerLimits
-from appliance.runtime.persistent_decode import PersistentDecode, refusal, scale_tiles
-from appliance.types import ModelConfig, SamplingParams
-
-PAGE = 16
-BASE = {
-    "architecture": "LlamaForCausalLM",
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 1000,
-    "max_position_embeddings": 8192,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "one-query-per-kv": {"num_key_value_heads": 8},
-    "seven-queries-per-kv": {"num_attention_heads": 14, "hidden_size": 896, "intermediate_size": 4864},
-    "wide-heads": {"head_dim": 128, "hidden_size": 1024},
-    "biases": {"attention_bias": True, "output_bias": True, "mlp_bias": True},
-    "head-norms": {"qk_norm": True},
-    "window": {"sliding_window": 40},
-    "large": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_hidden_layers": 2,
-        "vocab_size": 32000,
-    },
-}
-
-
-def random_model(scheme: str, parameters: dict[str, Any] | None = None, **shape: object) -> Decoder:
-    """A decoder on the GPU whose activations keep a sensible size. `parameters`: of the scheme."""
-    config = ModelConfig(**(BASE | shape))  # type: ignore[arg-type]
-    model = build_model(config, scheme, torch.bfloat16, parameters)
-    generator = torch.Generator("cuda").manual_seed(3)
-    plain = build_model(config, "none", torch.bfloat16)
-    schemes = {name: module.scheme for name, module in model.named_modules() if isinstance(module, Linear)}
-    tensors = []
-    for name, parameter in plain.named_parameters():
-        value = torch.randn(parameter.shape, generator=generator, device="cuda")
-        if name.endswith("norm.weight"):
-            value = 1 + 0.1 * value
-        elif value.dim() == 2 and "embedding" not in name:
-            value *= value.shape[1] ** -0.5
-        value = value.to(torch.bfloat16)
-        if value.dim() == 2 and "embedding" not in name:
-            stem = name.removesuffix("weight")
-            stored = schemes[stem.removesuffix(".")].quantize(value)
-            tensors += [(stem + suffix, tensor) for suffix, tensor in stored.items()]
-        else:
-            tensors.append((name, value))
-    model.load(tensors, "cuda")
-    model.prepare(config.max_position_embeddings)
-    return model
-
-
-class Step:
-    """One decode step of sequences of given lengths, over caches with random numbers in them."""
-
-    def __init__(self, model: Decoder, lengths: list[int], kv_dtype: torch.dtype = torch.bfloat16) -> None:
-        self.model = model
-        config = model.config
-        pages = [-(-length // PAGE) for length in lengths]
-        generator = torch.Generator("cuda").manual_seed(4)
-        shape = (sum(pages) + 1, 2, PAGE, config.num_key_value_heads, config.head_dim)
-        self.caches = [
-            torch.randn(shape, generator=generator, device="cuda").to(kv_dtype) for _ in range(config.num_hidden_layers)
-        ]
-        for attention in (m for m in model.modules() if isinstance(m, Attention)):
-            attention.kv_scales = KvScales(k=0.5, v=2.0) if kv_dtype == FP8 else KvScales()
-        self.limits = RunnerLimits(
-            max_num_seqs=16,
-            max_model_len=8192,
-            max_num_batched_tokens=8192,
-            page_size=PAGE,
-            vocab_size=config.vocab_size,
-        )
-        self.runner = ModelRunner(model, self.caches, TritonAttention(), self.limits, torch.device("cuda"))
-        plan, first = StepPlan(step_id=0), 1
-        for slot, (length, count) in enumerate(zip(lengths, pages, strict=True)):
-            ids = [(7 * i + slot) % config.vocab_size for i in range(length)]
-            order = list(range(first, first + count))[::-1]
-            plan.new.append(NewSequence(slot, ids, length, SamplingParams(), 0, (), order))
-            plan.scheduled.append(ScheduledSequence(slot, length - 1, 1, [], samples=True))
-            first += count
-        self.plan = plan
-        self.runner._batch.apply(plan)
-
-    def inputs(self, rows: int):  # type: ignore[no-untyped-def]
-        return self.runner._batch.step_inputs(self.plan.scheduled, rows)
-
-    @torch.inference_mode()
-    def by_layers(self, rows: int) -> torch.Tensor:
-        inputs = self.inputs(rows)
-        self.runner._attention.plan(inputs.metadata)
-        return self.model.logits(self.runner._hidden(inputs)).float()
-
-    @torch.inference_mode()
-    def persistent(self, rows: int) -> PersistentDecode:
-        assert refusal(self.model, self.caches) is None
-        return PersistentDecode(self.model, self.caches, self.runner._batch, [rows])
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
-def dequantized(linear: Linear) -> torch.Tensor:
-    tensors = linear.prepared
-    if "scale_zero" in tensors:
-        return from_stored(tensors).dequantize()
-    value = tensors["weight"].float()
-    return value * tensors["weight_scale"].view(-1, 1) if "weight_scale" in tensors else value
-
-
-def exact(step: Step, rows: int) -> torch.Tensor:
-    """The step in float32, with the weights that the engine's numbers stand for and no rounding of activations."""
-    config = step.model.config
-    model = build_model(config, "none", torch.float32)
-    linears = {name: module for name, module in step.model.named_modules() if isinstance(module, Linear)}
-    plain = dict(step.model.named_parameters())
-    tensors = []
-    for name, _ in model.named_parameters():
-        linear = linears.get(name.removesuffix(".weight"))
-        if linear is None:
-            tensors.append((name, plain[name].float()))
-            continue
-        tensors.append((name, dequantized(linear)[: linear.out_features]))
-    model.load(tensors, "cuda")
-    model.prepare(config.max_position_embeddings)
-    attention = [module for module in step.model.modules() if isinstance(module, Attention)]
-    caches = [cache.float() for cache in step.caches]
-    for cache, of in zip(caches, attention, strict=True):
-        cache[:, 0] *= of.kv_scales.k
-        cache[:, 1] *= of.kv_scales.v
-    runner = ModelRunner(model, caches, ReferenceAttention(), step.limits, torch.device("cuda"))
-    with torch.inference_mode():
-        runner._batch.apply(step.plan)
-        inputs = runner._batch.step_inputs(step.plan.scheduled, rows)
-        return model.logits(runner._hidden(inputs))
-
-
-def check(step: Step, rows: int) -> None:
-    """The kernel is as near to the exact result as the layers are, and writes the same K and V."""
-    n = len(step.plan.scheduled)
-    truth = exact(step, rows)[:n]
-    expected = step.by_layers(rows)[:n]
-    written = [cache.float().clone() for cache in step.caches]
-    actual = step.persistent(rows).logits(step.inputs(rows))[:n]
-    torch.cuda.synchronize()
-    assert torch.isfinite(actual).all()
-    assert error(actual, truth) < 1.2 * error(expected, truth) + 1e-3
-    for cache, by_layers in zip(step.caches, written, strict=True):
-        assert error(cache, by_layers) < (
-            0.03 if cache.dtype == FP8 else 0.01
-        )  # the new token's K and V; everything else is untouched
+from appliance.runtime.persistent_decode import refusal, scale_tiles
 
 
 @pytest.mark.gpu
@@ -253,6 +88,16 @@ def test_rows_do_not_depend_on_each_other() -> None:
             mine[1 : theirs.shape[0]] = theirs[1:]
         actual = beside.persistent(4).logits(beside.inputs(4))[0]
     assert error(actual, expected) < 0.02  # attention is cut otherwise, so sums round otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_the_layers(size: int, tmp_path: Path) -> None:
+    """A process per rank; on a machine with fewer GPUs they share them, and take turns."""
+    if size > 2 * torch.cuda.device_count():
+        pytest.skip(f"gpu test: needs {size // 2} GPUs, here are {torch.cuda.device_count()}")
+    torch.multiprocessing.spawn(persistent_ranks.run, (size, f"file://{tmp_path}/rendezvous"), nprocs=size)
 
 
 def shape(**changes: Any) -> DecodeShape:

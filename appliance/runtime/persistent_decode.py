@@ -19,7 +19,7 @@ from appliance.kernels.persistent.exchange import RANKS, Exchange
 from appliance.kernels.persistent.kernel import DecodeKernel, DecodeShape, compile_all, unavailable
 from appliance.layers.attention import Attention
 from appliance.layers.decoder import Decoder, DecoderLayer
-from appliance.layers.linear import Linear
+from appliance.layers.linear import Linear, RowParallelLinear
 from appliance.runtime.input_batch import InputBatch, StepInputs
 
 SIZES = (1, 2, 4)  # rows that kernels are made for; a batch takes the next larger one
@@ -151,7 +151,11 @@ class PersistentDecode:
         norms = [layer.input_norm, layer.post_attention_norm, attention.q_norm, attention.k_norm]
         addresses = [self._address(linear.prepared["weight"]) for linear in linears]
         addresses += [self._address(self._scales(linear, halves=linear is layer.mlp.gate_up)) for linear in linears]
-        addresses += [self._address(linear.bias) for linear in linears]
+        # Every rank holds the whole bias of what is added up over ranks; it must count once.
+        addresses += [
+            self._address(linear.bias if self._tp.rank == 0 or not isinstance(linear, RowParallelLinear) else None)
+            for linear in linears
+        ]
         addresses += [self._address(None if norm is None else norm.weight) for norm in norms]
         addresses += [self._address(cache), attention.window or 0]
         return struct.pack("<18q2d", *addresses, attention.kv_scales.k, attention.kv_scales.v)
