@@ -55,7 +55,7 @@ def link_between(nvml: Any, a: Any, b: Any) -> str:
 
 
 def path_between(nvml: Any, a: Any, b: Any) -> str | None:
-    """What lies between them on PCIe: "switch", "switches", "host", "numa" or "system"; None where NVML does not say."""
+    """What lies between them on PCIe: "switch", "switches", "host", "numa" or "system"; None: NVML does not say."""
     try:
         level = nvml.nvmlDeviceGetTopologyCommonAncestor(a, b)
     except nvml.NVMLError:

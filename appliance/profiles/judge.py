@@ -10,7 +10,7 @@ import msgspec
 from appliance.profiles import predict, speed
 from appliance.profiles.names import Candidate
 from appliance.profiles.overrides import Overrides
-from appliance.profiles.places import LINK_RANK, Place, Team, worst_link
+from appliance.profiles.places import LINK_RANK, Place, Team, worst_link, worst_path
 from appliance.profiles.rules import Question, Rejection, activations, reject, unbuilt
 from appliance.sizes import format_size
 from appliance.types import Objective, Struct
@@ -60,6 +60,18 @@ class Outcome(Struct, frozen=True):
     replicas: int = 1  # copies of the engine, each on GPUs of its own, behind one endpoint
     device_groups: tuple[tuple[str, ...], ...] = ()  # UUIDs of each replica, the first being `devices`
     gpu_groups: tuple[tuple[int, ...], ...] = ()
+    nodes: int = 1  # machines like this one, over which its stages are spread; the GPUs above are this one's
+    link: str = "nvlink"  # the slowest inside an engine: "nvlink" (or one GPU), "pcie", "none"
+    path: str | None = None  # the longest way over PCIe inside an engine; see `Gpu.paths`
+
+    @property
+    def ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+    @property
+    def through_host(self) -> bool:
+        """Its all-reduces go through host memory: chosen only where nothing else fits."""
+        return self.tp_size > 1 and self.link == "none"
 
     @property
     def bytes_per_rank(self) -> int | None:
@@ -88,8 +100,9 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         rejection=rejection,
         order=place.order,
         priority=profile.priority_on(None if on_cpu else place.compute_capability),
-        max_num_seqs=asked.max_num_seqs or profile.batching[objective].max_num_seqs,
-        max_num_batched_tokens=asked.max_num_batched_tokens or profile.batching[objective].max_num_batched_tokens,
+        max_num_seqs=asked.max_num_seqs or profile.limits(objective).max_num_seqs,
+        max_num_batched_tokens=asked.max_num_batched_tokens or profile.limits(objective).max_num_batched_tokens,
+        nodes=asked.nodes,
         activations=activations(candidate, place),
         head=_head(candidate, place, question),
         max_kl=profile.quality.max_kl if profile.quality is not None else None,
@@ -111,8 +124,8 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
     required = need.required(useful, asked.memory_fraction)
     missing = unbuilt(candidate, draft.kv_cache, question)
     draft = msgspec.structs.replace(draft, memory=need, requires_bytes_per_gpu=required, built=missing is None)
-    ranks, asked_replicas = draft.tp_size * draft.pp_size, asked.replicas or 1
-    sharing = ranks * asked_replicas  # processes that the CPU's memory is for
+    asked_replicas = asked.replicas or 1
+    sharing = question.ranks_here(candidate) * asked_replicas  # GPUs, or processes that the CPU's memory is for
     free = question.hardware.free_memory // sharing if on_cpu else place.free(sharing)
     if free < required:
         unmet = None if missing is None else missing.reason
@@ -134,8 +147,10 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         replicas=len(teams),
         device_groups=tuple(tuple(gpu.uuid for gpu in team) for team in teams),
         gpu_groups=tuple(tuple(gpu.index for gpu in team) for team in teams),
+        link=max(map(worst_link, teams), key=LINK_RANK.__getitem__),
+        path=worst_path(teams[0]),
     )
-    return _with_speed(draft, need, stored, place, teams, question, objective)
+    return _with_speed(draft, need, stored, place, question, objective)
 
 
 def _longest(question: Question, tokens: int) -> int:
@@ -148,9 +163,9 @@ def _teams(
 ) -> list[Team]:
     """The GPUs of each replica; at least one, which fits. As many replicas as were asked for; else, for throughput,
     those that the place has room for, but none with a much smaller KV cache than the first."""
-    asked, ranks = question.overrides, draft.tp_size * draft.pp_size
+    asked, ranks = question.overrides, draft.ranks // draft.nodes
     required = draft.requires_bytes_per_gpu or 0
-    if asked.replicas is not None or objective == "latency" or not question.capabilities.replicas:
+    if asked.replicas is not None or objective == "latency" or not question.capabilities.replicas or draft.nodes > 1:
         return place.teams(ranks, required, asked.replicas or 1)
     first = need.kv_tokens(min(gpu.free_memory for gpu in place.take(ranks, required)), asked.memory_fraction)
     tokens = max(useful, int(_REPLICA_SHARE * min(first, _longest(question, first))))
@@ -185,7 +200,7 @@ def _kv_cache(candidate: Candidate, place: Place, asked: Overrides) -> str:
 def _too_big(
     draft: Outcome, need: predict.Memory, tokens: int, free: int, fraction: float, missing: str | None
 ) -> Outcome:
-    on_cpu, ranks = draft.backend == "cpu", draft.tp_size * draft.pp_size
+    on_cpu, ranks = draft.backend == "cpu", draft.ranks
     where = "there are" if on_cpu else "it has" if ranks == 1 else "the fullest of them has"
     share = "a quarter of the remainder is for the KV cache" if on_cpu else f"all within {fraction:.0%} of free memory"
     parts = (
@@ -211,17 +226,18 @@ def _with_speed(
     need: predict.Memory,
     stored: predict.Stored,
     place: Place,
-    teams: list[Team],
     question: Question,
     objective: Objective,
 ) -> Outcome:
     if place.facts is None:
-        device = speed.cpu_device(question.hardware.cpu_cores)
+        sharing = draft.ranks // draft.nodes * draft.replicas
+        device = speed.cpu_device(question.hardware.cpu_cores, sharing)
     else:
-        link = max((worst_link(team) for team in teams), key=LINK_RANK.__getitem__)
         capability = place.compute_capability or (0, 0)
-        device = speed.gpu_device(place.facts, draft.precision, link, draft.tp_size, capability)
-    ranks = speed.Ranks(question.model, stored, need.kv_per_token, device, draft.tp_size, draft.pp_size)
+        device = speed.gpu_device(place.facts, draft.precision, draft.link, draft.tp_size, capability)
+    ranks = speed.Ranks(
+        question.model, stored, need.kv_per_token, device, draft.tp_size, draft.pp_size, question.overrides.nodes
+    )
     batch = max(1, min(draft.max_num_seqs, draft.kv_cache_tokens // speed.LOAD_CONTEXT))
     one = speed.decode_seconds(ranks, 1)
     many = speed.tokens_per_second(ranks, batch, draft.max_num_batched_tokens)
@@ -229,7 +245,7 @@ def _with_speed(
     return msgspec.structs.replace(
         draft,
         decode_ms=round(one * 1e3, 3),
-        tokens_per_second_per_gpu=round(many / (draft.tp_size * draft.pp_size), 1),
+        tokens_per_second_per_gpu=round(many / draft.ranks, 1),
         full_batch=batch,
         score=round(score, 1),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -44,7 +44,7 @@ class Profile(Struct, frozen=True):
     description: str
     precision: Precision
     backend: str  # plug-in name
-    batching: dict[Objective, Batching]
+    batching: dict[Literal["latency", "throughput"], Batching]
     # Higher is tried first. Keys: a compute capability ("9.0"), a major version ("9"), "cpu", and "default".
     priority: dict[str, int]
     scheme: str | None = None  # quantization plug-in; None: the first that serves the precision
@@ -52,6 +52,9 @@ class Profile(Struct, frozen=True):
     tp_sizes: tuple[int, ...] = (1,)
     requires: Requires = Requires()
     quality: QualityLimits | None = None  # None: whatever comes out is served
+
+    def limits(self, objective: Objective) -> Batching:
+        return self.batching["latency" if objective == "latency" else "throughput"]
 
     def priority_on(self, compute_capability: tuple[int, int] | None) -> int:
         """Priority on a GPU, or on the CPU for None; the most exact key wins."""

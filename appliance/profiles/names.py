@@ -48,13 +48,30 @@ def _digest(*parts: str | int) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
 
-def candidates(profiles: Iterable[Profile], tp_size: int | None, pp_size: int | None) -> list[Candidate]:
-    """All, in order of name; a size that the user asks for is one of them even if no profile lists it."""
-    found = []
-    for profile in sorted(profiles, key=lambda p: p.name):
-        for tp in sorted({*profile.tp_sizes, *([tp_size] if tp_size else [])}):
-            found += [Candidate(profile, tp, pp) for pp in sorted({1, pp_size or 1})]
-    return found
+def candidates(
+    profiles: Iterable[Profile], tp_size: int | None, pp_size: int | None, nodes: int = 1
+) -> list[Candidate]:
+    """All, in order of name; a size that the user asks for is one of them even if no profile lists it. On several nodes
+    each has a stage, unless the user asks for more of them."""
+    stages = {pp_size or nodes} if nodes > 1 else {1, pp_size or 1}
+    return [
+        Candidate(profile, tp, pp)
+        for profile in sorted(profiles, key=lambda p: p.name)
+        for tp in sorted({*profile.tp_sizes, *([tp_size] if tp_size else [])})
+        for pp in sorted(stages)
+    ]
+
+
+def staged(profiles: Iterable[Profile], tp_size: int | None, most: int, nodes: int = 1) -> list[Candidate]:
+    """Candidates with more stages than a node needs, which are looked at where nothing else fits: those of up to `most`
+    ranks on a node, or of 8 stages in all."""
+    return [
+        Candidate(profile, tp, pp)
+        for profile in sorted(profiles, key=lambda p: p.name)
+        for tp in sorted({tp_size} if tp_size else {*profile.tp_sizes})
+        for pp in range(2 * nodes, _MAX_PP + 1, nodes)
+        if tp * pp <= most * nodes
+    ]
 
 
 def resolve(text: str, profiles: Sequence[Profile]) -> Named:

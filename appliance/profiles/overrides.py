@@ -21,6 +21,7 @@ class Overrides(Struct, frozen=True):
     tp_size: int | None = None
     pp_size: int | None = None
     replicas: int | None = None  # copies of the engine, each on GPUs of its own
+    nodes: int = 1  # machines like this one, each with stages of the model
     profile: str | None = None  # name, id or the start of an id
     tags: str | None = None  # "precision=fp8,tp=1"
     backend: str | None = None
@@ -56,7 +57,7 @@ def normalize(
     _one_of("precision", merged.precision, _PRECISIONS)
     _one_of("kv_cache_dtype", merged.kv_cache_dtype, _KV_CACHES)
     _one_of("backend", merged.backend, sorted({*backends, *(p.backend for p in profiles)}))
-    for name in ("tp_size", "pp_size", "replicas", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+    for name in ("tp_size", "pp_size", "replicas", "nodes", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         value = getattr(merged, name)
         if value is not None and value < 1:
             raise SettingsError(f"{name} is {value}, and must be 1 or more")
@@ -67,7 +68,23 @@ def normalize(
             f"max_model_len {merged.max_model_len} is more than the model's limit of {model.max_position_embeddings}",
             hint="leave it out to use as much as fits",
         )
-    return merged, None if merged.profile is None else resolve(merged.profile, profiles)
+    named = None if merged.profile is None else resolve(merged.profile, profiles)
+    _check_nodes(merged, named)
+    return merged, named
+
+
+def _check_nodes(merged: Overrides, named: Named | None) -> None:
+    stages = named.pp_size if named is not None and named.pp_size is not None else merged.pp_size
+    if stages is not None and stages % merged.nodes:
+        raise SettingsError(
+            f"{stages} pipeline stages cannot be spread over {merged.nodes} nodes: a node has whole stages",
+            hint=f"leave --pp-size (or its profile) out, or choose {merged.nodes} or a multiple of it",
+        )
+    if merged.nodes > 1 and (merged.replicas or 1) > 1:
+        raise SettingsError(
+            f"{merged.replicas} replicas on {merged.nodes} nodes are not supported",
+            hint="leave --replicas out; start several groups of nodes instead",
+        )
 
 
 def _one_of(name: str, value: str | None, allowed: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from appliance.types import Gpu, Hardware, Struct
 
 _BUSY_UTILIZATION = 50  # percent; among GPUs with enough memory, those below are taken first
 LINK_RANK = {"nvlink": 0, "pcie": 1, "none": 2}
+PATH_RANK = {"switch": 0, "switches": 1, "host": 2, "numa": 3, "system": 4}
+_UNKNOWN_PATH = 5
 
 Team = tuple[Gpu, ...]  # GPUs of one engine, one per rank
 
@@ -39,7 +41,8 @@ class Place(Struct, frozen=True):
         return emptiest[count - 1] if count <= len(emptiest) else 0
 
     def take(self, count: int, required: int) -> Team:
-        """The `count` GPUs to run on, each with `required` free bytes: best linked first, then idle, then emptiest.
+        """The `count` GPUs to run on, each with `required` free bytes: best linked first, then idle, then nearest to
+        each other on PCIe, then emptiest.
 
         Empty if there are not that many.
         """
@@ -48,9 +51,10 @@ class Place(Struct, frozen=True):
             return ()
         teams = []
         for first in able:
-            others = sorted((gpu for gpu in able if gpu is not first), key=lambda gpu: LINK_RANK[_link(first, gpu)])
+            others = sorted((gpu for gpu in able if gpu is not first), key=lambda gpu: _farness(first, gpu))
             team = [first, *others[: count - 1]]
-            teams.append((LINK_RANK[worst_link(team)], sorted(map(able.index, team))))
+            farness = (LINK_RANK[worst_link(team)], sum(map(at_work, team)), _path_rank(worst_path(team)))
+            teams.append((farness, sorted(map(able.index, team))))
         best = min(teams)[1]
         return tuple(sorted((able[i] for i in best), key=self.gpus.index))
 
@@ -90,10 +94,24 @@ def _link(a: Gpu, b: Gpu) -> str:
     return a.links.get(b.index, "none")
 
 
+def _path_rank(path: str | None) -> int:
+    return PATH_RANK.get(path or "", _UNKNOWN_PATH)
+
+
+def _farness(first: Gpu, other: Gpu) -> tuple[int, bool, int]:
+    return LINK_RANK[_link(first, other)], at_work(other), _path_rank(first.paths.get(other.index))
+
+
 def worst_link(gpus: Sequence[Gpu]) -> str:
     """The slowest link within a team; "nvlink" for a single GPU."""
     links = [_link(a, b) for a in gpus for b in gpus if a is not b]
     return max(links, key=LINK_RANK.__getitem__, default="nvlink")
+
+
+def worst_path(gpus: Sequence[Gpu]) -> str | None:
+    """The longest way over PCIe within a team; None for a single GPU, and where any is unknown."""
+    paths = [a.paths.get(b.index) for a in gpus for b in gpus if a is not b]
+    return max(paths, key=_path_rank, default=None)
 
 
 def _memory_gib(gpus: Sequence[Gpu]) -> int:

@@ -42,6 +42,10 @@ class Question(Struct, frozen=True):
     named: Named | None
     refused: dict[str, str] = msgspec.field(default_factory=dict)  # profiles that were tried and failed -> why
 
+    def ranks_here(self, candidate: Candidate) -> int:
+        """Of an engine, on one of its nodes."""
+        return candidate.tp_size * candidate.pp_size // self.overrides.nodes
+
     @property
     def cpu_asked_for(self) -> bool:
         return self.overrides.backend == "cpu" or (self.named is not None and self.named.profile.endswith("-cpu"))
@@ -237,7 +241,7 @@ def _profile_multiple(candidate: Candidate, question: Question) -> int:
 
 
 def _too_few(candidate: Candidate, place: Place, question: Question) -> Rejection | None:
-    ranks, replicas = candidate.tp_size * candidate.pp_size, question.overrides.replicas or 1
+    ranks, replicas = question.ranks_here(candidate), question.overrides.replicas or 1
     need, have = ranks * replicas, len(place.gpus)
     field = "tp_size" if candidate.tp_size > 1 else "pp_size" if ranks > 1 else "replicas"
     hint = f"leave --{field.replace('_', '-')} (or its profile) out"
@@ -245,13 +249,14 @@ def _too_few(candidate: Candidate, place: Place, question: Question) -> Rejectio
         backend = question.capabilities.backends.get("cpu")
         able = backend is not None and candidate.tp_size <= backend.max_tp and candidate.pp_size <= backend.max_pp
         return None if able or ranks == 1 else Rejection("the CPU backend serves on one device", 5, field, hint)
-    if ranks > 1 and place.gpus[0].mig_profile is not None:
+    if candidate.tp_size * candidate.pp_size > 1 and place.gpus[0].mig_profile is not None:
         return Rejection("MIG slices cannot be joined: one slice serves one rank", 5, field, hint)
     if need > have:
-        reason = f"needs {need} identical GPUs, and {have} can be used"
+        each = " on each node" if question.overrides.nodes > 1 else ""
+        reason = f"needs {need} identical GPUs{each}, and {have} can be used"
         if replicas > 1:
-            each = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-            reason = f"{replicas} replicas of {each} need {need} identical GPUs, and {have} can be used"
+            size = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+            reason = f"{replicas} replicas of {size} need {need} identical GPUs, and {have} can be used"
             field, hint = "replicas", f"choose {have // ranks} or less for --replicas" if have >= ranks else hint
         hint = f"{hint}, or serve where there are {need}"
         return Rejection(reason, 5, field, hint)
