@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -27,12 +26,14 @@ from appliance.builder import BuildRequest, key_of
 from appliance.builder.build import build
 from appliance.builder.convert import convert
 from appliance.builder.job import Job
+from appliance.builder.memory import Memory
 from appliance.builder.plain import PlainTensors
 from appliance.builder.process import main
 from appliance.builder.request import key_inputs_of
 from appliance.builder.shards import plan_tensors
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, read_model_config
 from appliance.engines import ByteMeter, DamagedFileError, EngineStore, read_manifest, verify_engine
+from appliance.engines.disk import gib
 from appliance.errors import CheckpointError, EngineBuildError, EngineDamagedError, NoSpaceError
 from appliance.ipc import Built, Failed, Progress, ServerEnd, Shutdown
 from appliance.models import llama
@@ -197,38 +198,101 @@ def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert {suffix: tensor.tolist() for suffix, tensor in blocks.items()} == {k: t.tolist() for k, t in whole.items()}
 
 
-def test_conversion_holds_a_few_tensors_at_a_time(source: Path, tmp_path: Path) -> None:
-    read, most = 0, 0
+class _Held:
+    """Bytes of tensors that a conversion holds: from the moment they are asked for until they are written."""
 
-    class Counting(Checkpoint):
-        def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-            nonlocal read
-            read += 1
-            return super().read(name, dim, start, stop)
+    def __init__(self) -> None:
+        self.now = self.most = self.specs = self.most_specs = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int, specs: int) -> None:
+        with self._lock:
+            self.now, self.specs = self.now + nbytes, self.specs + specs
+            self.most, self.most_specs = max(self.most, self.now), max(self.most_specs, self.specs)
+
+
+def _convert_slowly(source: Path, to: Path, devices: list[torch.device], precision: str) -> tuple[_Held, int]:
+    """Convert with a writer that is slower than the source; what was held, and bytes of the largest spec."""
+    held = _Held()
+
+    class Counting(PlainTensors):
+        def stored(self, spec: WeightSpec, device: torch.device) -> dict[str, torch.Tensor]:
+            held.add(self.device_bytes(spec), 1)
+            return super().stored(spec, device)
 
     class Slow(SafetensorsWriter):
-        written = 0
-
         def write(self, name: str, tensor: torch.Tensor) -> None:
-            nonlocal most
-            time.sleep(0.005)
-            most = max(most, read - self.written)
-            self.written += 1
+            time.sleep(0.002)
             super().write(name, tensor)
 
-    scheme = unquantized.Scheme()
-    # One tensor each, so that reads and writes count the same.
-    names = [name for name, tensor in originals(source).items() if tensor.ndim == 2]
-    checkpoint = Counting(source)
-    specs = [WeightSpec(n, "linear", (n,), (checkpoint.info(n).shape,)) for n in names]
-    request = request_of(source, tmp_path, precision="fp32")
-    job = Job.start(request, key_inputs_of(request), read_model_config(source), checkpoint, registry.load)
-    weights = PlainTensors(dataclasses.replace(job, specs=specs))
-    with Slow(tmp_path / "x", plan_tensors(specs, scheme, torch.float32)) as writer, ByteMeter(1, None) as meter:
-        convert(weights, [writer], meter)
-        writer.finish()
-    assert writer.written == len(names) > 10
-    assert most <= 7, "two read ahead, one in hand, two or three to be written"
+    class Meter(ByteMeter):
+        def advance(self, count: int, detail: str | None = None) -> None:
+            held.add(-weights.device_bytes(by_name[detail or ""]), -1)
+            super().advance(count, detail)
+
+    request = request_of(source, to, precision=precision)
+    with Checkpoint(source) as checkpoint:
+        job = Job.start(request, key_inputs_of(request), read_model_config(source), checkpoint, registry.load)
+        weights, by_name = Counting(job), {spec.name: spec for spec in job.specs}
+        with Slow(to / "x", plan_tensors(job.specs, job.scheme, job.dtype)) as writer, Meter(1, None) as meter:
+            convert(weights, [writer], meter, devices=devices)
+            writer.finish()
+        assert (held.now, held.specs) == (0, 0) and len(by_name) > 10
+        return held, max(weights.device_bytes(spec) for spec in job.specs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_conversion_holds_no_more_than_it_says(
+    source: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    cpu = torch.device("cpu")
+    (tmp_path / "wide").mkdir()
+    wide, largest = _convert_slowly(source, tmp_path / "wide", [cpu], precision)
+    assert wide.most_specs == 3, "three threads of the CPU"
+    monkeypatch.setattr("appliance.builder.memory._MOST", 2 * largest)
+    (tmp_path / "narrow").mkdir()
+    caplog.clear()
+    narrow, _ = _convert_slowly(source, tmp_path / "narrow", [cpu], precision)
+    assert largest <= narrow.most <= 2 * largest
+    assert f"at most {gib(2 * largest)} of host memory" in caplog.text
+    assert (tmp_path / "wide" / "x").read_bytes() == (tmp_path / "narrow" / "x").read_bytes()
+    # Two devices: each has its threads and its bound.
+    (tmp_path / "two").mkdir()
+    two, _ = _convert_slowly(source, tmp_path / "two", [cpu, cpu], precision)
+    assert narrow.most < two.most <= 4 * largest
+    assert (tmp_path / "two" / "x").read_bytes() == (tmp_path / "wide" / "x").read_bytes()
+
+
+def test_what_is_larger_than_the_bound_is_held_alone() -> None:
+    memory = Memory(torch.device("cpu"), threads=3, limit=10, host_bytes=10)
+    with memory.hold(6), memory.hold(4):
+        waiting = threading.Thread(target=lambda: _hold(memory, 25))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive() and memory.most == 10
+    waiting.join(5)
+    assert not waiting.is_alive() and memory.most == 25 and memory.held == 0
+
+
+def _hold(memory: Memory, nbytes: int) -> None:
+    with memory.hold(nbytes):
+        pass
+
+
+def test_an_error_in_one_thread_of_a_conversion_ends_the_others(source: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise EngineBuildError("the second is one too many")
+        time.sleep(0.02)
+
+    with pytest.raises(EngineBuildError, match="one too many"):
+        build(request_of(source, tmp_path), load_plugin=Plugins(fail))
+    assert len(calls) <= 4, "the other two threads ended what they had in hand"
+    assert EngineStore(tmp_path).list_engines() == []
 
 
 # ---------------------------------------------------------------- refusals

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -348,15 +349,43 @@ def test_written_file_is_read_by_the_library_and_by_us(tmp_path: Path) -> None:
             assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
-def test_writer_refuses_another_order_shape_or_end(tmp_path: Path) -> None:
+def test_writer_takes_tensors_in_any_order_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engines.digest.CHUNK", 1000)  # tensors share chunks, and have several
+    monkeypatch.setattr("appliance.checkpoint.writer._FLUSHED", 2000)
+    tensors = {f"t{i}": torch.randn(i % 7 + 1, 33).to(torch.float16) for i in range(40)}
+    with SafetensorsWriter(tmp_path / "x", plan_of(tensors)) as writer:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda name: writer.write(name, tensors[name]), sorted(tensors, reverse=True)))
+        size, digest = writer.finish()
+    assert size == (tmp_path / "x").stat().st_size > 5000
+    assert digest == hash_file(tmp_path / "x")
+    assert all(torch.equal(load_file(tmp_path / "x")[name], tensor) for name, tensor in tensors.items())
+
+
+def test_writer_refuses_another_shape_a_second_time_or_an_early_end(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x", plan_of({"a": TENSORS["a"], "b": TENSORS["b"]})) as writer:
         with pytest.raises(AssertionError, match="planned"):
-            writer.write("b", TENSORS["b"])
-        with pytest.raises(AssertionError, match="planned"):
             writer.write("a", TENSORS["a"].t())
-        writer.write("a", TENSORS["a"])
+        with pytest.raises(AssertionError, match="not planned"):
+            writer.write("c", TENSORS["a"])
+        writer.write("b", TENSORS["b"])
+        with pytest.raises(AssertionError, match="written before"):
+            writer.write("b", TENSORS["b"])
         with pytest.raises(AssertionError, match="1 planned tensors were not written"):
             writer.finish()
+
+
+def test_a_disk_that_is_full_when_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fdatasync", full)
+    writer = SafetensorsWriter(tmp_path / "x", plan_of(TENSORS))
+    for name, tensor in TENSORS.items():
+        writer.write(name, tensor)
+    assert writer.finish()[0] > 0, "told when the file is closed"
+    with pytest.raises(NoSpaceError, match="x could not be written"), writer:
+        pass
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -16,7 +16,7 @@ import torch
 from appliance import registry
 from appliance.builder.calibrate import CalibratedTensors
 from appliance.builder.calibration_data import CalibrationTokens, tokens_for
-from appliance.builder.convert import StoredTensors, convert
+from appliance.builder.convert import AnyOrder, InOrder, StoredTensors, convert
 from appliance.builder.job import Job, LoadPlugin, checked_scheme, for_gpu
 from appliance.builder.phases import Phases, describe
 from appliance.builder.plain import PlainTensors
@@ -28,7 +28,7 @@ from appliance.builder.selfcheck import self_check
 from appliance.builder.shards import plan_tensors
 from appliance.builder.tokenizer import copy_tokenizer
 from appliance.builder.warmup import WarmedUp, compile_ahead, warm_up
-from appliance.checkpoint import Checkpoint, SafetensorsWriter, planned_file_size, read_model_config
+from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan, planned_file_size, read_model_config
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
 from appliance.engines.digest import hash_files
@@ -129,7 +129,7 @@ def _build(
                 return published
 
 
-def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send: SendFn) -> StoredTensors:
+def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send: SendFn) -> AnyOrder | InOrder:
     """Where this engine's tensors come from. Raises what making the source raises."""
     if tokens is not None:
         directory = store.calibration_staging(engine_key(job.inputs))
@@ -137,12 +137,16 @@ def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send
     return PlainTensors(job) if job.config.quantization is None else PublishedTensors(job)
 
 
+def _plans(job: Job) -> list[list[TensorPlan]]:
+    """Of every rank's weight file."""
+    return [plan_tensors(job.specs, job.scheme, job.dtype, job.inputs.tp_size)] * job.inputs.tp_size
+
+
 def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
     """NoSpaceError, with how much is needed, before anything is written."""
     source = job.checkpoint.path
     small = [p for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (p := source / name).is_file()]
-    ranks = job.inputs.tp_size
-    needed = ranks * planned_file_size(plan_tensors(job.specs, job.scheme, job.dtype, ranks))
+    needed = sum(planned_file_size(plan) for plan in _plans(job))
     needed += sum(p.stat().st_size for p in small)
     needed += _KERNEL_BYTES if for_gpu(job.inputs.backend) else 0
     needed += weights.scratch_bytes if isinstance(weights, CalibratedTensors) else 0
@@ -150,7 +154,7 @@ def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
 
 
 def _write_engine(
-    job: Job, weights: StoredTensors, staging: Path, store: EngineStore, send: SendFn, phases: Phases
+    job: Job, weights: AnyOrder | InOrder, staging: Path, store: EngineStore, send: SendFn, phases: Phases
 ) -> None:
     """Everything of an engine into `staging`: the tokenizer first, since it may turn out to be none; the manifest
     last."""
@@ -164,46 +168,50 @@ def _write_engine(
         send(Progress(phase="build", detail=detail, percent=100.0))
 
     wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
-    total = sum(weights.work(spec) for spec in job.specs)
-    with ByteMeter(total, sender("build", send), detail="reading the checkpoint") as meter:
-        rank_files = _write_weights(job, weights, staging, meter, phases)
-        meter.advance(0, "checking the built engine")
-        paths = [staging / file.name for file in rank_files]
-        with phases.phase("self-check"), torch.inference_mode():
-            checks = self_check(job, weights, paths)
-        with phases.phase("quality"):
-            quality = check_quality(job, paths, store.engines, report)
-    notes = (f"torch {torch.__version__}", *([note] if note else []))
+    with contextlib.ExitStack() as open_files:  # the disk is written to while the engine is checked and tried
+        with ByteMeter(sum(map(weights.work, job.specs)), sender("build", send), detail="reading") as meter:
+            rank_files = _write_weights(job, weights, staging, meter, phases, open_files)
+            meter.advance(0, "checking the built engine")
+            paths = [staging / file.name for file in rank_files]
+            with phases.phase("self-check"), torch.inference_mode():
+                checks = self_check(job, weights, paths)
+            with phases.phase("quality"):
+                quality = check_quality(job, paths, store.engines, report)
+        notes = [f"torch {torch.__version__}", *([note] if note else [])]
 
-    def write(warmed: WarmedUp) -> None:
-        files = _files(staging, rank_files)
-        write_manifest(staging, _manifest(job, weights, files, checks, quality, warmed, notes, phases))
+        def write(warmed: WarmedUp) -> None:
+            files = _files(staging, rank_files)
+            write_manifest(staging, _manifest(job, weights, files, checks, quality, warmed, tuple(notes), phases))
 
-    write(WarmedUp())  # loading reads the manifest, so there is one before the kernels that loading makes known
-    with phases.phase("compilers"):
-        wait_for_compilers()
-    with phases.phase("trial"):
-        warmed = warm_up(staging, job.request, report)
-        phases.add_parts("trial", warmed.seconds)
-    notes = (*notes, *([warmed.note] if warmed.note else []))
+        write(WarmedUp())  # loading reads the manifest, so there is one before the kernels that loading makes known
+        with phases.phase("compilers"):
+            wait_for_compilers()
+        with phases.phase("trial"):
+            warmed = warm_up(staging, job.request, report)
+            phases.add_parts("trial", warmed.seconds)
+        with phases.phase("disk"):
+            open_files.close()
+    notes += [warmed.note] if warmed.note else []
     write(warmed)
 
 
 def _write_weights(
-    job: Job, weights: StoredTensors, staging: Path, meter: ByteMeter, phases: Phases
+    job: Job,
+    weights: AnyOrder | InOrder,
+    staging: Path,
+    meter: ByteMeter,
+    phases: Phases,
+    open_files: contextlib.ExitStack,
 ) -> list[EngineFile]:
-    """The weight file of every rank, in one pass over the source."""
-    ranks = job.inputs.tp_size
-    plan = plan_tensors(job.specs, job.scheme, job.dtype, ranks)
-    with torch.inference_mode(), contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(SafetensorsWriter(staging / rank_file_name(rank), plan)) for rank in range(ranks)
-        ]
-        with phases.phase("convert"):
-            convert(weights, writers, meter, phases)
-        meter.advance(0, "flushing to disk")
-        with phases.phase("flush"):
-            written = [(writer.path.name, *writer.finish()) for writer in writers]
+    """The weight file of every rank, in one pass over the source. Closing `open_files` waits for the disk."""
+    writers = [
+        open_files.enter_context(SafetensorsWriter(staging / rank_file_name(rank), plan))
+        for rank, plan in enumerate(_plans(job))
+    ]
+    with phases.phase("convert"), torch.inference_mode():
+        convert(weights, writers, meter, phases, job.devices)
+    with phases.phase("digest of the engine"):
+        written = [(writer.path.name, *writer.finish()) for writer in writers]
     return [EngineFile(name=name, size=size, digest=digest) for name, size, digest in written]
 
 
@@ -257,7 +265,7 @@ def _manifest(
             source_bytes=job.checkpoint.nbytes,
             engine_bytes=sum(file.size for file in files),
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            device=str(job.device),
+            device=", ".join(map(str, job.devices)),
             gpu=warmed.gpu,
             notes=notes,
             phases=phases.seconds,

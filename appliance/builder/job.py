@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -31,8 +34,9 @@ class Job:
     scheme: PrecisionScheme  # of the model; `scheme.of(name)` of a layer
     specs: list[WeightSpec]  # in the order of the weight file
     dtype: torch.dtype  # of what is not quantized
-    device: torch.device  # where weights are converted
+    devices: tuple[torch.device, ...]  # where weights are converted, all at once
     started: float  # time.monotonic()
+    turns: dict[int, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))  # by GPU
 
     @staticmethod
     def start(
@@ -50,9 +54,25 @@ class Job:
             scheme=checked_scheme(inputs, specs, load_plugin),
             specs=specs,
             dtype=getattr(torch, inputs.dtype),
-            device=_device(request),
+            devices=_devices(request),
             started=time.monotonic(),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where what cannot be divided is computed."""
+        return self.devices[0]
+
+    @contextlib.contextmanager
+    def gpu_turn(self, device: torch.device) -> Iterator[None]:
+        """Compute on a GPU while nobody is timing anything there, and be done at the end. Copies to and from it, which
+        take little of its memory's bandwidth, need no turn. Does nothing for the CPU."""
+        if device.type != "cuda":
+            yield
+            return
+        with self.turns[device.index or 0]:
+            yield
+            torch.cuda.current_stream(device).synchronize()
 
 
 def for_gpu(backend: str) -> bool:
@@ -75,7 +95,12 @@ def checked_scheme(inputs: KeyInputs, specs: list[WeightSpec], load_plugin: Load
     return root
 
 
-def _device(request: BuildRequest) -> torch.device:
-    if request.device != "auto":
-        return torch.device(request.device)
-    return torch.device("cuda" if for_gpu(request.backend) and torch.cuda.is_available() else "cpu")
+def _devices(request: BuildRequest) -> tuple[torch.device, ...]:
+    """The one asked for; else as many GPUs as there are ranks, if there are, or the CPU."""
+    if request.device == "auto":
+        if not (for_gpu(request.backend) and torch.cuda.is_available()):
+            return (torch.device("cpu"),)
+        count = min(torch.cuda.device_count(), request.tp_size * request.pp_size)
+        return tuple(torch.device("cuda", index) for index in range(count))
+    device = torch.device(request.device)
+    return (torch.device("cuda", device.index or 0) if device.type == "cuda" else device,)

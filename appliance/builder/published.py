@@ -3,23 +3,20 @@ that holds them. Nothing is rounded; what they left alone is stored plain."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from appliance.builder.convert import join, source_bytes
+from appliance.builder.convert import Tensors, join, quantizing_bytes, source_bytes
 from appliance.builder.job import Job
+from appliance.builder.shards import joined_shape, plan_tensors
 from appliance.checkpoint import Checkpoint
 from appliance.checkpoint.quantized.source import QuantizedTensors
 from appliance.engines.manifest import SelfCheck
-from appliance.engines.meter import ByteMeter
 from appliance.errors import EngineBuildError
 from appliance.types import ModelConfig, WeightSpec
-
-_AHEAD = 2  # specs read ahead
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig, specs: list[WeightSpec]) -> None:
@@ -42,7 +39,7 @@ def kv_scales_of(job: Job) -> tuple[tuple[float, float], ...]:
 
 
 class PublishedTensors:
-    """A `StoredTensors` of a checkpoint that is quantized already."""
+    """An `AnyOrder` source of a checkpoint that is quantized already."""
 
     exact = True
 
@@ -68,12 +65,34 @@ class PublishedTensors:
             return source_bytes(self._job.checkpoint, spec)
         return sum(info(name).nbytes for name in (*self._quantized.tensor_names(spec), *spec.bias_sources))
 
-    def tensors(self, meter: ByteMeter) -> Generator[tuple[WeightSpec, dict[str, Tensor]], None, None]:
-        reads = ThreadPoolExecutor(1, thread_name_prefix="read")
-        try:
-            yield from self._ahead(reads)
-        finally:
-            reads.shutdown(cancel_futures=True)
+    @property
+    def specs(self) -> Sequence[WeightSpec]:
+        return self._job.specs
+
+    def stored(self, spec: WeightSpec, device: torch.device) -> Tensors:
+        job = self._job
+        names: list[str] = [*spec.bias_sources]
+        if self._quantized.holds(spec):
+            weight = self._quantized.read(spec, device)
+            with job.gpu_turn(device):
+                stored = job.scheme.of(spec.name).store(weight)
+            tensors = {f"{spec.name}.{suffix}": tensor for suffix, tensor in stored.items()}
+            names += self._quantized.tensor_names(spec)
+        else:
+            plain = join(job.checkpoint, spec.sources, device, job.dtype)
+            tensors = {spec.name if spec.kind == "plain" else f"{spec.name}.weight": plain}
+            names += spec.sources
+        if spec.bias_sources:
+            tensors[f"{spec.name}.bias"] = join(job.checkpoint, spec.bias_sources, device, job.dtype)
+        for name in names:
+            job.checkpoint.release(name)
+        return tensors
+
+    def device_bytes(self, spec: WeightSpec) -> int:
+        """The checkpoint's numbers, unpacked (layouts store several in one integer), and the engine's."""
+        numel = math.prod(joined_shape(spec))
+        stored = sum(tensor.nbytes for tensor in plan_tensors([spec], self._job.scheme, self._job.dtype))
+        return 2 * self.work(spec) + 2 * stored + (quantizing_bytes(numel) + 4 * numel if spec.kind == "linear" else 0)
 
     def reference(self, spec: WeightSpec, device: torch.device) -> Tensor | None:
         if self._quantized.holds(spec):
@@ -82,31 +101,3 @@ class PublishedTensors:
 
     def checks(self) -> tuple[SelfCheck, ...]:
         return ()
-
-    def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[WeightSpec, dict[str, Tensor]]]:
-        specs = self._job.specs
-        pending: deque[Future[dict[str, Tensor]]] = deque()
-        for i, spec in enumerate(specs):
-            for following in specs[i + len(pending) : i + _AHEAD]:
-                pending.append(pool.submit(self._stored, following))
-            yield spec, pending.popleft().result()
-
-    def _stored(self, spec: WeightSpec) -> dict[str, Tensor]:
-        """An entry's tensors by engine name."""
-        job = self._job
-        names: list[str] = [*spec.bias_sources]
-        with torch.inference_mode():
-            if self._quantized.holds(spec):
-                weight = self._quantized.read(spec, job.device)
-                stored = job.scheme.of(spec.name).store(weight)
-                tensors = {f"{spec.name}.{suffix}": tensor for suffix, tensor in stored.items()}
-                names += self._quantized.tensor_names(spec)
-            else:
-                plain = join(job.checkpoint, spec.sources, job.device, job.dtype)
-                tensors = {spec.name if spec.kind == "plain" else f"{spec.name}.weight": plain}
-                names += spec.sources
-            if spec.bias_sources:
-                tensors[f"{spec.name}.bias"] = join(job.checkpoint, spec.bias_sources, job.device, job.dtype)
-        for name in names:
-            job.checkpoint.release(name)
-        return tensors

@@ -1,6 +1,6 @@
-"""A safetensors file written tensor by tensor: the header first, from shapes known beforehand, then the data in order.
+"""A safetensors file written tensor by tensor: the header first, from shapes known beforehand, then each to its place.
 
-Nothing is held back in memory, and the file's digest is ready with its last byte.
+Nothing is held back in memory; hashing and flushing to disk go on beside the writing.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from appliance.checkpoint.files import DTYPES
-from appliance.engines.digest import TreeHasher
+from appliance.engines.digest import PiecewiseHasher
 from appliance.engines.disk import free_bytes, full_disk_explained, is_full, no_space
 from appliance.errors import NoSpaceError
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _STORED = {torch_name: (stored, width) for stored, (torch_name, width) in DTYPES.items()}
 _ALIGNMENT = 64  # bytes, of the first tensor; the format allows no gaps between tensors
+PIECE = 16 << 20  # bytes of a tensor on a GPU that are in host memory at once
+_FLUSHED = 512 << 20  # bytes after which the disk is made to begin
 
 
 @dataclass(frozen=True)
@@ -39,67 +43,119 @@ class TensorPlan:
 
 
 class SafetensorsWriter:
-    """Writes `plan`'s tensors to `path`, which must not exist; `write` is called once for each, in the plan's order."""
+    """Writes `plan`'s tensors to `path`, which must not exist. Each is written once, in any order, by any thread; to
+    its place, which is known from the plan.
+
+    A context manager: leaving it waits until the file is durable (NoSpaceError if the disk had no room for it after
+    all), which begins long before and need not be waited for elsewhere."""
 
     def __init__(self, path: Path, plan: list[TensorPlan], metadata: Mapping[str, str] | None = None) -> None:
         assert len({tensor.name for tensor in plan}) == len(plan), "two tensors of one name"
+        header = _header(plan, metadata)
         self.path = path
-        self._plan = plan
-        self._next = 0
-        self._hasher = TreeHasher()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashes while the disk writes
-        self._file = path.open("xb", buffering=0)
-        self._put(memoryview(_header(plan, metadata)))
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file so far."""
-        return self._hasher.size
+        self.names = frozenset(tensor.name for tensor in plan)
+        self._places: dict[str, tuple[TensorPlan, int]] = {}  # of what is yet to be written: (plan, offset)
+        self.size = len(header)
+        for tensor in plan:
+            self._places[tensor.name] = (tensor, self.size)
+            self.size += tensor.nbytes
+        self._left = self.size
+        self._unflushed = 0
+        self._lock = threading.Lock()
+        self._file = path.open("x+b", buffering=0)
+        self._hasher = PiecewiseHasher(self._file.fileno(), self.size)
+        self._flushes = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushing: Future[None] | None = None
+        try:
+            self._file.truncate(self.size)
+            self._put(memoryview(header), 0)
+        except BaseException:
+            self._end()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, on any device. Raises NoSpaceError; a name, shape or dtype that differs from the plan is our
-        own bug."""
-        import torch
+        """Write a tensor, on any device, to its place. Raises NoSpaceError; a name that is not planned or was written
+        before, another shape or dtype are our own bugs."""
+        with self._lock:
+            assert name in self._places, f"writing {name}, which is not planned or was written before"
+            planned, offset = self._places[name]
+            got = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            assert got == (planned.dtype, planned.shape), f"writing {name} as {got}, planned {planned}"
+            del self._places[name]
+        for piece in host_pieces(tensor):
+            self._put(piece, offset)
+            offset += len(piece)
 
-        planned = self._plan[self._next]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        got = (name, dtype, tuple(tensor.shape))
-        assert got == (planned.name, planned.dtype, planned.shape), f"writing {got}, planned {planned}"
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        self._put(memoryview(data.data))
-        self._next += 1
-
-    def _put(self, data: memoryview) -> None:
-        hashed = self._pool.submit(self._hasher.update, data)
+    def _put(self, data: memoryview, offset: int) -> None:
+        fd, rest, at = self._file.fileno(), data, offset
         try:
-            rest = data
             while len(rest):
-                rest = rest[self._file.write(rest) :]
+                count = os.pwrite(fd, rest, at)
+                rest, at = rest[count:], at + count
         except OSError as error:
             if is_full(error):
-                raise self._full(len(rest)) from error
+                raise self._full() from error
             raise
-        finally:
-            hashed.result()
+        self._hasher.wrote(offset, len(data))
+        with self._lock:
+            self._left -= len(data)
+            self._unflushed += len(data)
+            if self._unflushed >= _FLUSHED and (self._flushing is None or self._flushing.done()):
+                self._flush()
 
-    def _full(self, left: int) -> NoSpaceError:
-        rest = left + sum(tensor.nbytes for tensor in self._plan[self._next + 1 :])
-        return no_space(self.path.parent, rest, free_bytes(self.path), f"writing the rest of {self.path.name}")
+    def _flush(self) -> None:
+        """Let the disk begin with what it has not got yet. Under the lock."""
+        self._unflushed = 0
+        before = self._flushing
+
+        def run() -> None:
+            if before is not None:
+                before.result()
+            with full_disk_explained(self.path.parent, self.path.name):  # some file systems find room only now
+                os.fdatasync(self._file.fileno())
+
+        self._flushing = self._flushes.submit(run)
+
+    def _full(self) -> NoSpaceError:
+        return no_space(self.path.parent, self._left, free_bytes(self.path), f"writing the rest of {self.path.name}")
 
     def finish(self) -> tuple[int, str]:
-        """Make the file durable; its (size in bytes, digest)."""
-        assert self._next == len(self._plan), f"{len(self._plan) - self._next} planned tensors were not written"
-        with full_disk_explained(self.path.parent, self.path.name):  # some file systems find room only now
-            os.fsync(self._file.fileno())
-            self._file.close()
-        return self._hasher.size, self._hasher.digest()
+        """After the last tensor: (size in bytes, digest). The disk is still being written to."""
+        assert not self._places, f"{len(self._places)} planned tensors were not written"
+        with self._lock:
+            self._flush()
+        return self.size, self._hasher.digest()
+
+    def _end(self) -> None:
+        self._hasher.close()
+        self._flushes.shutdown()
+        self._file.close()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end()
+        if kind is None and self._flushing is not None:
+            self._flushing.result()
+
+
+def host_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, on any device, in host memory: all at once where they are there already, else in pieces
+    of at most PIECE bytes, each good until the next is asked for."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.device.type == "cpu":
+        yield memoryview(flat.numpy().data)
+        return
+    # Page-locked memory, which torch keeps for the next tensor: ten times as fast as a copy to pages just made.
+    buffer = torch.empty(min(PIECE, flat.numel()), dtype=torch.uint8, pin_memory=True)
+    for at in range(0, flat.numel(), PIECE):
+        part = flat[at : at + PIECE]
+        into = buffer[: part.numel()]
+        into.copy_(part)
+        yield memoryview(into.numpy().data)
 
 
 def _header(plan: list[TensorPlan], metadata: Mapping[str, str] | None) -> bytes:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -64,6 +65,43 @@ class TreeHasher:
     def digest(self) -> str:
         tail = [] if self._room == CHUNK else [self._current.digest()]
         return _root(self.size, self._chunks + tail)
+
+
+class PiecewiseHasher:
+    """The digest of a file that is written in pieces, in any order and by any thread: equal to `hash_file` of what was
+    written. A chunk is read back, as a rule from the page cache, and hashed by a thread of this object's once all of it
+    was written; so the digest is that of what the system took, and hashing goes on beside writing."""
+
+    def __init__(self, fd: int, size: int, threads: int | None = None) -> None:
+        """`fd`: open for reading, as long as this object is used."""
+        self.size = size
+        self._fd = fd
+        self._missing = [min(CHUNK, size - at) for at in range(0, size, CHUNK)]  # bytes of each chunk
+        self._hashed: list[Future[bytes] | None] = [None] * len(self._missing)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="digest")
+
+    def wrote(self, offset: int, count: int) -> None:
+        """Bytes [offset, offset + count) are in the file; each byte is told once."""
+        with self._lock:
+            while count:
+                index, at = divmod(offset, CHUNK)
+                part = min(count, CHUNK - at)
+                self._missing[index] -= part
+                if self._missing[index] == 0:
+                    length = min(CHUNK, self.size - index * CHUNK)
+                    self._hashed[index] = self._pool.submit(_hash_chunk, self._fd, index * CHUNK, length, None)
+                offset, count = offset + part, count - part
+
+    def digest(self) -> str:
+        """Once all was written. Raises OSError."""
+        hashed = [future for future in self._hashed if future is not None]
+        assert len(hashed) == len(self._hashed), "not all bytes were written"
+        return _root(self.size, [future.result() for future in hashed])
+
+    def close(self) -> None:
+        """End the threads; the file is not read any more afterwards."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _hash_chunk(fd: int, offset: int, size: int, meter: ByteMeter | None) -> bytes:

@@ -64,9 +64,11 @@ def load_weights(
     return counter.total
 
 
-def read_tensors(infos: Iterable[TensorInfo], device: torch.device | str) -> dict[str, Tensor]:
-    """Some tensors of safetensors files, as stored, on `device`, by name. EngineDamagedError for a file that ends too
-    early."""
+def read_tensors(
+    infos: Iterable[TensorInfo], device: torch.device | str, *, lanes: int = _LANES
+) -> dict[str, Tensor]:
+    """Some tensors of safetensors files, as stored, on `device`, by name; `lanes`: threads. EngineDamagedError for a
+    file that ends too early."""
     device = torch.device(device)
     files: dict[Path, dict[str, TensorInfo]] = {}
     for info in infos:
@@ -75,7 +77,7 @@ def read_tensors(infos: Iterable[TensorInfo], device: torch.device | str) -> dic
     for file, stored in files.items():
         raw = {n: torch.empty(i.shape, dtype=getattr(torch, i.dtype), device=device) for n, i in stored.items()}
         total = sum(info.nbytes for info in stored.values())
-        _read_all(file, list(_pieces(stored, raw)), device, _Counter(total, None), whole=False)
+        _read_all(file, list(_pieces(stored, raw)), device, _Counter(total, None), whole=False, lanes=lanes)
         found |= raw
     return found
 
@@ -134,9 +136,17 @@ class _Counter:
                 self._progress(self._done, self.total)
 
 
-def _read_all(path: Path, pieces: list[_Piece], device: torch.device, counter: _Counter, *, whole: bool = True) -> None:
+def _read_all(
+    path: Path,
+    pieces: list[_Piece],
+    device: torch.device,
+    counter: _Counter,
+    *,
+    whole: bool = True,
+    lanes: int = _LANES,
+) -> None:
     """`whole`: they are about all of the file, which the system may then read ahead."""
-    lanes = max(1, min(_LANES, default_threads(), len(pieces)))
+    lanes = max(1, min(lanes, default_threads(), len(pieces)))
     fd = os.open(path, os.O_RDONLY)
     try:
         if whole and hasattr(os, "posix_fadvise"):
