@@ -183,6 +183,13 @@ def exact(step: Step, rows: int) -> torch.Tensor:
         return model.logits(runner._hidden(inputs))
 
 
+def whole_logits(step: Step, decode: PersistentDecode) -> torch.Tensor:
+    """The kernel's, of all ranks."""
+    (rows,) = decode.sizes
+    columns = decode.logits(step.inputs(rows))
+    return step.model.tp.all_gather(columns)[:, : step.model.config.vocab_size]
+
+
 def check(step: Step, rows: int, exchange: Exchange | None = None, truth: torch.Tensor | None = None) -> None:
     """The kernel is as near to the exact result as the layers are, and writes the same K and V. `truth`: `exact` of the
     whole model, where `step` is a rank's."""
@@ -190,7 +197,7 @@ def check(step: Step, rows: int, exchange: Exchange | None = None, truth: torch.
     truth = (exact(step, rows) if truth is None else truth)[:n]
     expected = step.by_layers(rows)[:n]
     written = [cache.float().clone() for cache in step.caches]
-    actual = step.persistent(rows, exchange).logits(step.inputs(rows))[:n]
+    actual = whole_logits(step, step.persistent(rows, exchange))[:n]
     torch.cuda.synchronize()
     assert torch.isfinite(actual).all()
     assert error(actual, truth) < 1.2 * error(expected, truth) + 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from persistent_models import SHAPES, Step, check, exact, random_model
+from persistent_models import SHAPES, Step, check, exact, random_model, whole_logits
 from torch import distributed
 
 from appliance.distributed import GroupCollectives, TensorParallel
@@ -68,10 +68,9 @@ def agrees(
     step = Step(model, lengths, kv_dtype)
     shared = exchange.connect(tp, tp.rank, tp.size, model.config.hidden_size, [rows], truth.device)
     check(step, rows, shared, truth)
-    logits = step.persistent(rows, shared).logits(step.inputs(rows))
-    assert logits.shape[1] == model.config.vocab_size
-    every = tp.all_gather(logits.view(torch.int32)).view(rows, tp.size, -1)
-    assert (every == every[:, :1]).all(), "ranks have different bits"
+    decode = step.persistent(rows, shared)
+    logits = whole_logits(step, decode)
+    assert torch.equal(logits, whole_logits(step, decode)), "two steps are different"
 
 
 @torch.inference_mode()
@@ -81,8 +80,8 @@ def replays(tp: TensorParallel, count: int) -> None:
     step = Step(model, [2000, 3, 77])
     shared = exchange.connect(tp, tp.rank, tp.size, model.config.hidden_size, [4], step.caches[0].device)
     decode, inputs = step.persistent(4, shared), step.inputs(4)
-    first = decode.rank_logits(inputs).clone()
-    graph, logits = capture(lambda: decode.rank_logits(inputs))
+    first = decode.logits(inputs).clone()
+    graph, logits = capture(lambda: decode.logits(inputs))
     for turn in range(count):
         if turn % tp.size == tp.rank:
             torch.cuda._sleep(20_000)

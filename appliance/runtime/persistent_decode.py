@@ -88,7 +88,7 @@ class PersistentDecode:
         several ranks, for these sizes."""
         device = kv_caches[0].device
         self._exchange = exchange
-        self._tp, self._vocab = model.tp, model.config.vocab_size
+        self._rank = model.tp.rank
         shapes = {rows: shape_of(model, kv_caches[0], rows) for rows in sizes}
         shapes = {rows: shape for rows, shape in shapes.items() if shape.refused() is None}
         compile_all(shapes.values())
@@ -118,12 +118,7 @@ class PersistentDecode:
     def logits(self, inputs: StepInputs) -> Tensor:
         """Run a pure decode step whose padded size is one of `sizes`: float32 [size, vocab], overwritten by the next
         step of this size. Writes the KV caches. Device work only; can be captured in a CUDA graph. Of several ranks all
-        run it."""
-        share = self.rank_logits(inputs)
-        return share if self._tp.size == 1 else self._tp.all_gather(share)[:, : self._vocab].contiguous()
-
-    def rank_logits(self, inputs: StepInputs) -> Tensor:
-        """The same, but only this rank's share of the vocabulary."""
+        run it, and each gets its own columns, as with `Decoder.raw_logits`."""
         rows = inputs.padded_seqs
         meta = inputs.metadata
         self._kernels[rows].launch(
@@ -153,7 +148,7 @@ class PersistentDecode:
         addresses += [self._address(self._scales(linear, halves=linear is layer.mlp.gate_up)) for linear in linears]
         # Every rank holds the whole bias of what is added up over ranks; it must count once.
         addresses += [
-            self._address(linear.bias if self._tp.rank == 0 or not isinstance(linear, RowParallelLinear) else None)
+            self._address(linear.bias if self._rank == 0 or not isinstance(linear, RowParallelLinear) else None)
             for linear in linears
         ]
         addresses += [self._address(None if norm is None else norm.weight) for norm in norms]
