@@ -31,7 +31,7 @@ from appliance.runtime.loading import PhaseTimer
 from appliance.runtime.rank_watch import RankWatch
 from appliance.runtime.ranks import Leader
 from appliance.runtime.step_ring import SLOT_BYTES, SLOTS, RingReader, RingWriter, SharedSteps, Word
-from appliance.types import EngineOptions
+from appliance.types import EngineOptions, EngineRequest
 
 CONFIG = LlamaConfig(
     **SHAPE | {"vocab_size": 289, "hidden_size": 256, "intermediate_size": 512}, attention_bias=True, mlp_bias=True
@@ -116,6 +116,17 @@ def test_heads_are_shared_and_copied() -> None:
 # ---------------------------------------------------------------- engines
 
 
+def requests(tokens: int) -> list[EngineRequest]:
+    """Greedy, drawn by temperature alone, and what needs all logits of a row: filters and log probabilities."""
+    params: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.1, "seed": 4, "top_p": 0.9, "logprobs": 2, "prompt_logprobs": 1},
+    ]
+    prompts = [[(7 * i + 13 * j) % 289 for j in range(5 + 9 * i)] for i in range(3)]
+    return [greedy(f"r{i}", prompts[i], tokens, **params[i]) for i in range(3)]
+
+
 class Engine:
     """Rank 0 of an engine in this process, the others as processes."""
 
@@ -137,8 +148,7 @@ class Engine:
         self.core = EngineCore(executor)
 
     def generate(self, tokens: int) -> dict[str, list[int]]:
-        prompts = {f"r{i}": [(7 * i + 13 * j) % 289 for j in range(5 + 9 * i)] for i in range(3)}
-        outputs = run_all(self.core, [greedy(name, prompt, tokens) for name, prompt in prompts.items()])
+        outputs = run_all(self.core, requests(tokens))
         return {name: tokens_of(output) for name, output in outputs.items()}
 
 
@@ -150,8 +160,7 @@ def one_rank(source: Path, cache: Path) -> dict[str, list[int]]:
     backend = registry.load("backends", "cpu")
     loaded = backend.load(options, lambda *_: None, PhaseTimer())
     core = EngineCore(backend.assemble(loaded, options, lambda *_: None, PhaseTimer())[0])
-    prompts = {f"r{i}": [(7 * i + 13 * j) % 289 for j in range(5 + 9 * i)] for i in range(3)}
-    outputs = run_all(core, [greedy(name, prompt, 20) for name, prompt in prompts.items()])
+    outputs = run_all(core, requests(20))
     return {name: tokens_of(output) for name, output in outputs.items()}
 
 
