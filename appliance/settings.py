@@ -94,7 +94,7 @@ class Settings:
 
     profile: str | None = _select(None, "profile to use, by name or id; default: chosen", also="NIM_MODEL_PROFILE")
     tags: str | None = _select(None, "choose among profiles by tags: precision=fp8,tp=1", also="NIM_TAGS_SELECTOR")
-    objective: Objective = _select("throughput", "what to optimize for")
+    objective: Objective = _select("throughput", "what to optimize for; auto: one request, at little cost for many")
     precision: Precision | None = _select(None, "precision of the weights; default: the profile's")
     kv_cache_dtype: KvCacheDtype = _select("auto", "precision of the KV cache")
     tp_size: int | None = _select(None, "tensor-parallel size", also="NIM_TENSOR_PARALLEL_SIZE", limits=(1, 64))

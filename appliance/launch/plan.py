@@ -61,6 +61,7 @@ def overrides_of(settings: Settings) -> Overrides:
         tp_size=settings.tp_size,
         pp_size=settings.pp_size,
         replicas=settings.replicas,
+        nodes=settings.nnodes,
         profile=settings.profile,
         tags=settings.tags,
         backend=settings.backend,
