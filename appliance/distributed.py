@@ -1,8 +1,8 @@
 """Which share of a model a rank holds, and how the ranks put their results together.
 
-A *stage* has some of the model's layers; the ranks of a stage are a tensor-parallel group, which shares each layer. Rank
-r of all is number r % tp_size in stage r // tp_size. Inside a stage numbers are added up (`TensorParallel`); from stage
-to stage hidden states go one way only, to the rank of the same number (`PipelineStage`).
+A *stage* has some of the model's layers; the ranks of a stage are a tensor-parallel group, which shares each layer.
+Rank r of all is number r % tp_size in stage r // tp_size. Inside a stage numbers are added up (`TensorParallel`); from
+stage to stage hidden states go one way only, to the rank of the same number (`PipelineStage`).
 
 Knows ranks, not models: layers ask it for their share of a dimension. At size 1 every operation is a no-op. How numbers
 travel is a `Collectives` or `Links`; those here are torch.distributed's (gloo between CPUs, NCCL between GPUs). Whoever

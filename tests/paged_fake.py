@@ -88,8 +88,20 @@ class FakeExecutor:
         assert len(set(slots)) == len(slots), "a slot twice in a step"
         assert all(0 <= slot < self.max_num_seqs for slot in slots)
         assert {new.slot for new in plan.new} <= set(slots)
+        if self.num_stages > 1:
+            self._check_stages(plan)
         self.plans.append(plan)
         self._queue.append(plan)
+
+    def _check_stages(self, plan: StepPlan) -> None:
+        """Steps in flight sample for different sequences, and a plan brings the tokens that it decodes."""
+        assert len(self._queue) < self.num_stages
+        decodes = plan.scheduled[: len(plan.token_ids)]
+        for token, row in zip(plan.token_ids, decodes, strict=True):
+            assert row.length == 1 and row.samples
+            # What was sampled for this slot in flight was for one that has been preempted since.
+            assert not any(row.slot == other.slot and other.samples for step in self._queue for other in step.scheduled)
+            assert self._slots[row.slot].tokens[row.start :] == [token]
 
     def collect(self) -> StepResult:
         self.depths.append(len(self._queue))

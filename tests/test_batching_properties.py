@@ -69,6 +69,7 @@ def scenarios(
         max_model_len=draw(st.integers(12, 60)),
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 24)),
+        num_stages=draw(st.sampled_from([1, 1, 2, 3])),
     )
     options = {
         "prefix_caching": draw(st.booleans()),
@@ -120,11 +121,15 @@ def test_random_traffic(
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("pipeline_depth", [1, 2, 3])
-def test_a_prompt_gives_the_same_tokens_alone_and_among_64(pipeline_depth: int, prefix_caching: bool) -> None:
+@pytest.mark.parametrize(("pipeline_depth", "stages"), [(1, 1), (2, 1), (3, 1), (2, 2), (2, 4)])
+def test_a_prompt_gives_the_same_tokens_alone_and_among_64(
+    pipeline_depth: int, stages: int, prefix_caching: bool
+) -> None:
     """Chunked prefill, prefix hits, preemptions and cancellations all happen around it."""
     rng = random.Random(7)
-    executor = FakeExecutor(num_pages=60, page_size=4, max_model_len=100, max_num_seqs=16, max_num_batched_tokens=40)
+    executor = FakeExecutor(
+        num_pages=60, page_size=4, max_model_len=100, max_num_seqs=16, max_num_batched_tokens=40, num_stages=stages
+    )
     core = EngineCore(executor, pipeline_depth=pipeline_depth, prefix_caching=prefix_caching)
     heads = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(3)]
     arrivals: dict[int, list[EngineRequest]] = {}

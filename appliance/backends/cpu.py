@@ -42,7 +42,7 @@ PLUGIN = {
     "kv_cache": ["fp32", "bf16", "fp16", "fp8"],
     "attention": ["auto", "reference"],
     "max_tp": 4,
-    "max_pp": 1,
+    "max_pp": 4,
 }
 
 _DEVICE = torch.device("cpu")

@@ -9,6 +9,9 @@ the CPU works on results. Sampled tokens stay on the device in between. Conseque
 - pages and slots given back while steps are in flight may be used by the next plan at once, since the device runs
   steps in order, and results find their sequence by object and not by slot;
 - a sequence preempted with a token in flight gets it on collection, and is not admitted again before.
+
+An executor of several stages gets as many steps, of disjoint sequences (`lanes.py`): each lane's next step is planned
+when the result of its last one is there, and the stages work on the other lanes' steps meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from appliance.batching.kv_cache import KvCache
+from appliance.batching.lanes import Lanes
 from appliance.batching.pacing import PrefillPacer
 from appliance.batching.request import RequestLimits, Sequence, make_sequence
 from appliance.batching.scheduler import ScheduledStep, Scheduler
@@ -45,7 +49,8 @@ class EngineCore:
         max_step_stretch: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`pipeline_depth`: steps in flight at most; 1 waits for each step before it plans the next. `seed`: what
+        """`pipeline_depth`: steps in flight at most; 1 waits for each step before it plans the next. An executor of
+        several stages has one for each of them instead. `seed`: what
         requests without a seed of their own derive theirs from, with their request id. `max_step_stretch`: how many
         times longer prefill may make a step that decodes (`pacing.py`); 0 is no limit, and then the schedule does not
         depend on `clock`."""
@@ -53,7 +58,8 @@ class EngineCore:
             raise ValueError(f"pipeline_depth is {pipeline_depth}; it must be at least 1")
         self.limits = RequestLimits(executor.max_model_len, executor.num_pages, executor.page_size)
         self._executor = executor
-        self._pipeline_depth = pipeline_depth
+        self._lanes = Lanes(executor.num_stages)
+        self._pipeline_depth = pipeline_depth if executor.num_stages == 1 else executor.num_stages
         self._seed = seed
         self._clock = clock
         self._pacer = PrefillPacer(max_step_stretch) if max_step_stretch else None
@@ -65,6 +71,7 @@ class EngineCore:
             max_num_batched_tokens=executor.max_num_batched_tokens,
             step_sizes=executor.step_sizes,
             pacer=self._pacer,
+            lanes=self._lanes,
         )
         self._sequences: dict[str, Sequence] = {}  # accepted, without terminal output
         self._in_flight: deque[ScheduledStep] = deque()
@@ -115,7 +122,7 @@ class EngineCore:
         """Submits the next step if anything can run, then waits for the oldest in flight if `pipeline_depth` are or if
         nothing was submitted. Returns at most one output per request and may return none."""
         outputs, self._ready = self._ready, []
-        step = self._scheduler.schedule()
+        step = self._next_step()
         if step is not None:
             if step.plan.new:
                 self._note_first_steps(step)
@@ -128,6 +135,15 @@ class EngineCore:
             self._collect(outputs)
         return outputs
 
+    def _next_step(self) -> ScheduledStep | None:
+        """Of the lane that has waited longest among those that have something to run and no step in flight."""
+        for lane in self._lanes.free:
+            step = self._scheduler.schedule(lane)
+            if step is not None:
+                self._lanes.take(lane)
+                return step
+        return None
+
     def _note_first_steps(self, step: ScheduledStep) -> None:
         now = self._clock()
         for seq in step.sequences:
@@ -139,6 +155,7 @@ class EngineCore:
         begin = self._clock()
         result = self._executor.collect()
         step = self._in_flight.popleft()
+        self._lanes.give_back(step.lane)
         self._measure(step, begin)
         if result.step_id != step.plan.step_id or len(result.token_ids) != len(step.sequences):
             raise RuntimeError(
@@ -164,6 +181,8 @@ class EngineCore:
         """Tells the pacer how long a step took whose result has just come; `begin`: when the wait for it began."""
         now = self._clock()
         seconds = now - max(self._collected_at, step.submitted_at)  # the device runs one step after the other
+        if self._lanes.count > 1:  # what a stage takes of it: the others need not have had anything else to do
+            seconds = min(seconds, (now - step.submitted_at + step.submit_seconds) / self._lanes.count)
         if now - begin < _WAITED * seconds:  # it was done before: it ran while it was submitted, as on the CPU
             seconds = step.submit_seconds + now - begin
         self._collected_at = now

@@ -83,6 +83,7 @@ class Sequence:
     queue_rank: tuple[int, int, float, int]  # order in the waiting queue; preempted ones precede within a priority
 
     slot: int = -1  # -1: not running
+    lane: int = 0  # of those that run, see `lanes.py`
     num_computed: int = 0  # leading tokens whose K/V a submitted step has computed or will
     num_in_flight: int = 0  # sampled by submitted steps, not yet collected, so not in token_ids
     prefill_end: int = 0  # while not decoding: tokens to run before the first decode step

@@ -16,7 +16,8 @@ sequence alone always fits (`RequestLimits`), so every accepted request ends.
 
 Steps are planned ahead: a decoding sequence is scheduled although its newest token is still in flight. Its length is
 known nevertheless, so none runs past its limit; that it ended with a stop token shows later, and the token run in
-excess is discarded.
+excess is discarded. An executor of several stages wants the tokens themselves: a step then runs the sequences of one
+lane (`lanes.py`), which have no other in flight, and parts of any prompts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from operator import attrgetter
 
 from appliance.batching.fairness import PrefillBudget
 from appliance.batching.kv_cache import KvCache
+from appliance.batching.lanes import Lanes
 from appliance.batching.pacing import PrefillPacer
 from appliance.batching.request import Sequence
 from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
@@ -44,6 +46,7 @@ class ScheduledStep:
 
     plan: StepPlan
     sequences: list[Sequence]
+    lane: int = 0
     num_decodes: int = 0  # of its rows; the others are chunks of prefills
     num_prefill_tokens: int = 0
     prefill_pairs: float = 0.0  # of each of them and each token that it attends to
@@ -70,9 +73,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         step_sizes: tuple[int, ...] = (),
         pacer: PrefillPacer | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         """Without a `pacer` prefills take all tokens that decodes leave. `step_sizes`: see `step.Executor`."""
         self.kv_cache = kv_cache
+        self._lanes = lanes or Lanes(1)
         self._pacer = pacer
         self.running: list[Sequence] = []  # by rank
         self.waiting: list[Sequence] = []  # by queue rank
@@ -98,19 +103,21 @@ class Scheduler:
         else:
             del self.waiting[bisect_left(self.waiting, seq.queue_rank, key=_queue_rank)]
 
-    def schedule(self) -> ScheduledStep | None:
-        """The next step, which the caller must submit before it calls anything else here; None if nothing can run now.
+    def schedule(self, lane: int = 0) -> ScheduledStep | None:
+        """The next step of a lane that has none in flight, which the caller must submit before it calls anything else
+        here; None if nothing can run now.
 
         Sequences are moved on as if the step had run: `num_computed`, and `num_in_flight` where a token is sampled.
         """
         plan = StepPlan(self.num_steps)
-        step = ScheduledStep(plan, [])
+        step = ScheduledStep(plan, [], lane)
+        self._lanes.level(self.running, lane)
         prefills, preempted = self._schedule_decodes(step)
         step.num_decodes = len(plan.scheduled)
         budget = PrefillBudget(self._prefill_tokens(step.num_decodes, prefills), self._max_num_batched_tokens)
         chunks = self._continue_prefills(prefills, budget)
         if self.waiting and not preempted:
-            self._admit(chunks, budget, plan)
+            self._admit(chunks, budget, step)
         if chunks:
             self._schedule_chunks(step, chunks, budget)
         if not plan.scheduled:
@@ -153,9 +160,12 @@ class Scheduler:
         rows, sequences = step.plan.scheduled, step.sequences
         prefills: list[Sequence] = []
         preemptions = self.num_preemptions
+        lane, bring_tokens = step.lane, self._lanes.count > 1
         for seq in self.running:  # `_page_for` may shorten the list at its end
             if not seq.decoding:
                 prefills.append(seq)
+                continue
+            if seq.lane != lane:
                 continue
             start = seq.num_computed
             if start + 1 >= seq.max_length:
@@ -170,6 +180,8 @@ class Scheduler:
             seq.num_in_flight += 1
             rows.append(ScheduledSequence(seq.slot, start, 1, new_pages, True))
             sequences.append(seq)
+            if bring_tokens:
+                step.plan.token_ids.append(seq.token_ids[start])
         return prefills, self.num_preemptions > preemptions
 
     def _page_for(self, seq: Sequence) -> int | None:
@@ -195,6 +207,7 @@ class Scheduler:
         insort(self.waiting, seq, key=_queue_rank)
 
     def _vacate(self, seq: Sequence) -> None:
+        self._lanes.remove(seq)
         self.kv_cache.release(seq)
         self._free_slots.append(seq.slot)
         seq.slot = -1
@@ -209,10 +222,11 @@ class Scheduler:
                 chunks.append(_Chunk(seq, granted))
         return chunks
 
-    def _admit(self, chunks: list[_Chunk], budget: PrefillBudget, plan: StepPlan) -> None:
-        """Moves requests from `waiting` to `running` and appends their first chunks."""
+    def _admit(self, chunks: list[_Chunk], budget: PrefillBudget, step: ScheduledStep) -> None:
+        """Moves requests from `waiting` to `running`, into the step's lane, and appends their first chunks."""
         index = 0
-        while self._free_slots and budget.left and index < min(len(self.waiting), MAX_PASSED_OVER):
+        room = self._lanes.room(step.lane, len(self.running), min(len(self.waiting), len(self._free_slots)))
+        while self._free_slots and budget.left and room and index < min(len(self.waiting), MAX_PASSED_OVER):
             seq = self.waiting[index]
             if seq.num_in_flight:
                 return  # preempted a moment ago: its newest token, which it has to run, is not known yet
@@ -230,9 +244,11 @@ class Scheduler:
             budget.take(wanted, granted)
             seq.prefill_end = end
             seq.slot = self._free_slots.pop()
+            self._lanes.add(seq, step.lane)
+            room -= 1
             insort(self.running, seq, key=_rank)
             chunks.append(_Chunk(seq, granted))
-            plan.new.append(_new_sequence(seq))
+            step.plan.new.append(_new_sequence(seq))
 
     def _schedule_chunks(self, step: ScheduledStep, chunks: list[_Chunk], budget: PrefillBudget) -> None:
         """Adds a row for each chunk, those of one token first, and registers the pages that they fill."""
@@ -245,6 +261,8 @@ class Scheduler:
             for chunk in chunks:
                 if (chunk.length == 1) is single:
                     step.plan.scheduled.append(_run_chunk(chunk))
+                    if chunk.sequence.decoding:
+                        self._lanes.move(chunk.sequence, step.lane)
                     step.sequences.append(chunk.sequence)
         # The plan is submitted before anybody can look pages up again.
         for chunk in chunks:
@@ -263,6 +281,7 @@ class Scheduler:
             expected = known - 1 if seq.decoding else seq.num_computed
             _check(seq.num_computed == expected, f"request {seq.request_id}: {seq.num_computed} of {known} tokens run")
             _check(known <= seq.max_length, f"request {seq.request_id} runs past its limit")
+        self._lanes.check_integrity(self.running)
         self.kv_cache.check_integrity(self.running)
 
 

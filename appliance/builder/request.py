@@ -46,15 +46,17 @@ class BuildRequest(Struct, frozen=True):
 def key_inputs_of(request: BuildRequest, progress: ProgressFn | None = None) -> KeyInputs:
     """The key inputs of the engine that a request asks for; hashes the checkpoint unless its digest is given or
     remembered. Raises EngineBuildError for a request that cannot be built, CheckpointError."""
-    if request.pp_size != 1:
+    config = checkpoint.read_model_config(Path(request.checkpoint))
+    if not 1 <= request.pp_size <= config.num_hidden_layers:
         raise EngineBuildError(
-            f"pp_size={request.pp_size} cannot be built; allowed so far: 1", hint="choose a profile without stages"
+            f"pp_size={request.pp_size} cannot be built: every stage needs one of {config.num_hidden_layers} layers",
+            hint=f"choose a pipeline-parallel size from 1 to {config.num_hidden_layers}",
         )
     digest = request.checkpoint_digest
     if not digest:
         digest = checkpoint.digest(Path(request.checkpoint), cache=Path(request.cache), progress=progress).value
     scheme, parameters = request.scheme, request.scheme_parameters
-    published = checkpoint.read_model_config(Path(request.checkpoint)).quantization
+    published = config.quantization
     if published is not None:  # what it is decides how it is stored
         scheme, parameters = scheme_of_published(published, request.precision)
     return make_key_inputs(

@@ -4,7 +4,8 @@ Cuts tensors as they are stored, so it serves every source and every scheme alik
 rows of output channels, whose second dimension, if it has more than one entry, belongs to the inputs in equal parts
 (weights, packed or not, and scales of groups). A tensor of one dimension belongs to the inputs as a whole (an order of
 them) or to the layer (a scale of its input). Ranks thus hold the numbers that one rank would, and a scale per output
-channel stays the whole channel's. Knows specs and shapes; knows no number format and no architecture.
+channel stays the whole channel's. A pipeline stage's ranks have the specs of its layers, the first the embedding, the
+last the head. Knows specs and shapes; knows no number format and no architecture.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from appliance.checkpoint import Checkpoint, TensorPlan
 from appliance.distributed import TensorParallel
-from appliance.errors import EngineBuildError
+from appliance.errors import EngineBuildError, EngineDamagedError
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.runtime.weights import read_tensors
-from appliance.types import WeightSpec
+from appliance.types import ModelConfig, WeightSpec
 
 Range = tuple[int, int]
 
@@ -119,6 +120,32 @@ def plan_tensors(
     return plan
 
 
+def stage_of(name: str, config: ModelConfig, stages: int) -> int:
+    """The pipeline stage that has the engine's tensor, or spec, of this name."""
+    part, _, rest = name.partition(".")
+    if part == "embedding":
+        return 0
+    if part != "layers":
+        return stages - 1
+    layer = int(rest.partition(".")[0])
+    return next(stage for stage in range(stages) if layer in config.layers_of_stage(stage, stages))
+
+
+def plan_ranks(
+    specs: Sequence[WeightSpec],
+    scheme: PrecisionScheme,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    tp_size: int,
+    pp_size: int,
+) -> list[list[TensorPlan]]:
+    """`plan_tensors` of every rank's weight file, by rank."""
+    stages: list[list[WeightSpec]] = [[] for _ in range(pp_size)]
+    for spec in specs:
+        stages[stage_of(spec.name, config, pp_size)].append(spec)
+    return [plan for stage in stages for plan in [plan_tensors(stage, scheme, dtype, tp_size)] * tp_size]
+
+
 def shard(spec: WeightSpec, tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
     """A rank's part of a spec's stored tensors, by engine name; views of them where nothing is joined or padded."""
     if size == 1 or spec.shard == "none":
@@ -199,8 +226,11 @@ class StoredEngine:
         return {name: self._join(name).to(device) for name in names}
 
     def _join(self, name: str) -> Tensor:
-        spec, whole, size = self._spec_of[name], self._whole[name], len(self._ranks)
-        parts = [rank.read(name).clone() for rank in self._ranks]
+        spec, whole = self._spec_of[name], self._whole[name]
+        parts = [rank.read(name).clone() for rank in self._ranks if name in rank.tensors]  # those of a stage
+        size = len(parts)
+        if not parts:
+            raise EngineDamagedError(f"no rank of the engine has {name}", hint="the engine is built anew")
         if parts[0].shape == whole.shape:
             return parts[0]  # every rank's
         if spec.shard == "row":
