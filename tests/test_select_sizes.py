@@ -156,7 +156,7 @@ def test_a_missing_link_makes_a_size_slow_and_not_forbidden() -> None:
     )
     assert joined.status == apart.status == "runnable"
     assert apart.decode_ms > 1.5 * joined.decode_ms
-    assert apart.tokens_per_second_per_gpu < 0.5 * joined.tokens_per_second_per_gpu
+    assert apart.tokens_per_second_per_gpu < 0.6 * joined.tokens_per_second_per_gpu
     assert names(choose("rtx-4090-x2", build=ALL, tp_size=2))[0] == "int4-tp2", "whoever asks gets it"
 
 

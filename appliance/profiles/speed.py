@@ -2,7 +2,7 @@
 
 A pass through the model is, layer by layer: four products, each as long as the root of the sum of squares of the time
 of its weight bytes and that of its operations (they overlap, but not wholly); K/V and activations at the bandwidth; the
-fixed costs of kernels; and with several ranks two all-reduces. Then the head, with a gather of the logits.
+fixed costs of kernels; and with several ranks two all-reduces. Then the head and sampling, each rank of its part of the vocabulary.
 
 The constants are fitted to what was measured on one H200, all under 11% of error there (tests/test_select_speed.py
 has the measurements); bandwidths, rates and links are facts of the GPU (`load.GpuFacts`).
@@ -28,6 +28,7 @@ _PROMPT_ATTENTION = 0.5  # of the rate of 16-bit products
 _HAND_OVER_SECONDS = 10e-6  # of a small message from stage to stage inside a node: an estimate
 _NETWORK = (40e-6, 2.5e9)  # from node to node: seconds of a small message, bytes/s; a modest network, likewise
 _LOGIT_BYTES = 12  # per logit: written in float32, read by sampling twice
+_BEST_BYTES = 8  # per sampled row: what ranks tell each other of their best token
 _ACTIVATIONS = (12, 4)  # elements moved per row and layer, in units of hidden_size and of a rank's intermediate_size
 
 # All-reduces, as (of a small message at two ranks, and more per doubling of them; share of the one-way bandwidth).
@@ -129,12 +130,12 @@ def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
 
 
 def _head(ranks: Ranks, rows: int) -> float:
-    """The head's product, the gather of its parts, sampling, and what else a step has once."""
+    """The head's product, sampling of its parts, and what else a step has once."""
     *_, head = rank_products(ranks.model, ranks.stored, ranks.tp_size)
-    device, logits = ranks.device, rows * ranks.model.vocab_size
+    device, logits = ranks.device, rows * ranks.model.vocab_size / ranks.tp_size
     seconds = _product(head, device, rows) + _PRODUCT_SECONDS + _STEP_SECONDS + logits * _LOGIT_BYTES / device.bandwidth
-    if ranks.tp_size > 1:  # a gather moves half of what an all-reduce does
-        seconds += all_reduce_seconds(device, ranks.tp_size, logits * device.element // 2)
+    if ranks.tp_size > 1:  # the best token of each rank
+        seconds += all_reduce_seconds(device, ranks.tp_size, rows * _BEST_BYTES)
     return seconds
 
 
