@@ -100,6 +100,11 @@ def test_native_code_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (first.compiled, second.from_cache) == (1, 1)
     found = second.gather(tmp_path / "engine" / "kernels")
     assert found == {"native": compiled.versions()["native"]}
+    first.forget_launched()
+    assert first.gather(tmp_path / "none") == {}, "nothing was launched since"
+    first.used_native("decode-1234", b"cubin")
+    assert first.gather(tmp_path / "again") == found
+    assert (tmp_path / "again" / "native" / "decode-1234").read_bytes() == b"cubin"
     monkeypatch.setattr(compiled, "_native_cache", lambda: tmp_path / "elsewhere")
     third.open(tmp_path / "engine", found)
     assert third.native("decode-1234", make) == b"cubin" and made == ["x"] and third.from_engine == 1

@@ -65,6 +65,7 @@ class CompiledKernels:
         self._groups: dict[tuple[str, str], dict[str, Path]] = {}  # (Triton's key, metadata file) -> files by name
         self._files: dict[tuple[str, str], Path] = {}  # single files of Triton: launchers
         self._native: dict[str, Path | bytes] = {}
+        self.record = 0  # changes with `forget_launched`
         self._spare: Path | None = None  # instead of a cache that cannot be written
         self.from_engine = 0
         self.from_cache = 0
@@ -150,6 +151,10 @@ class CompiledKernels:
         self._native[name] = code
         return code
 
+    def used_native(self, name: str, code: bytes) -> None:
+        """A cubin that this process has loaded before is launched, for the first time in this `record`."""
+        self._native.setdefault(name, code)
+
     # -------------------------------------------------- gathering
 
     def forget_launched(self) -> None:
@@ -157,6 +162,7 @@ class CompiledKernels:
         this process has loaded are looked up again at their next launch; launchers and modules stay on record."""
         self._groups.clear()
         self._native.clear()
+        self.record += 1
         for module in [m for name, m in sys.modules.items() if name.startswith("appliance.kernels.")]:
             for value in vars(module).values():
                 caches: Any = getattr(value, "device_caches", None)  # of a triton.JITFunction

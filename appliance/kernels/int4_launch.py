@@ -25,10 +25,12 @@ def read_sources(*names: str) -> str:
 class Kernel:
     """One compiled kernel, loaded."""
 
-    def __init__(self, code: bytes, entry: str, threads: int, shared: int, index: int) -> None:
+    def __init__(self, name: str, code: bytes, entry: str, threads: int, shared: int, index: int) -> None:
+        """`name`: of its cubin, as `KERNELS` calls it."""
         from cuda.bindings import driver
         from cuda.core import ObjectCode
 
+        self._name, self._code, self._record = name, code, KERNELS.record
         self._kernel = ObjectCode.from_cubin(code).get_kernel(entry)
         self._threads, self._shared = threads, shared
         self._configs: dict[tuple[int, bool], Any] = {}
@@ -42,6 +44,9 @@ class Kernel:
     def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
         from cuda.core import LaunchConfig, launch
 
+        if self._record != KERNELS.record:
+            self._record = KERNELS.record
+            KERNELS.used_native(self._name, self._code)
         config = self._configs.get((blocks, dependent))
         if config is None:
             config = self._configs[blocks, dependent] = LaunchConfig(
@@ -80,8 +85,9 @@ def load(
     """The kernel `entry` in `source` with compile-time constants `macros`, on the GPU of that index, which is current:
     blocks of so many threads and bytes of shared memory. `features`: "a" for instructions of this architecture alone.
     """
-    code = KERNELS.native(_name(source, macros), lambda: _compile(source, macros, features))
-    return Kernel(code, entry, threads, shared, index)
+    name = _name(source, macros)
+    code = KERNELS.native(name, lambda: _compile(source, macros, features))
+    return Kernel(name, code, entry, threads, shared, index)
 
 
 def _name(source: str, macros: Mapping[str, int]) -> str:
