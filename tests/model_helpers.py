@@ -106,7 +106,7 @@ class PagedRunner:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.device = model.embedding.weight.device
+        self.device = model.device
         self.page_size = page_size
         self.attention = attention or ReferenceAttention()
         shape = (num_pages, 2, page_size, model.num_kv_heads, model.config.head_dim)
@@ -118,7 +118,8 @@ class PagedRunner:
         self._free = np.random.default_rng(seed).permutation(num_pages).tolist()
 
     def step(self, batch: list[tuple[PagedSequence, list[int]]]) -> list[Tensor]:
-        """Run new tokens of some sequences in one pass; float32 logits [tokens, vocab] of each."""
+        """Run new tokens of some sequences in one pass; float32 logits [tokens, vocab] of each. Of several pipeline
+        stages all run the same; the others than the last give nothing."""
         positions, slots = [], []
         for sequence, tokens in batch:
             new = range(sequence.length, sequence.length + len(tokens))
@@ -131,7 +132,15 @@ class PagedRunner:
         metadata = self.metadata(batch, slots)
         self.attention.plan(metadata)
         ctx = ForwardContext(self._tensor(positions), self.caches, metadata, self.attention)
-        logits = self.model.logits(self.model(self._tensor(token_ids), ctx))
+        received, stage = None, self.model.stage
+        if not stage.is_first:
+            received = torch.empty(len(token_ids), self.model.config.hidden_size, dtype=self.model.dtype)
+            stage.receive(received)
+        hidden = self.model(self._tensor(token_ids), ctx, received)
+        if not stage.is_last:
+            stage.send(hidden)
+            return []
+        logits = self.model.logits(hidden)
         return list(logits.split([len(tokens) for _, tokens in batch]))
 
     def greedy(self, prompt: list[int], num_tokens: int, chunk: int = 1 << 30) -> list[int]:

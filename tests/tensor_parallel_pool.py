@@ -1,4 +1,5 @@
-"""Ranks as processes that stay: each takes jobs, runs its share of a model over gloo, and gives its logits back."""
+"""Ranks as processes that stay: each takes jobs, runs its share of a model over gloo, and gives its logits back. They
+are a tensor-parallel group, or several, one behind the other."""
 
 from __future__ import annotations
 
@@ -14,9 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from appliance import registry
-from appliance.builder.shards import shard
+from appliance.builder.shards import shard, stage_of
 from appliance.checkpoint import read_model_config
-from appliance.distributed import GroupCollectives, Meeting, Rendezvous, TensorParallel
+from appliance.distributed import (
+    GroupCollectives,
+    Meeting,
+    NeighbourLinks,
+    PipelineStage,
+    Rendezvous,
+    TensorParallel,
+)
 from appliance.kernels import cpu_linear
 from appliance.layers.decoder import Decoder
 from appliance.types import WeightSpec
@@ -33,20 +41,25 @@ class Job:
     parameters: Mapping[str, Any]
     dtype: str = "float32"  # of the arithmetic
     packed: bool = False  # products as the CPU backend computes them
+    stages: int = 1  # of the pipeline that the ranks are
 
 
-def run_job(job: Job, tp: TensorParallel) -> Tensor:
-    """Logits [tokens, vocab] of two prompts, then of one more token each, on one rank."""
+def run_job(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) -> Tensor:
+    """Logits [tokens, vocab] of two prompts, then of one more token each, on one rank; none of another stage than the
+    last."""
+    stage = stage or PipelineStage()
     config = read_model_config(job.checkpoint)
     plugin = registry.load("models", registry.architectures()[config.architecture].name)
     scheme = registry.load("quantization", job.scheme).Scheme(job.parameters)
     specs: list[WeightSpec] = plugin.weight_specs(config)
     dtype = getattr(torch, job.dtype)
     with torch.device("meta"):
-        model: Decoder = plugin.Model(config, scheme, dtype, tp)
+        model: Decoder = plugin.Model(config, scheme, dtype, tp, stage)
     checkpoint = load_file(job.checkpoint / "model.safetensors")
     tensors: dict[str, Tensor] = {}
     for spec in specs:
+        if stage_of(spec.name, config, stage.size) != stage.index:
+            continue
         whole = dict(engine_tensors([spec], checkpoint, scheme, dtype))
         tensors |= {name: part.clone() for name, part in shard(spec, whole, tp.rank, tp.size).items()}
     model.load(tensors.items(), "cpu")
@@ -61,7 +74,7 @@ def run_job(job: Job, tp: TensorParallel) -> Tensor:
     with torch.inference_mode():
         for tokens in (PROMPTS, FOLLOWING):
             logits += runner.step(list(zip(sequences, tokens, strict=True)))
-    return torch.cat(logits)
+    return torch.cat(logits) if logits else torch.empty(0)
 
 
 def _serve(rank: int, size: int, ports: Any, jobs: Any, results: Any) -> None:
@@ -72,12 +85,16 @@ def _serve(rank: int, size: int, ports: Any, jobs: Any, results: Any) -> None:
         for _ in range(1, size):
             ports.put(meeting.port)
     meeting.join(device)
-    groups = {n: distributed.new_group(list(range(n))) for n in (2, 4)}
+    groups = {members: distributed.new_group(list(members)) for members in ((0, 1), (2, 3), (0, 1, 2, 3))}
     while (job := jobs.get()) is not None:
         if rank < job.size:
-            tp = TensorParallel(rank, job.size, GroupCollectives(job.size, device, groups[job.size]))
+            tp_size = job.size // job.stages
+            index, number = divmod(rank, tp_size)
+            group = groups.get(tuple(range(index * tp_size, (index + 1) * tp_size)))
+            tp = TensorParallel(number, tp_size, GroupCollectives(tp_size, device, group))
+            stage = PipelineStage(index, job.stages, NeighbourLinks(rank - tp_size, rank + tp_size))
             try:
-                results.put(run_job(job, tp).float().numpy())
+                results.put(run_job(job, tp, stage).float().numpy())
             except Exception as error:
                 results.put(repr(error))
                 raise
@@ -101,13 +118,13 @@ class RankPool:
             process.start()
 
     def run(self, job: Job) -> list[Tensor]:
-        """Logits of each rank."""
+        """Logits of each rank of the last stage."""
         for jobs in self._jobs:
             jobs.put(job)
         found = [results.get(timeout=60) for results in self._results[: job.size]]
         for result in found:
             assert not isinstance(result, str), result
-        return [torch.from_numpy(result) for result in found]
+        return [torch.from_numpy(result) for result in found[job.size - job.size // job.stages :]]
 
     def close(self) -> None:
         for jobs in self._jobs:

@@ -1,5 +1,5 @@
-"""Two and four ranks, as processes over gloo, give the logits of one: every architecture, every scheme; and an engine
-that was built for several ranks holds the numbers of one that was built for one."""
+"""Two and four ranks, as processes over gloo, give the logits of one, as a tensor-parallel group, as pipeline stages
+and as both: every architecture, every scheme."""
 
 from __future__ import annotations
 
@@ -78,6 +78,25 @@ def test_ranks_compute_what_one_does(
 ) -> None:
     name, parameters, limit = SCHEMES[scheme]
     compare(Job(checkpoints[architecture], size, name, parameters), pool, limit)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stages_compute_what_one_rank_does(
+    architecture: str, scheme: str, checkpoints: dict[str, Path], pool: RankPool
+) -> None:
+    name, parameters, limit = SCHEMES[scheme]
+    stages = Job(checkpoints[architecture], 2, name, parameters, stages=2)
+    assert torch.equal(pool.run(stages)[0], run_job(stages, TensorParallel())), "stages change no number"
+    compare(Job(checkpoints[architecture], 4, name, parameters, stages=2), pool, limit)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stages_round_what_they_hand_over_as_the_next_layer_would(
+    dtype: str, checkpoints: dict[str, Path], pool: RankPool
+) -> None:
+    job = Job(checkpoints["llama"], 2, "none", {}, dtype, stages=2)
+    assert torch.equal(pool.run(job)[0], run_job(job, TensorParallel()).float())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
