@@ -13,7 +13,9 @@ from appliance.kernels.all_reduce_norm import (
     all_reduce_rms_norm_quantize,
     all_reduce_rms_norm_reference,
 )
+from appliance.kernels.exchange import all_to_all_reference
 from appliance.kernels.row_quantization import FP8
+from appliance.kernels.sampling import score_blocks
 from appliance.kernels.tactics import TABLE
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.timing import time_in_graph
@@ -40,6 +42,7 @@ def run(rank: int, size: int, address: str) -> None:
     with torch.inference_mode():
         eager(own, rank, size, device)
         in_graphs(own, rank, size, device)
+        exchanged(own, rank, size, device)
         chosen = own.tune(4096, torch.bfloat16, time_in_graph)
     rows = torch.tensor([[c.rows, len(c.tactic)] for c in chosen], dtype=torch.int64, device=device)
     gathered = group.all_gather(rows)
@@ -96,3 +99,34 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
     torch.cuda.synchronize()
     for place in places:
         assert torch.equal(place, expected)
+
+
+def exchanged(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Small tensors and best tokens, in between all-reduces, eagerly and in a graph, while ranks are slow in turns."""
+    share, rows = 5000, 40
+    logits = partials(size, rows, share, device, 9)
+    whole = torch.cat([x.round() for x in logits], 1)  # many equals
+    sums = partials(size, 3, 4096, device, 10)
+    parts = [x.view(size, rows // size, share) for x in logits]
+    want = whole.argmax(1), torch.stack(logits), all_to_all_reference(parts)[rank], all_reduce_reference(sums)
+
+    def step() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mine = logits[rank].round()
+        best = own.best_tokens(*score_blocks(mine, None, None, None, None, rank * share))
+        everyones, for_me = own.all_gather(logits[rank]), own.all_to_all(parts[rank])
+        assert best is not None and everyones is not None and for_me is not None
+        return best, everyones, for_me, all_reduce_(sums[rank].clone(), own.workspace, two_shot=True)
+
+    def check(found: tuple[Tensor, ...], when: str) -> None:
+        for name, got, expected in zip(("best", "all_gather", "all_to_all", "sum"), found, want, strict=True):
+            assert torch.equal(got, expected), f"{name}, {when}"
+
+    check(step(), "eager")
+    graph, found = capture(step)
+    for turn in range(200):
+        if turn % size == rank:
+            torch.cuda._sleep(20_000)
+        graph.replay()
+        if turn % 10 == 0:
+            check(found, f"replay {turn}")
+            check(step(), f"eager after replay {turn}")

@@ -12,7 +12,7 @@ from compile_kernels import FP8, TO_FP8, stack_bytes, type_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from appliance.kernels import all_reduce, all_reduce_norm
+from appliance.kernels import all_reduce, all_reduce_norm, exchange, sharded_draw
 
 COMMON: dict[str, Any] = {
     "STEPS": all_reduce.ALL_STEPS,
@@ -37,6 +37,12 @@ def cases(arch: int) -> list[tuple[Any, dict[str, Any], int, dict[str, str]]]:
             out = TO_FP8 if arch >= 89 else {"out": "*bf16"}
             found.append((all_reduce._all_reduce_kernel, plain, 16, ADDRESSES))
             found.append((all_reduce_norm._all_reduce_rms_norm_kernel, fused, 16, ADDRESSES | out))
+        common = {**COMMON, "RANKS": ranks, "PDL": arch >= 90, "TWO_SHOT": False}
+        moved = ADDRESSES | {"x": "*bf16", "out": "*bf16"}
+        for to_each in (False, True):
+            found.append((exchange._exchange_kernel, {**common, "PART": 2048, "TO_EACH": to_each}, 4, moved))
+        keys = {"scores": "*fp32", "tokens": "*i64", "keys": "*i64", "out": "*i64"}
+        found.append((sharded_draw._best_tokens_kernel, {**common, "BLOCK": 16}, 1, ADDRESSES | keys))
     return found
 
 
@@ -44,9 +50,10 @@ def main() -> None:
     arch = int(sys.argv[1])
     for kernel, constants, num_warps, own in cases(arch):
         names = kernel.arg_names
+        two_shot, pdl = constants["TWO_SHOT"], constants["PDL"]
         constants = {name: value for name, value in constants.items() if name in names}
         signature = {name: "constexpr" if name in constants else type_of(name, own) for name in names}
-        unknown = {"rank", "n", "eps"}  # everything else is a multiple of 16 in launches
+        unknown = {"rank", "n", "m", "eps"}  # everything else is a multiple of 16 in launches
         whole = [name for name in names if signature[name] != "constexpr" and name not in unknown]
         source = ASTSource(
             fn=kernel,
@@ -54,7 +61,7 @@ def main() -> None:
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in whole},
         )
-        options = {"num_warps": num_warps, "launch_pdl": constants["PDL"]}
+        options = {"num_warps": num_warps, "launch_pdl": pdl}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         lines = [
             line.split()[0 if line.split()[0][0] != "@" else 1]
@@ -64,7 +71,7 @@ def main() -> None:
         line = {
             "kernel": kernel.__name__,
             "ranks": constants["RANKS"],
-            "two_shot": constants["TWO_SHOT"],
+            "two_shot": two_shot,
             "releases": lines.count("st.release.sys.global.u32"),
             "acquires": lines.count("ld.acquire.sys.global.u32"),
             "wide_loads": lines.count("ld.global.v4.b32") + lines.count("ld.global.v2.b64"),

@@ -16,9 +16,10 @@ RELEASE, ACQUIRE = "st.release.sys.global.u32", "ld.acquire.sys.global.u32"
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_all_reduce_kernels_compile(arch: int, tmp_path: Path) -> None:
-    """A wait is: barrier, release, acquire, barrier. Nothing that peers write is read as if it were constant."""
+    """A wait is: barrier, release, acquire, barrier. Nothing that peers write is read as if it were constant. Best
+    tokens are few numbers, so their kernel has no wide loads."""
     compiled = lines_of("compile_all_reduce.py", tmp_path, str(arch))
-    assert len(compiled) == 12
+    assert len(compiled) == 21
     for line in compiled:
         waits = 2 if line["two_shot"] else 1
         assert (line["releases"], line["acquires"]) == (waits, waits), line
@@ -26,4 +27,5 @@ def test_all_reduce_kernels_compile(arch: int, tmp_path: Path) -> None:
         for at in (at for at, name in enumerate(order) if name == RELEASE):
             assert order[at - 1 : at + 3] == ["bar.sync", RELEASE, ACQUIRE, "bar.sync"], line
         assert line["cached_loads"] == line["single_loads"] == line["stack"] == 0, line
-        assert line["wide_loads"] >= line["ranks"] and line["waits"] == (arch >= 90), line
+        assert line["waits"] == (arch >= 90), line
+        assert line["wide_loads"] >= line["ranks"] or line["kernel"] == "_best_tokens_kernel", line
