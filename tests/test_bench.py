@@ -8,28 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from appliance.bench import driver
 from appliance.bench.offline import Rows
 from appliance.bench.quality import against_nearest
 from appliance.bench.quality_columns import columns, open_column
-from appliance.bench.random_model import choose_tactics, engine_tensors, load_random, write_checkpoint
+from appliance.bench.random_engine import RandomEngine
+from appliance.bench.random_model import write_checkpoint
 from appliance.bench.shapes import SHAPES, shape_config
+from appliance.bench.subject import load_random
 from appliance.checkpoint import read_model_config
 from appliance.cli import main
 from appliance.engines import read_manifest
-from appliance.kernels.tactics import TABLE
 from appliance.runtime.divergence import Divergence
 from appliance.runtime.executor import LocalExecutor
-from appliance.runtime.loading import build_model
 from appliance.types import EngineOptions
 
 WHERE = {"device", "torch", "date"}
 OFFLINE = WHERE | {
     "bench", "precision", "backend", "attention", "kv_cache_dtype", "cuda_graphs", "kv_cache_tokens",
     "startup_seconds", "seed", "floor_ms", "ceilings", "decode", "prefill", "throughput",
+    "scheme", "tp_size", "pp_size", "all_reduce_us",
 }  # fmt: skip
+BESIDE = {"floor_ms", "floor_share", "floor_reduced_ms", "predicted_ms", "predicted_ratio"}
 SMALL = ("--backend", "cpu", "--max-num-seqs", "4", "--input-len", "8", "--output-len", "8", "--batch-sizes", "1,4,8")
 
 
@@ -49,26 +50,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def check_rows(result: dict[str, Any], *, prefill: tuple[int, int], throughput: tuple[int, int, int]) -> None:
     assert [row["batch"] for row in result["decode"]] == [1, 4], "8 are more than --max-num-seqs"
-    keys = {"batch", "input_len", "step_ms", "tokens_per_second", "floor_ms", "floor_share"}
-    assert set(result["decode"][0]) == keys
+    assert set(result["decode"][0]) == BESIDE | {"batch", "input_len", "step_ms", "tokens_per_second"}
     assert all(0 < row["floor_ms"] < row["step_ms"] for row in result["decode"])
+    for row in result["decode"]:
+        assert row["predicted_ratio"] == pytest.approx(row["predicted_ms"] / row["step_ms"], abs=0.002)
     assert [(row["count"], row["length"]) for row in result["prefill"]] == [prefill]
-    keys = {"count", "length", "ms", "tokens_per_second", "floor_ms", "floor_share"}
-    assert set(result["prefill"][0]) == keys
+    assert set(result["prefill"][0]) == BESIDE | {"count", "length", "ms", "tokens_per_second"}
     (row,) = result["throughput"]
     assert (row["requests"], row["input_len"], row["output_len"]) == throughput
-    assert set(row) - {"requests", "input_len", "output_len"} == {
+    assert set(row) - {"requests", "input_len", "output_len"} == BESIDE | {
         "seconds",
         "output_tokens_per_second",
+        "output_tokens_per_second_per_rank",
         "total_tokens_per_second",
-        "floor_share",
     }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_offline_with_random_weights(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_with_random_weights(precision: str, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--prefill", "2x32,1x5000", "--throughput", "6:8/8")
-    result = bench(capsys, "offline", "--shape", "tiny", "--precision", precision, "--seed", "3", *SMALL, *rows)
+    options = ("--precision", precision, "--cache", cache, "--seed", "3")
+    result = bench(capsys, "offline", "--shape", "tiny", *options, *SMALL, *rows)
     assert set(result) == OFFLINE | {"shape"}
     assert (result["bench"], result["shape"], result["precision"], result["seed"]) == ("offline", "tiny", precision, 3)
     assert result["backend"] == "cpu" and result["attention"] == "reference" and result["cuda_graphs"] is False
@@ -80,7 +82,7 @@ def test_offline_with_a_model_and_with_its_engine(cache: str, capsys: pytest.Cap
     built = bench(capsys, "offline", "--model", "builtin", "--precision", "fp8", "--cache", cache, *rows)
     assert set(built) == OFFLINE | {"model"} and (built["model"], built["precision"]) == ("builtin", "fp8")
     check_rows(built, prefill=(1, 64), throughput=(4, 8, 8))
-    (engine,) = (path.parent for path in Path(cache).glob("**/engine.json"))
+    (engine,) = (path.parent for path in Path(cache).glob("engines/*/engine.json"))
     opened = bench(capsys, "offline", "--model", str(engine), *rows)
     assert opened["precision"] == "fp8" and opened["model"] == str(engine)
     check_rows(opened, prefill=(1, 64), throughput=(4, 8, 8))
@@ -96,35 +98,21 @@ def test_rows_that_do_not_fit_are_left_out_and_named(capsys: pytest.CaptureFixtu
 
 
 def test_decode_rows_are_batches_by_prompt_lengths(capsys: pytest.CaptureFixture[str]) -> None:
-    shape = ("--shape", "tiny", "--backend", "cpu", "--kv-cache", "fp32", "--prefill=", "--throughput=")
+    shape = ("--shape", "tiny", "--backend", "cpu", "--kv-cache-dtype", "fp32", "--prefill=", "--throughput=")
     result = bench(capsys, "offline", *shape, "--batch-sizes", "1,2", "--isl", "8,40", "--osl", "8")
     assert [(row["batch"], row["input_len"]) for row in result["decode"]] == [(1, 8), (2, 8), (1, 40), (2, 40)]
     assert result["kv_cache_dtype"] == "fp32"
     assert set(result["ceilings"]) == {"bandwidth_tbs", "linear_tflops", "attention_tflops"}
 
 
-def test_what_a_start_puts_off_is_done_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_start_puts_off_is_done_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = [1, 1, 1]
     monkeypatch.setattr(LocalExecutor, "prepare_more", lambda self: bool(left and left.pop()))
-    load_random("tiny", "bf16", EngineOptions(engine_dir="", backend="cpu", max_num_seqs=2, max_model_len=64))
+    options = EngineOptions(engine_dir="", backend="cpu", max_num_seqs=2, max_model_len=64)
+    load_random(RandomEngine("tiny", "bf16", "cpu"), options, tmp_path)
     assert not left
-
-
-@pytest.mark.parametrize("scheme", ["none", "fp8"])
-def test_products_of_a_random_model_are_timed_as_in_a_build(
-    scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the CPU there is one way each, so nothing is chosen; what matters is that all of it can be asked."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(SHAPES["tiny"], scheme, torch.bfloat16)
-    model.load(engine_tensors(SHAPES["tiny"], "fp8" if scheme == "fp8" else "bf16", device), device)
-    model.prepare(64)
-    try:
-        found = choose_tactics(model, device, tmp_path)
-        assert f"{found} tactics chosen" in capsys.readouterr().out
-        assert (found > 0) == torch.cuda.is_available() == any(tmp_path.glob("timings/*.json"))
-    finally:
-        TABLE.clear()
 
 
 def test_prompts_are_decided_by_the_seed() -> None:
@@ -138,7 +126,7 @@ def test_prompts_are_decided_by_the_seed() -> None:
 def test_quality(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--samples", "2", "--tasks", "addition,recall", "--recall-lengths", "256", "--cache", cache)
     more = ("--backend", "cpu", "--text-tokens", "128", *options)
-    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache", "auto,fp8", *more)
+    result = bench(capsys, "quality", "--precision", "bf16,fp8", "--kv-cache-dtype", "auto,fp8", *more)
     parts = {"accuracy", "mean", "text", "divergence", "divergence_answers", "seconds"}
     assert set(result) == WHERE | parts | {"bench", "model", "samples", "seed"}
     columns = ("bf16", "bf16 + fp8 KV", "fp8", "fp8 + fp8 KV")
@@ -207,7 +195,7 @@ def test_quality_over_a_file(cache: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     result = bench(capsys, "start", "--precision", "bf16", "--work", str(tmp_path), "--timeout", "50")
-    assert set(result) == WHERE | {"bench", "model", "precision", "starts", "build"}
+    assert set(result) == WHERE | {"bench", "model", "precision", "tp_size", "starts", "build"}
     assert 0 < result["build"]["convert"] < result["build"]["imports"] + sum(result["build"].values())
     assert set(result["starts"]) == {"empty cache", "engine built"}
     for row in result["starts"].values():
@@ -221,7 +209,11 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "message"),
     [
         ("offline --shape huge", 2, "--shape is 'huge'; allowed: llama-3.1-8b, llama-3-70b, llama-3.2-1b, tiny"),
-        ("quality --kv-cache auto,fp4", 2, "--kv-cache is 'auto,fp4'; allowed: auto, fp32, fp16, bf16, fp8"),
+        (
+            "quality --kv-cache-dtype auto,fp4",
+            2,
+            "--kv-cache-dtype is 'auto,fp4'; allowed: auto, fp32, fp16, bf16, fp8",
+        ),
         ("offline --shape tiny --backend tpu", 2, "--backend is 'tpu'; allowed: auto, cpu, cuda"),
         ("offline --shape tiny --backend cpu --attention triton", 2, "allowed: auto, reference"),
         ("offline --shape tiny --precision fp7", 2, "--precision is 'fp7'; allowed: "),
@@ -229,14 +221,18 @@ def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("offline --shape tiny --prefill 8*16", 2, "--prefill has '8*16'; entries must be of the form NxN"),
         ("offline --shape tiny --throughput 8:0/4", 2, "--throughput has '8:0/4'; entries must be of the form N:N/N"),
         ("offline --shape tiny --batch-sizes one", 2, "--batch-sizes has 'one'"),
-        ("offline --shape tiny --kv-cache fp7", 2, "--kv-cache is 'fp7'; allowed: auto, fp32, fp16, bf16, fp8"),
+        (
+            "offline --shape tiny --kv-cache-dtype fp7",
+            2,
+            "--kv-cache-dtype is 'fp7'; allowed: auto, fp32, fp16, bf16, fp8",
+        ),
         ("offline --shape tiny --max-num-seqs 0", 2, "--max-num-seqs is 0; it must be at least 1"),
         ("offline --shape tiny --isl 1.5", 2, "--input-len has '1.5'"),
         ("offline --shape tiny --output-len 2", 2, "--output-len is 2; it must be at least 8"),
         ("offline --shape tiny --batch-sizes= --prefill= --throughput=", 2, "nothing to measure"),
         ("offline --model ./nothing-here", 4, "nothing-here"),
         ("quality --precision bf16,fp7", 2, "--precision is 'bf16,fp7'; allowed: "),
-        ("quality --kv-cache bf61", 2, "--kv-cache is 'bf61'; allowed: "),
+        ("quality --kv-cache-dtype bf61", 2, "--kv-cache-dtype is 'bf61'; allowed: "),
         ("quality --tasks addition,poetry", 2, "--tasks has 'poetry'; allowed: addition, "),
         ("quality --precision fp8+fp4", 2, "each also with the precision of its KV cache, as in fp8+fp8"),
         ("quality --text ./nothing-here", 2, "--text: there is no file ./nothing-here"),

@@ -367,7 +367,7 @@ def test_loads_that_make_no_sense_are_refused(arguments: str, message: str) -> N
         ("--url https://localhost", 2, "it must be of the form http://HOST:PORT"),
         ("--url http://localhost --shape tiny", 2, "--model and --shape are for one that is started"),
         ("--shape huge", 2, "--shape is 'huge'"),
-        ("--kv-cache fp7", 2, "--kv-cache is 'fp7'"),
+        ("--kv-cache-dtype fp7", 2, "--kv-cache-dtype is 'fp7'"),
         ("--model ./nothing-here --start-timeout 50", 1, "nothing-here"),
     ],
 )

@@ -104,6 +104,11 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[Precision]]:
     if not args.model:
         shape_config(args.shape or DEFAULT_SHAPE)
     chosen = precisions(args.precision or "bf16")
+    if len(chosen) > 1 and (args.tp_size or 1) * (args.pp_size or 1) > 1:
+        raise SettingsError(
+            "--precision has several, which engines of several ranks cannot have in one process",
+            hint="run one precision at a time",
+        )
     return batches, chosen
 
 
@@ -157,7 +162,16 @@ def _measure(
     # No more KV cache than is used, so that the peer has the memory that it may need.
     pages = max(prompts) * (-(-(args.input_len + args.output_len) // options.page_size) + 1)
     options = msgspec.structs.replace(options, num_pages=pages)
-    subject = load_model(str(path), precision, backend, cache, options, tactics=not args.no_tactics)
+    subject = load_model(
+        str(path),
+        precision,
+        backend,
+        cache,
+        options,
+        tactics=not args.no_tactics,
+        tp_size=args.tp_size or 1,  # as many devices as the peer has, unless more are asked for
+        pp_size=args.pp_size or 1,
+    )
     if args.input_len + args.output_len > subject.core.limits.max_length:
         raise SettingsError(
             f"--isl {args.input_len} and --osl {args.output_len} are more than the context of "
@@ -169,7 +183,7 @@ def _measure(
         ours.rates[batch] = batch * args.output_len / min(timing.seconds for timing in runs)
         ours.outputs[batch] = [runs[-1].token_ids[request.request_id] for request in requests]
     device = subject.device
-    del subject
+    subject.close()
     release(device)
     return ours
 
@@ -178,9 +192,9 @@ def _peer(path: Path, backend: str) -> Peer:
     import torch
 
     from appliance.bench.peer import Peer
-    from appliance.bench.subject import device_of
+    from appliance.bench.random_engine import devices_of
 
-    device = device_of(backend)
+    (device,) = devices_of(backend, 1)
     say(f"transformers in {_PEER_DTYPE[device.type]}")
     return Peer(path, device, getattr(torch, _PEER_DTYPE[device.type]))
 

@@ -20,7 +20,8 @@ class Timing:
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: dict[str, float] = field(default_factory=dict)  # request id -> since the start of the run
-    # Time between two consecutive steps that gave every running request exactly one token.
+    # Seconds in which every running request got exactly one token: of a step, or, where stages have parts of the
+    # requests in hand, of as many steps as there are parts.
     decode_steps: list[float] = field(default_factory=list)
     token_ids: dict[str, list[int]] = field(default_factory=dict)  # request id -> its output, if it was to be kept
 
@@ -46,10 +47,11 @@ def make_requests(count: int, input_len: int, output_len: int, vocab_size: int, 
 def run(core: EngineCore, requests: list[EngineRequest], *, keep_tokens: bool = False) -> Timing:
     """Run requests to completion on an idle core. RequestFailedError if one ends in any way but by length."""
     timing = Timing(prompt_tokens=sum(len(r.prompt_token_ids) for r in requests))
-    begin = last = time.perf_counter()
+    begin = last = begin_round = time.perf_counter()
     for request in requests:
         core.add_request(request)
     remaining = len(requests)
+    seen: set[str] = set()  # who got a token since `begin_round`
     while core.has_work:
         outputs = core.step()
         now = time.perf_counter()
@@ -61,8 +63,13 @@ def run(core: EngineCore, requests: list[EngineRequest], *, keep_tokens: bool = 
             remaining -= output.finish_reason is not None
             if keep_tokens:
                 timing.token_ids.setdefault(output.request_id, []).extend(output.token_ids)
-        if len(outputs) == len(requests):
-            timing.decode_steps.append(now - last)
+        ids = {output.request_id for output in outputs}
+        if seen & ids:  # somebody gets a second token before others had one: prompts are still being computed
+            seen, begin_round = set(), last
+        seen |= ids
+        if len(seen) == len(requests):
+            timing.decode_steps.append(now - begin_round)
+            seen, begin_round = set(), now
         if outputs:
             last = now
     timing.seconds = time.perf_counter() - begin

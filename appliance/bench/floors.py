@@ -6,7 +6,9 @@ the same run (`ceilings.py`), so a share of 100% is what this very device can do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from appliance.types import ModelConfig
 
@@ -22,40 +24,76 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Floors:
-    """Seconds that steps of one model take at least. `weight_bytes`: read by every step, so all but the embedding
-    table; `kv_token_bytes`: K and V of one token in all layers."""
+    """Seconds that steps of one model take at least, on as many ranks as share it.
+
+    `weight_bytes`: read by every step on a rank, so all but the embedding table; `kv_token_bytes`: K and V of one token
+    in all layers of a rank. Of several stages each has its part of the sequences in hand, and all work at once.
+
+    With `reduced`, the sums over ranks, two a layer, are added as they were measured: nothing runs beside them."""
 
     config: ModelConfig
     ceilings: Ceilings
     weight_bytes: int
     kv_token_bytes: float
+    tp_size: int = 1
+    pp_size: int = 1
+    reductions: Mapping[int, float] = field(default_factory=dict)  # rows -> measured seconds of a sum over the ranks
+    max_num_batched_tokens: int = 8192  # rows of a sum, where prompts are long
 
     @property
     def weights(self) -> float:
-        """To read the weights once."""
-        return self.weight_bytes / self.ceilings.bandwidth
+        """To read the weights once, in all stages."""
+        return self.pp_size * self.weight_bytes / self.ceilings.bandwidth
 
-    def decode(self, batch: int, context: float) -> float:
+    def decode(self, batch: int, context: float, *, reduced: bool = False) -> float:
         """One step of `batch` sequences that hold `context` tokens each: weights and K/V are read, products done."""
-        moved = self.weight_bytes + batch * self._kv_read(context)
-        operations = 2 * batch * (self._layer_parameters + self._head_parameters) / self.ceilings.linear_rate
-        operations += 4 * batch * self._attended(context) / self.ceilings.attention_rate
-        return max(moved / self.ceilings.bandwidth, operations)
+        rows = math.ceil(batch / self.pp_size)
+        moved = self.weight_bytes + rows * self._kv_read(context)
+        parameters = self._layer_parameters / self.pp_size + (self._head_parameters if self.pp_size == 1 else 0)
+        operations = 2 * rows * parameters / self.ceilings.linear_rate
+        operations += 4 * rows * self._attended(context) / self.pp_size / self.ceilings.attention_rate
+        stage = max(moved / self.ceilings.bandwidth, operations / self.tp_size)
+        return self.pp_size * (stage + (self._reductions(rows) if reduced else 0.0))
 
-    def prefill(self, prompts: int, length: int) -> float:
+    def prefill(self, prompts: int, length: int, *, reduced: bool = False) -> float:
         """Prompts of `length` tokens each, with one token sampled for each; attention is causal."""
         tokens = prompts * length
         operations = 2 * (tokens * self._layer_parameters + prompts * self._head_parameters) / self.ceilings.linear_rate
         pairs = sum(_causal_pairs(length, self.config.window_of(layer)) for layer in self._layers)
         operations += 4 * prompts * pairs * self._attention_width / self.ceilings.attention_rate
-        return max(self.weights, operations)
+        seconds = max(self.weights, operations / (self.tp_size * self.pp_size))
+        if reduced:
+            whole, rest = divmod(tokens, self.max_num_batched_tokens)
+            seconds += whole * self._reductions(self.max_num_batched_tokens)
+            seconds += self._reductions(rest) if rest else 0.0
+        return seconds
 
-    def throughput(self, requests: int, input_len: int, output_len: int, max_num_seqs: int) -> float:
+    def throughput(
+        self, requests: int, input_len: int, output_len: int, max_num_seqs: int, *, reduced: bool = False
+    ) -> float:
         """`requests` at once, `max_num_seqs` of them running: every prompt once, and full decode steps for the rest."""
         running = min(requests, max_num_seqs)
         steps = requests * (output_len - 1) / running
-        decode = steps * self.decode(running, input_len + output_len / 2)
-        return self.prefill(requests, input_len) + decode
+        decode = steps * self.decode(running, input_len + output_len / 2, reduced=reduced)
+        return self.prefill(requests, input_len, reduced=reduced) + decode
+
+    @property
+    def knows_reductions(self) -> bool:
+        """Whether `reduced` can be asked for: there are several ranks, and their sums were timed."""
+        return self.tp_size > 1 and bool(self.reductions)
+
+    def _reductions(self, rows: int) -> float:
+        """Of the layers of a stage, two each: between measured sizes by a line, beyond the largest by bytes."""
+        known = sorted(self.reductions)
+        last = known[-1]
+        if rows >= last:
+            seconds = self.reductions[last] * rows / last
+        else:
+            above = next(size for size in known if size >= rows)
+            below = max((size for size in known if size <= rows), default=above)
+            part = (rows - below) / (above - below) if above > below else 0.0
+            seconds = self.reductions[below] + part * (self.reductions[above] - self.reductions[below])
+        return 2 * self.config.num_hidden_layers / self.pp_size * seconds
 
     # ------------------------------------------------------------ what a model needs
 

@@ -1,8 +1,9 @@
 """`appliance bench offline`: the engine without HTTP, on a model shape with random weights or on a real model.
 
 Reports decode time per step over batch sizes and prompt lengths, prefill speed, and throughput at full load, each
-beside the floor that memory bandwidth and matrix products set (`floors.py`), both measured in the same run. Prompts are
-random token ids, fixed by the seed; output runs to its full length. All times in seconds unless named otherwise.
+beside the floor that memory bandwidth and matrix products set (`floors.py`), both measured in the same run, and beside
+what the selection predicts (`predictions.py`). Prompts are random token ids, fixed by the seed; output runs to its full
+length. Of several ranks this process is the first. All times in seconds unless named otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,56 +105,103 @@ def run(args: argparse.Namespace) -> int:
     subject = open_subject(args, rows.longest)
     rows = rows.within(subject.core.limits.max_length, subject.max_num_seqs)
     result: dict[str, Any] = {"bench": "offline", **subject.description, "seed": args.seed, **environment()}
-    floors = subject.floors
-    ceilings = floors.ceilings
-    result["floor_ms"] = round(floors.weights * 1e3, 3)
-    result["ceilings"] = {
-        "bandwidth_tbs": round(ceilings.bandwidth / 1e12, 3),
-        "linear_tflops": round(ceilings.linear_rate / 1e12, 2),
-        "attention_tflops": round(ceilings.attention_rate / 1e12, 2),
-    }
-    say(
-        f"weights read per step {floors.weight_bytes / 1e9:.2f} GB, floor {floors.weights * 1e3:.2f} ms; "
-        f"measured here: copies {ceilings.bandwidth / 1e12:.2f} TB/s, products of the weights' precision "
-        f"{ceilings.linear_rate / 1e12:,.1f} TFLOP/s, of attention's {ceilings.attention_rate / 1e12:,.1f}"
-    )
+    result |= _limits(subject)
     result["decode"] = _decode(subject, rows, args.seed)
     result["prefill"] = _prefill(subject, rows, args.seed)
     result["throughput"] = _throughput(subject, rows, args.seed)
+    subject.close()
     print(json.dumps(result))
     return 0
 
 
+def _limits(subject: Subject) -> dict[str, Any]:
+    """What the device reaches, and how ranks add up; said, and for the JSON line."""
+    floors, ceilings = subject.floors, subject.floors.ceilings
+    say(
+        f"weights read per step {floors.weight_bytes / 1e9:.2f} GB{' a rank' if subject.ranks > 1 else ''}, floor "
+        f"{floors.weights * 1e3:.2f} ms; measured here: copies {ceilings.bandwidth / 1e12:.2f} TB/s, products of the "
+        f"weights' precision {ceilings.linear_rate / 1e12:,.1f} TFLOP/s, of attention's "
+        f"{ceilings.attention_rate / 1e12:,.1f}"
+    )
+    if floors.knows_reductions:
+        timed = ", ".join(f"{rows}: {seconds * 1e6:.1f}" for rows, seconds in sorted(floors.reductions.items()))
+        say(f"a sum over the ranks, µs by rows: {timed}; floors with sums have two a layer")
+    return {
+        "floor_ms": round(floors.weights * 1e3, 3),
+        "ceilings": {
+            "bandwidth_tbs": round(ceilings.bandwidth / 1e12, 3),
+            "linear_tflops": round(ceilings.linear_rate / 1e12, 2),
+            "attention_tflops": round(ceilings.attention_rate / 1e12, 2),
+        },
+        "all_reduce_us": {rows: round(seconds * 1e6, 2) for rows, seconds in sorted(floors.reductions.items())},
+    }
+
+
+_BESIDE = ("floor ms", "of it", "with sums", "predicted", "ratio")  # columns behind what was measured
+_EXPLAINED = (
+    "of it: share of the floor that was reached; with sums: floor and the sums over ranks; predicted: ms, by the "
+    "selection; ratio: predicted over measured"
+)
+
+
+def _beside(
+    subject: Subject, floor_of: Callable[..., float], sizes: tuple[float, ...], predicted: float | None, seconds: float
+) -> dict[str, Any]:
+    """What stands beside a measured time: its floor, one of the methods of `Floors` with its arguments, and what the
+    selection predicts. Milliseconds; ratio: predicted over measured."""
+    floor, measured = floor_of(*sizes), not math.isnan(seconds)
+    reduced = floor_of(*sizes, reduced=True) if subject.floors.knows_reductions else None
+    return {
+        "floor_ms": round(floor * 1e3, 3),
+        "floor_share": round(floor / seconds, 3) if measured else None,
+        "floor_reduced_ms": None if reduced is None else round(reduced * 1e3, 3),
+        "predicted_ms": None if predicted is None else round(predicted * 1e3, 3),
+        "predicted_ratio": round(predicted / seconds, 3) if predicted is not None and measured else None,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """`_BESIDE` of a row."""
+    kinds = {
+        "floor_ms": ",.3f",
+        "floor_share": ".0%",
+        "floor_reduced_ms": ",.3f",
+        "predicted_ms": ",.3f",
+        "predicted_ratio": ".2f",
+    }
+    return ["-" if row[key] is None else format(row[key], kind) for key, kind in kinds.items()]
+
+
 def _decode(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    table = Table("prompt", "batch", "step ms", "tokens/s", "floor ms", "share of floor")
+    table = Table("prompt", "batch", "step ms", "tokens/s", *_BESIDE)
     found = []
     for batch, input_len in rows.decode:
         requests = driver.make_requests(
             batch, input_len, rows.output_len, subject.config.vocab_size, seed=f"decode {seed} {batch} {input_len}"
         )
         step = driver.run(subject.core, requests).median_step
-        floor = subject.floors.decode(batch, input_len + rows.output_len / 2)
-        row: dict[str, Any] = {"batch": batch, "input_len": input_len, "floor_ms": round(floor * 1e3, 3)}
         if math.isnan(step):
             say(f"decode batch {batch}: no steps with all sequences; raise --output-len or --max-num-batched-tokens")
-            row |= {"step_ms": None, "tokens_per_second": None, "floor_share": None}
-            table.row(input_len, batch, "-", "-", f"{floor * 1e3:.3f}", "-")
-        else:
-            row |= {
-                "step_ms": round(step * 1e3, 3),
-                "tokens_per_second": round(batch / step, 1),
-                "floor_share": round(floor / step, 3),
-            }
-            rate = f"{batch / step:,.0f}"
-            table.row(input_len, batch, f"{step * 1e3:.3f}", rate, f"{floor * 1e3:.3f}", f"{floor / step:.0%}")
+        context = input_len + rows.output_len / 2
+        predicted = None if subject.predictions is None else subject.predictions.decode(batch, context)
+        row: dict[str, Any] = {
+            "batch": batch,
+            "input_len": input_len,
+            "step_ms": None if math.isnan(step) else round(step * 1e3, 3),
+            "tokens_per_second": None if math.isnan(step) else round(batch / step, 1),
+            **_beside(subject, subject.floors.decode, (batch, context), predicted, step),
+        }
         found.append(row)
+        measured = ("-", "-") if math.isnan(step) else (f"{step * 1e3:.3f}", f"{batch / step:,.0f}")
+        table.row(input_len, batch, *measured, *_cells(row))
     if found:
         table.show(f"decode, {rows.output_len} tokens of output; floor: weights and K/V read, products done")
+        say(_EXPLAINED)
     return found
 
 
 def _prefill(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    table = Table("prompts", "length", "ms", "tokens/s", "floor ms", "share of floor")
+    table = Table("prompts", "length", "ms", "tokens/s", *_BESIDE)
     found = []
     for count, length in rows.prefill:
         seconds = []
@@ -162,25 +211,23 @@ def _prefill(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
             )
             seconds.append(driver.run(subject.core, requests).seconds)
         median = sorted(seconds)[1]  # the first also warms up
-        rate, floor = count * length / median, subject.floors.prefill(count, length)
-        found.append(
-            {
-                "count": count,
-                "length": length,
-                "ms": round(median * 1e3, 2),
-                "tokens_per_second": round(rate),
-                "floor_ms": round(floor * 1e3, 3),
-                "floor_share": round(floor / median, 3),
-            }
-        )
-        table.row(count, length, f"{median * 1e3:.1f}", f"{rate:,.0f}", f"{floor * 1e3:.2f}", f"{floor / median:.0%}")
+        predicted = None if subject.predictions is None else subject.predictions.prefill(count, length)
+        row: dict[str, Any] = {
+            "count": count,
+            "length": length,
+            "ms": round(median * 1e3, 2),
+            "tokens_per_second": round(count * length / median),
+            **_beside(subject, subject.floors.prefill, (count, length), predicted, median),
+        }
+        found.append(row)
+        table.row(count, length, f"{median * 1e3:.1f}", f"{count * length / median:,.0f}", *_cells(row))
     if found:
         table.show("prefill; floor: products at the measured rate")
     return found
 
 
 def _throughput(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    table = Table("requests", "in/out", "s", "output tokens/s", "total tokens/s", "share of floor")
+    table = Table("requests", "in/out", "s", "output/s", "total/s", "a rank", *_BESIDE)
     found = []
     for count, input_len, output_len in rows.throughput:
         requests = driver.make_requests(
@@ -189,20 +236,23 @@ def _throughput(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]
         timing = driver.run(subject.core, requests)
         rate = timing.output_tokens / timing.seconds
         total = (timing.output_tokens + timing.prompt_tokens) / timing.seconds
-        share = subject.floors.throughput(count, input_len, output_len, subject.max_num_seqs) / timing.seconds
-        found.append(
-            {
-                "requests": count,
-                "input_len": input_len,
-                "output_len": output_len,
-                "seconds": round(timing.seconds, 3),
-                "output_tokens_per_second": round(rate),
-                "total_tokens_per_second": round(total),
-                "floor_share": round(share, 3),
-            }
-        )
-        cells = (f"{input_len}/{output_len}", f"{timing.seconds:.1f}", f"{rate:,.0f}", f"{total:,.0f}", f"{share:.0%}")
-        table.row(count, *cells)
+        sizes = (count, input_len, output_len)
+        known = None if subject.predictions is None else subject.predictions.output_rate(*sizes)
+        predicted = None if known is None else timing.output_tokens / known
+        floor_of, of = subject.floors.throughput, (*sizes, subject.max_num_seqs)
+        row: dict[str, Any] = {
+            "requests": count,
+            "input_len": input_len,
+            "output_len": output_len,
+            "seconds": round(timing.seconds, 3),
+            "output_tokens_per_second": round(rate),
+            "output_tokens_per_second_per_rank": round(rate / subject.ranks, 1),
+            "total_tokens_per_second": round(total),
+            **_beside(subject, floor_of, of, predicted, timing.seconds),
+        }
+        found.append(row)
+        rates = (f"{rate:,.0f}", f"{total:,.0f}", f"{rate / subject.ranks:,.0f}")
+        table.row(count, f"{input_len}/{output_len}", f"{timing.seconds:.1f}", *rates, *_cells(row))
     if found:
-        table.show("throughput, all requests at once; floor: each prompt once, then full decode steps")
+        table.show("throughput, all requests at once, tokens/s; floor: each prompt once, then full decode steps")
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import msgspec
 
-from appliance.bench.report import one_precision
+from appliance.bench.report import one_scheme
 from appliance.bench.shapes import SHAPES, shape_config
 from appliance.checkpoint.files import INDEX_NAME
 from appliance.errors import ApplianceError, SettingsError
@@ -21,6 +21,7 @@ from appliance.settings import load
 from appliance.types import EngineOptions, KvCacheDtype, Precision
 
 if TYPE_CHECKING:
+    from appliance.bench.random_engine import RandomEngine
     from appliance.bench.subject import Subject
 
 DEFAULT_SHAPE = "llama-3.1-8b"
@@ -33,11 +34,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     what.add_argument("--shape", help=f"{', '.join(SHAPES)}: random weights (default: {DEFAULT_SHAPE})")
     what.add_argument("--model", help="model directory, hub id, engine directory or builtin, instead of a shape")
     default = "bf16; several by comma" if several else "bf16 for a shape, selected for a model"
-    parser.add_argument("--precision", help=f"{', '.join(get_args(Precision))} (default: {default})")
+    schemes = "" if several else ", or a scheme by name, such as int4_gptq"
+    parser.add_argument("--precision", help=f"{', '.join(get_args(Precision))}{schemes} (default: {default})")
+    parser.add_argument(
+        "--tp-size", type=int, help="ranks that share each layer (default: 1 for a shape, else selected)"
+    )
+    parser.add_argument("--pp-size", type=int, help="stages, each of --tp-size ranks (default: likewise)")
     parser.add_argument("--backend", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
     parser.add_argument(
-        "--kv-cache", default="auto", help=f"its precision: {', '.join(get_args(KvCacheDtype))} (default: auto)"
+        "--kv-cache-dtype",
+        default="auto",
+        help=f"precision of the KV cache: {', '.join(get_args(KvCacheDtype))} (default: auto)",
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="run decode steps eagerly")
     parser.add_argument("--no-persistent-decode", action="store_true", help="run decode steps layer by layer")
@@ -59,14 +67,15 @@ def at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
 
 def kv_cache(args: argparse.Namespace) -> KvCacheDtype:
     """SettingsError for a name that is none of a precision."""
-    if args.kv_cache not in get_args(KvCacheDtype):
-        raise SettingsError(f"--kv-cache is {args.kv_cache!r}; allowed: {', '.join(get_args(KvCacheDtype))}")
-    return cast(KvCacheDtype, args.kv_cache)
+    if args.kv_cache_dtype not in get_args(KvCacheDtype):
+        allowed = ", ".join(get_args(KvCacheDtype))
+        raise SettingsError(f"--kv-cache-dtype is {args.kv_cache_dtype!r}; allowed: {allowed}")
+    return cast(KvCacheDtype, args.kv_cache_dtype)
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """The options that the arguments name; which engine is left open. SettingsError for what cannot be."""
-    at_least(args, _LEAST)
+    at_least(args, _LEAST | {name: 1 for name in ("tp_size", "pp_size") if getattr(args, name) is not None})
     return EngineOptions(
         engine_dir="",
         backend=args.backend,
@@ -81,26 +90,59 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     )
 
 
-def precision_of(args: argparse.Namespace) -> Precision | None:
-    """None: nothing was said. SettingsError for one that cannot be built, or several."""
-    return one_precision(args.precision) if args.precision else None
+def weights_of(args: argparse.Namespace) -> tuple[Precision | None, str | None]:
+    """The precision, and the scheme if it was named. None: nothing was said. SettingsError for one that cannot be
+    built, or several."""
+    return one_scheme(args.precision) if args.precision else (None, None)
+
+
+def cache_of(args: argparse.Namespace) -> Path:
+    """Where engines, timings and kernels are kept."""
+    return load({"cache": args.cache} if args.cache else {}).cache_dir
+
+
+def random_engine_of(args: argparse.Namespace, *, files: bool = False) -> RandomEngine:
+    """The engine that stands for the shape, of the backend that was asked for or the best there is. SettingsError for
+    an unknown shape."""
+    from appliance.bench.random_engine import RandomEngine, best_backend
+
+    precision, scheme = weights_of(args)
+    shape = args.shape or DEFAULT_SHAPE
+    shape_config(shape)
+    return RandomEngine(
+        shape=shape,
+        precision=precision or "bf16",
+        backend=best_backend() if args.backend == "auto" else args.backend,
+        scheme=scheme,
+        tp_size=args.tp_size or 1,
+        pp_size=args.pp_size or 1,
+        files=files,
+        tactics=not args.no_tactics,
+    )
 
 
 def open_subject(args: argparse.Namespace, longest: int) -> Subject:
     """The model or shape that is measured, loaded; `longest`: tokens of the longest sequence that a shape must hold.
     Raises what loading raises."""
-    options, precision = engine_options(args), precision_of(args)
+    options, (precision, scheme) = engine_options(args), weights_of(args)
     config = None if args.model else shape_config(args.shape or DEFAULT_SHAPE)
-    from appliance.bench.random_model import load_random
-    from appliance.bench.subject import load_model
+    from appliance.bench.subject import load_model, load_random
 
-    if config is None:
-        backend = None if args.backend == "auto" else args.backend
-        return load_model(args.model, precision, backend, args.cache, options, tactics=not args.no_tactics)
-    limit = min(longest, config.max_position_embeddings)
-    shape = args.shape or DEFAULT_SHAPE
-    timings = None if args.no_tactics else load({"cache": args.cache} if args.cache else {}).cache_dir
-    return load_random(shape, precision or "bf16", msgspec.structs.replace(options, max_model_len=limit), timings)
+    if config is not None:
+        limit = min(longest, config.max_position_embeddings)
+        options = msgspec.structs.replace(options, max_model_len=limit)
+        return load_random(random_engine_of(args), options, cache_of(args))
+    return load_model(
+        args.model,
+        precision,
+        None if args.backend == "auto" else args.backend,
+        args.cache,
+        options,
+        tactics=not args.no_tactics,
+        scheme=scheme,
+        tp_size=args.tp_size,
+        pp_size=args.pp_size,
+    )
 
 
 def shape_checkpoint(shape: str, work: Path) -> Path:

@@ -84,6 +84,17 @@ class OwnServer:
             f"the server ended with exit code {self._process.returncode}", hint="its own messages are above"
         )
 
+    def until_replicas(self, timeout: float) -> None:
+        """Wait until every replica is up, where the first makes the server ready. ApplianceError as `until`."""
+        while self._process.poll() is None:
+            phases = [each["phase"] for each in get_json(self.url + "/v1/health/ready")[1].get("replicas", [])]
+            if all(phase == "ready" for phase in phases):
+                return
+            if time.perf_counter() - self._begin > timeout:
+                raise ApplianceError(f"replicas are {', '.join(phases)} after {timeout:.0f} s", hint="see its log")
+            time.sleep(_POLL_SECONDS)
+        raise ApplianceError(f"the server ended with exit code {self._process.returncode}", hint="see its log")
+
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time so far of the server's process and of the engine's."""
         server = psutil.Process(self._process.pid)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="cuda or cpu (default: what selection chooses)")
     parser.add_argument("--attention", default="auto", help="auto, flashinfer, triton or reference (default: auto)")
     parser.add_argument(
-        "--kv-cache",
+        "--kv-cache-dtype",
         default="auto",
         help=f"precisions of the KV cache: {', '.join(get_args(KvCacheDtype))}; several by comma, each with each "
         "--precision (default: %(default)s)",
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = columns(args.precision, args.kv_cache)
+    chosen = columns(args.precision, args.kv_cache_dtype)
     at_least(args, _LEAST)
     sets: dict[str, list[tasks.Sample]] | None = sample_sets(args)
     if args.text is not None and not Path(args.text).expanduser().is_file():

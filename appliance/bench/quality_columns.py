@@ -50,12 +50,12 @@ def weights() -> dict[str, tuple[Precision, str | None, bool]]:
 
 
 def columns(precision_text: str, kv_cache_text: str) -> dict[str, Column]:
-    """By name. Entries of `--precision`: of `weights`, each with each KV cache of `--kv-cache` unless it names its own
-    ("fp8+fp8"); "all" is the project's whole table. SettingsError for an unknown one."""
+    """By name. Entries of `--precision`: of `weights`, each with each KV cache of `--kv-cache-dtype` unless it names
+    its own ("fp8+fp8"); "all" is the project's whole table. SettingsError for an unknown one."""
     known, allowed = weights(), get_args(KvCacheDtype)
     kv_caches = [part.strip() for part in kv_cache_text.split(",") if part.strip()]
     if not kv_caches or not set(kv_caches) <= set(allowed):
-        raise SettingsError(f"--kv-cache is {kv_cache_text!r}; allowed: {', '.join(allowed)}")
+        raise SettingsError(f"--kv-cache-dtype is {kv_cache_text!r}; allowed: {', '.join(allowed)}")
     entries = [part.strip() for part in precision_text.split(",") if part.strip()]
     if entries == ["all"]:
         entries, kv_caches = [entry for entry in ALL if entry.partition("+")[0] in known], ["auto"]

@@ -66,9 +66,7 @@ def numbers(flag: str, text: str, form: str) -> list[tuple[int, ...]]:
 
 def precisions(text: str) -> list[Precision]:
     """A comma-separated list of precisions that can be built. SettingsError, naming them, for another one or none."""
-    allowed: dict[str, Precision] = {}
-    for plugin in registry.plugins("quantization").values():
-        allowed |= {precision: precision for precision in plugin.facts["precisions"]}
+    allowed = _known_precisions()
     wanted = [part.strip() for part in text.split(",") if part.strip()]
     wrong = [part for part in wanted if part not in allowed]
     if wrong or not wanted:
@@ -82,3 +80,19 @@ def one_precision(text: str) -> Precision:
     if len(found) > 1:
         raise SettingsError(f"--precision is {text!r}; only one is allowed here")
     return found[0]
+
+
+def one_scheme(text: str) -> tuple[Precision, str | None]:
+    """A precision, or a scheme by its name and the precision that it serves. SettingsError like `one_precision`."""
+    schemes = registry.plugins("quantization")
+    if text.strip() in schemes and text.strip() not in _known_precisions():
+        precision: Precision = schemes[text.strip()].facts["precisions"][0]
+        return precision, text.strip()
+    return one_precision(text), None
+
+
+def _known_precisions() -> dict[str, Precision]:
+    found: dict[str, Precision] = {}
+    for plugin in registry.plugins("quantization").values():
+        found |= {precision: precision for precision in plugin.facts["precisions"]}
+    return found

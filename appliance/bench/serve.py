@@ -28,12 +28,15 @@ from appliance.bench.options import (
     DEFAULT_SHAPE,
     add_engine_arguments,
     at_least,
+    cache_of,
     engine_options,
-    precision_of,
+    random_engine_of,
     shape_checkpoint,
+    weights_of,
 )
 from appliance.bench.own_server import OwnServer, get_json
 from appliance.bench.report import environment, say
+from appliance.bench.serve_engines import engine_facts, per_device
 from appliance.bench.serve_table import show
 from appliance.bench.shapes import shape_config
 from appliance.errors import ApplianceError, SettingsError, UnavailableError
@@ -47,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model", help="its name in requests, with --url (default: the first it lists)")
     parser.add_argument("--api-key", help="sent as bearer token, with --url")
     add_engine_arguments(parser)
+    parser.add_argument("--replicas", type=int, help="engines that serve beside each other (default: `serve` decides)")
+    parser.add_argument(
+        "--weights",
+        default="device",
+        help="of a shape: device, random numbers made on each GPU; checkpoint, written, then built (default: device)",
+    )
     parser.add_argument(
         "--serve-flags", default="", help="further flags of `serve` for the started server (default: none)"
     )
@@ -105,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         wall = max(each.wall_seconds for each in seen)
         now = server.cpu_seconds() if server else {}
         result |= about | {"load": _load(args)} | summarize(seen, limits)
+        result |= per_device(result)
         result["client"] = client_load(seen)
         result["server_cpu_share"] = {name: round((now[name] - used[name]) / wall, 3) for name in now if name in used}
     if args.compare_offline:
@@ -163,10 +173,18 @@ def _check_comparable(args: argparse.Namespace, flows: list[Flow]) -> None:
     """SettingsError where nothing without HTTP is the same work."""
     main = flows[0]
     fixed = main.input.low == main.input.high and main.output.low == main.output.high
-    if args.url or len(flows) > 1 or main.kind != "closed" or main.duration or not fixed or args.serve_flags:
+    if (
+        args.url
+        or len(flows) > 1
+        or main.kind != "closed"
+        or main.duration
+        or not fixed
+        or args.serve_flags
+        or args.replicas
+    ):
         raise SettingsError(
             "--compare-offline needs a server of its own and a closed loop of --requests with one length each, "
-            "without --duration, --long-prompt-every and --serve-flags"
+            "without --duration, --long-prompt-every, --replicas and --serve-flags"
         )
 
 
@@ -204,38 +222,69 @@ def _describe(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _target(args: argparse.Namespace, main: Flow) -> Iterator[tuple[Target, OwnServer | None, dict[str, Any]]]:
     """The server that is measured, the process if it is ours, and what the JSON line says of it."""
-    options, precision = engine_options(args), precision_of(args)
+    options = engine_options(args)
     if args.url:
         if args.model or args.shape:
             raise SettingsError("--url is of a server that runs: --model and --shape are for one that is started")
         yield _look_up(args.url, args.served_model, args.api_key), None, {"url": args.url}
         return
+    _check_weights(args)
     shape = None if args.model else args.shape or DEFAULT_SHAPE
-    if shape:
-        shape_config(shape)
     work = Path(args.work or tempfile.mkdtemp(prefix="appliance-bench-"))
     work.mkdir(parents=True, exist_ok=True)
     try:
-        model = str(shape_checkpoint(shape, work)) if shape else args.model
         cache = args.cache or (str(work / "cache") if shape else None)
+        model, own = _model(args, work, cache)
         about: dict[str, Any] = {"shape": shape} if shape else {"model": model}
-        about["precision"] = precision
+        about["precision"] = weights_of(args)[0]
         if args.compare_offline:
-            about["offline"] = _offline(args, model, cache, main)
+            about["offline"] = _offline(args, model, cache, main, own)
         flags = ["--max-num-seqs", str(options.max_num_seqs), "--attention", options.attention]
         flags += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
-        flags += ["--kv-cache-dtype", options.kv_cache_dtype]
+        flags += ["--kv-cache-dtype", options.kv_cache_dtype, *own]
         flags += ["--backend", args.backend] if args.backend != "auto" else []
         flags += ["--max-waiting-requests", str(max(_WAITING, main.concurrency, len(main.arrivals)))]
+        flags += ["--replicas", str(args.replicas)] if args.replicas else []
         flags += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
+        flags += ["--no-persistent-decode"] if args.no_persistent_decode else []
+        flags += ["--batch-invariant"] if args.batch_invariant else []
         flags += ["--no-tactics"] if args.no_tactics else []
         flags += shlex.split(args.serve_flags)
-        with OwnServer(model, cache, precision, flags, log=work / "server.log") as server:
+        with OwnServer(model, cache, flags=flags, log=work / "server.log") as server:
             about["ready_seconds"] = round(server.until("/v1/health/ready", args.start_timeout), 2)
+            server.until_replicas(args.start_timeout)
+            about |= engine_facts(server.url, options, main)
             yield _look_up(server.url, None, None), server, about
     finally:
         if not args.work:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """SettingsError for what a server cannot be started with."""
+    if args.weights not in ("device", "checkpoint"):
+        raise SettingsError(f"--weights is {args.weights!r}; allowed: device, checkpoint")
+    at_least(args, {"replicas": 1} if args.replicas is not None else {})
+    _, scheme = weights_of(args)
+    if scheme is not None and (args.model or args.weights == "checkpoint"):
+        raise SettingsError(
+            f"--precision is {scheme!r}; a server takes a precision", hint="choose a profile with --serve-flags"
+        )
+    if not args.model:
+        shape_config(args.shape or DEFAULT_SHAPE)
+
+
+def _model(args: argparse.Namespace, work: Path, cache: str | None) -> tuple[str, list[str]]:
+    """What the server is to serve, and its flags that say how it is to be built, if it is."""
+    if not args.model and args.weights == "device":
+        from appliance.bench.random_engine import make_elsewhere
+
+        where = cache_of(args) if args.cache else work / "cache"
+        return str(make_elsewhere(random_engine_of(args), where)), []
+    flags = ["--tp-size", str(args.tp_size)] if args.tp_size else []
+    flags += ["--pp-size", str(args.pp_size)] if args.pp_size else []
+    flags += ["--precision", args.precision] if args.precision else []
+    return args.model or str(shape_checkpoint(args.shape or DEFAULT_SHAPE, work)), flags
 
 
 def _look_up(url: str, model: str | None, api_key: str | None) -> Target:
@@ -254,7 +303,7 @@ def _look_up(url: str, model: str | None, api_key: str | None) -> Target:
 # ---------------------------------------------------------------- without HTTP
 
 
-def _offline(args: argparse.Namespace, model: str, cache: str | None, main: Flow) -> dict[str, Any]:
+def _offline(args: argparse.Namespace, model: str, cache: str | None, main: Flow, built: list[str]) -> dict[str, Any]:
     """`bench offline` of the same requests, in a process of its own so that the device is free afterwards. Its
     throughput row. ApplianceError if it fails."""
     running = min(main.concurrency, args.max_num_seqs)
@@ -262,10 +311,10 @@ def _offline(args: argparse.Namespace, model: str, cache: str | None, main: Flow
     command += ["--prefill", f"2x{main.input.low}"]  # also warms up
     command += ["--throughput", f"{main.requests}:{main.input.low}/{main.output.low}"]
     command += ["--max-num-seqs", str(running), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
-    command += ["--backend", args.backend, "--attention", args.attention, "--kv-cache", args.kv_cache]
+    command += ["--backend", args.backend, "--attention", args.attention]
+    command += ["--kv-cache-dtype", args.kv_cache_dtype, *built]
     command += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
     command += ["--no-tactics"] if args.no_tactics else []
-    command += ["--precision", args.precision] if args.precision else []
     command += ["--cache", cache] if cache else []
     say("without HTTP:")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

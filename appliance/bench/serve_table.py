@@ -35,6 +35,15 @@ def show(result: dict[str, Any]) -> None:
             f"while the load was whole ({steady['seconds']:.1f} s): {_number(steady['output_tokens_per_second'])} "
             f"tokens/s, p99 gap over median {_number(steady['itl_p99_over_median'])}"
         )
+    if (each := result.get("output_tokens_per_second_per_rank")) is not None:
+        ranks = result["tp_size"] * result["pp_size"]
+        say(
+            f"{result['replicas']} replica(s) of {ranks} rank(s): {_number(each)} output tokens/s a rank, "
+            f"{_number(result['steady_tokens_per_second_per_rank'])} while the load was whole"
+        )
+    if result.get("predicted_tokens_per_second"):
+        predicted, ratio = result["predicted_tokens_per_second"], result["predicted_ratio"]
+        say(f"the selection predicts {_number(predicted)} output tokens/s with all running, {ratio:.2f} times as many")
     if goodput := result.get("goodput"):
         limits = ", ".join(f"{name.removesuffix('_ms')} {value:g} ms" for name, value in goodput["limits"].items())
         share = "-" if goodput["share"] is None else f"{goodput['share']:.1%}"

@@ -12,6 +12,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import CheckpointError
 
@@ -51,6 +52,7 @@ QUANTIZATION_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
+_METADATA = "__metadata__"  # the one key of a header that is no tensor
 _MAX_HEADER = 100 << 20  # bytes, the format's own limit
 _DOWNLOAD_AGAIN = "download the checkpoint again"
 
@@ -67,6 +69,27 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file, by name. Raises CheckpointError for a file that is truncated or no safetensors file."""
+    header, base, size = _read(path)
+    header.pop(_METADATA, None)
+    try:
+        infos = {name: _info(name, entry, path, base) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    end = max((info.offset + info.nbytes for info in infos.values()), default=base)
+    if end != size:
+        state = "truncated" if size < end else "too long"
+        raise CheckpointError(f"{path} is {state}: {size} bytes, its header says {end}", hint=_DOWNLOAD_AGAIN)
+    return infos
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors, {} if nothing. Raises CheckpointError like `read_header`."""
+    metadata = _read(path)[0].get(_METADATA) or {}
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where its tensors' bytes begin, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -77,17 +100,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} is truncated or not a safetensors file ({size} bytes)", hint=_DOWNLOAD_AGAIN
                 )
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        infos = {name: _info(name, entry, path, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a damaged safetensors header: {error!r}", hint=_DOWNLOAD_AGAIN) from error
-    end = max((info.offset + info.nbytes for info in infos.values()), default=8 + length)
-    if end != size:
-        state = "truncated" if size < end else "too long"
-        raise CheckpointError(f"{path} is {state}: {size} bytes, its header says {end}", hint=_DOWNLOAD_AGAIN)
-    return infos
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, TypeError("no JSON object"))
+    return header, 8 + length, size
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} has a damaged safetensors header: {error!r}", hint=_DOWNLOAD_AGAIN)
 
 
 def _info(name: str, entry: dict[str, object], path: Path, base: int) -> TensorInfo:

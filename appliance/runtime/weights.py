@@ -7,6 +7,7 @@ Knows nothing of architectures: names and shapes come from the model and must eq
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +21,12 @@ from torch import Tensor, nn
 from appliance.checkpoint.files import TensorInfo, read_header
 from appliance.engines.digest import default_threads
 from appliance.errors import CheckpointError, EngineDamagedError
+from appliance.layers.decoder import Decoder
+from appliance.runtime import random_weights
 
 ProgressFn = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+log = logging.getLogger(__name__)
 
 PIECE = 16 << 20  # bytes read and copied at once
 _LANES = 8  # threads, each with a stream and two page-locked buffers of PIECE bytes
@@ -36,19 +41,24 @@ class _Piece:
 
 
 def load_weights(
-    model: nn.Module, rank_file: Path, device: torch.device | str, *, progress: ProgressFn | None = None
+    model: Decoder, rank_file: Path, device: torch.device | str, *, progress: ProgressFn | None = None
 ) -> int:
     """Replace every parameter of `model` (on the meta device) by its tensor of the file, on `device`; returns the bytes
     read. A parameter whose dtype differs from the stored one, both plain floats, is converted: the CPU backend asks for
-    float32 this way. Parameters come out with requires_grad False; buffers are left alone.
+    float32 this way. Parameters come out with requires_grad False; buffers are left alone. A file may stand for random
+    numbers (`random_weights.py`).
 
     Raises EngineDamagedError: the file is truncated, or its names, shapes or dtypes are not those of the model.
     """
     device = torch.device(device)
     try:
-        stored = read_header(rank_file)
+        seed = random_weights.seed_of(rank_file)
+        stored = {} if seed is not None else read_header(rank_file)
     except CheckpointError as error:
         raise EngineDamagedError(error.message, hint="the engine is built anew") from error
+    if seed is not None:
+        log.warning("%s has no weights: they are random numbers, made on the device", rank_file)
+        return random_weights.fill(model, device, seed)
     wanted = dict(model.named_parameters())
     _compare(stored, wanted, rank_file)
     raw = {
@@ -64,9 +74,7 @@ def load_weights(
     return counter.total
 
 
-def read_tensors(
-    infos: Iterable[TensorInfo], device: torch.device | str, *, lanes: int = _LANES
-) -> dict[str, Tensor]:
+def read_tensors(infos: Iterable[TensorInfo], device: torch.device | str, *, lanes: int = _LANES) -> dict[str, Tensor]:
     """Some tensors of safetensors files, as stored, on `device`, by name; `lanes`: threads. EngineDamagedError for a
     file that ends too early."""
     device = torch.device(device)

@@ -1,0 +1,296 @@
+"""Engines of a shape with random weights: made in a moment, tuned like built ones, opened like any engine directory.
+
+Weights are made on each rank's device while it loads (`runtime/random_weights.py`), or lie in files, where loading them
+is to be measured; ranks of a stage then share one file, since they need not differ. Products are timed on the share of
+one rank with as many layers as a timing goes through. What the first load finds out besides, how ranks add up and which
+kernels ran, is kept for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from appliance import registry
+from appliance.bench.report import say
+from appliance.bench.shapes import shape_config, write_config
+from appliance.bench.vocabulary import write_tokenizer
+from appliance.builder.convert import quantize
+from appliance.builder.shards import plan_tensors, rank_shape
+from appliance.checkpoint.writer import SafetensorsWriter
+from appliance.distributed import TensorParallel
+from appliance.engines.digest import hash_files
+from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
+from appliance.engines.manifest import (
+    SCHEMA_VERSION,
+    BuildSummary,
+    EngineFile,
+    EngineManifest,
+    TimedTactic,
+    rank_file_name,
+    read_manifest,
+    write_manifest,
+)
+from appliance.errors import ApplianceError, EngineDamagedError, HardwareError, SettingsError
+from appliance.kernels.compiled import DIRECTORY as KERNEL_DIRECTORY
+from appliance.kernels.compiled import KERNELS
+from appliance.runtime.loading import LoadedModel, build_model
+from appliance.runtime.random_weights import normal, write_random_file
+from appliance.types import ModelConfig, Precision, Struct, WeightSpec
+
+
+class RandomEngine(Struct, frozen=True):
+    """Which one; `backend` is a plug-in's name, `scheme` None the one that serves the precision."""
+
+    shape: str
+    precision: Precision
+    backend: str
+    scheme: str | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+    files: bool = False  # weights lie in files, instead of being made while they load
+    tactics: bool = True  # products are timed, on a GPU
+
+    @property
+    def ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+
+def devices_of(backend: str, ranks: int) -> list[torch.device]:
+    """The first devices of a backend, one a rank. SettingsError for an unknown backend, HardwareError if there are
+    fewer."""
+    backends = registry.plugins("backends")
+    if backend not in backends:
+        raise SettingsError(f"--backend is {backend!r}; allowed: auto, {', '.join(backends)}")
+    if backends[backend].facts["device"] == "cpu":
+        return [torch.device("cpu")] * ranks
+    if not torch.cuda.is_available():
+        raise HardwareError(f"backend {backend} needs a GPU, and torch finds none", hint="run `appliance doctor`")
+    if torch.cuda.device_count() < ranks:
+        raise HardwareError(f"{ranks} ranks need as many GPUs; torch finds {torch.cuda.device_count()}")
+    return [torch.device("cuda", index) for index in range(ranks)]
+
+
+def best_backend() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(engine: RandomEngine, cache: Path) -> Path:
+    """The engine's directory below `cache`/bench, made unless it is there; on a GPU its products are timed, which takes
+    no time where all timings are remembered in `cache`. Raises what `devices_of` and the scheme raise, HardwareError
+    for ranks that cannot share the model."""
+    config, device = shape_config(engine.shape), devices_of(engine.backend, engine.ranks)[0]
+    inputs = _inputs(engine, device)
+    path = _directory(engine, inputs, cache)
+    if not _is_there(path, engine_key(inputs), config):
+        place = TensorParallel(0, engine.tp_size)  # ranks that cannot share the model are not started
+        build_model(config, inputs.scheme, getattr(torch, inputs.dtype), inputs.scheme_parameters, place)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        _write(path, engine, config, inputs, device)
+        if engine.files:
+            _inherit(path, engine, inputs, cache)
+    if engine.tactics and device.type == "cuda":
+        _time_products(path, cache, device)
+    return path
+
+
+def _inputs(engine: RandomEngine, device: torch.device) -> KeyInputs:
+    return make_key_inputs(
+        f"random weights of {engine.shape}",
+        engine.precision,
+        engine.backend,
+        tp_size=engine.tp_size,
+        pp_size=engine.pp_size,
+        compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        scheme=engine.scheme,
+    )
+
+
+def _directory(engine: RandomEngine, inputs: KeyInputs, cache: Path) -> Path:
+    kind = ("-files" if engine.files else "") + ("" if engine.tactics else "-untimed")
+    return cache / "bench" / f"{engine.shape}-{inputs.scheme}-{engine_key(inputs)[:12]}{kind}"
+
+
+def _inherit(path: Path, engine: RandomEngine, inputs: KeyInputs, cache: Path) -> None:
+    """Tactics and kernels of the same engine without files, if it was loaded before."""
+    other = _directory(msgspec.structs.replace(engine, files=False), inputs, cache)
+    if not _is_there(other, engine_key(inputs), shape_config(engine.shape)):
+        return
+    known, manifest = read_manifest(other), read_manifest(path)
+    if known.kernels:
+        shutil.copytree(other / KERNEL_DIRECTORY, path / KERNEL_DIRECTORY)
+    files = (*manifest.files, *_listed(path, [KERNEL_DIRECTORY]))
+    changes = {"tactics": known.tactics, "kernels": known.kernels, "files": files}
+    write_manifest(path, msgspec.structs.replace(manifest, **changes))
+
+
+def make_elsewhere(engine: RandomEngine, cache: Path, *, tried: bool = False) -> Path:
+    """`make` in a process of its own, whose GPU memory is free afterwards; `tried`: loaded once, if no load has left
+    its kernels yet. ApplianceError if it fails."""
+    command = [sys.executable, "-m", "appliance.bench.make_engine", msgspec.json.encode(engine).decode(), str(cache)]
+    done = subprocess.run([*command, *(["--tried"] if tried else [])], stdout=subprocess.PIPE, text=True)
+    *said, last = done.stdout.splitlines() or [""]
+    for line in said if done.returncode == 0 else [*said, last]:
+        say(line)
+    if done.returncode:
+        raise ApplianceError("the engine with random weights could not be made", hint="its own messages are above")
+    return Path(last)
+
+
+def keep(path: Path, loaded: LoadedModel) -> None:
+    """Into a random engine: how its ranks add up, if that was timed at this load, and the kernels that were used since,
+    if it has none yet."""
+    manifest = read_manifest(path)
+    known = {(tactic.scheme, tactic.rows) for tactic in loaded.reductions}
+    others = tuple(tactic for tactic in manifest.tactics if (tactic.scheme, tactic.rows) not in known)
+    changes: dict[str, Any] = {"tactics": (*others, *loaded.reductions)} if known else {}
+    if loaded.model.embedding.weight.is_cuda and not manifest.kernels:
+        kernels = KERNELS.gather(path / KERNEL_DIRECTORY)
+        changes |= {"kernels": kernels, "files": (*manifest.files, *_listed(path, [KERNEL_DIRECTORY]))}
+    if changes:
+        write_manifest(path, msgspec.structs.replace(manifest, **changes))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _is_there(path: Path, key: str, config: ModelConfig) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except EngineDamagedError:
+        return False
+    return (manifest.key, manifest.model) == (key, config)
+
+
+def _write(path: Path, engine: RandomEngine, config: ModelConfig, inputs: KeyInputs, device: torch.device) -> None:
+    """Everything; the manifest last."""
+    write_config(config, path / "config.json")
+    (path / "tokenizer").mkdir()
+    write_tokenizer(config.vocab_size, path / "tokenizer")
+    weights = _write_files if engine.files else _write_stubs
+    files = [*weights(path, engine, config, inputs, device), *_listed(path, ["config.json", "tokenizer"])]
+    summary = BuildSummary(
+        seconds=0.0,
+        source=engine.shape,
+        source_bytes=0,
+        engine_bytes=sum(file.size for file in files),
+        peak_memory=0,
+        device=str(device),
+        notes=("random weights, for benchmarks",),
+    )
+    manifest = EngineManifest(
+        schema_version=SCHEMA_VERSION,
+        key=engine_key(inputs),
+        key_inputs=inputs,
+        model=config,
+        precision=inputs.precision,
+        scheme=inputs.scheme,
+        dtype=inputs.dtype,
+        tp_size=inputs.tp_size,
+        pp_size=inputs.pp_size,
+        backend=inputs.backend,
+        backend_version=inputs.backend_version,
+        builder_version=inputs.builder_version,
+        compute_capability=inputs.compute_capability,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=tuple(files),
+        kernels={},
+        tactics=(),
+        self_check=(),
+        build=summary,
+    )
+    write_manifest(path, manifest)
+
+
+def _listed(path: Path, names: list[str]) -> list[EngineFile]:
+    """These files, and those in these directories, as a manifest has them."""
+    found = sorted(file for name in names for file in [path / name, *(path / name).rglob("*")] if file.is_file())
+    digests = hash_files(found)
+    return [
+        EngineFile(name=file.relative_to(path).as_posix(), size=file.stat().st_size, digest=digest)
+        for file, digest in zip(found, digests, strict=True)
+    ]
+
+
+def _write_stubs(
+    path: Path, engine: RandomEngine, config: ModelConfig, inputs: KeyInputs, device: torch.device
+) -> Iterator[EngineFile]:
+    """Weight files that stand for random numbers, others for each rank."""
+    for rank in range(engine.ranks):
+        name = rank_file_name(rank)
+        size, digest = write_random_file(path / name, rank)
+        yield EngineFile(name=name, size=size, digest=digest)
+
+
+def _write_files(
+    path: Path, engine: RandomEngine, config: ModelConfig, inputs: KeyInputs, device: torch.device
+) -> Iterator[EngineFile]:
+    """Weight files as a build writes them; all names stand for the same file."""
+    if engine.pp_size > 1:
+        raise SettingsError("random weights in files are those of one stage", hint="leave --pp-size out")
+    specs = weight_specs(config)
+    scheme = registry.load("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
+    dtype = getattr(torch, inputs.dtype)
+    first = path / rank_file_name(0)
+    with torch.inference_mode(), SafetensorsWriter(first, plan_tensors(specs, scheme, dtype, engine.tp_size)) as writer:
+        for name, tensor in engine_tensors(config, inputs, device):
+            writer.write(name, tensor)
+        size, digest = writer.finish()
+    say(f"wrote {size / 1e9:.1f} GB of random weights, which are those of every rank")
+    for rank in range(engine.ranks):
+        if rank:
+            os.link(first, path / rank_file_name(rank))
+        yield EngineFile(name=rank_file_name(rank), size=size, digest=digest)
+
+
+def weight_specs(config: ModelConfig) -> list[WeightSpec]:
+    """Of the architecture, in file order."""
+    module = registry.load("models", registry.architectures()[config.architecture].name)
+    specs: list[WeightSpec] = module.weight_specs(config)
+    return specs
+
+
+def engine_tensors(config: ModelConfig, inputs: KeyInputs, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a rank's share, random, in the order of its file; norms are ones."""
+    scheme = registry.load("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
+    dtype, generator = getattr(torch, inputs.dtype), torch.Generator(device).manual_seed(0)
+    for spec in weight_specs(config):
+        shape = rank_shape(spec, inputs.tp_size)
+        if spec.kind == "plain":
+            ones = len(shape) == 1
+            yield spec.name, torch.ones(shape, dtype=dtype) if ones else normal(shape, dtype, generator)
+            continue
+        for suffix, tensor in quantize(scheme.of(spec.name), normal(shape, dtype, generator)).items():
+            yield f"{spec.name}.{suffix}", tensor
+        if spec.bias_sources:
+            yield f"{spec.name}.bias", torch.zeros(shape[:1], dtype=dtype)
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def _time_products(path: Path, cache: Path, device: torch.device) -> None:
+    """Choose among the ways to compute each product of a rank, as a build does; into the manifest."""
+    from appliance.bench.tune import time_products
+
+    manifest = read_manifest(path)
+    KERNELS.open(path, manifest.kernels)
+    found = time_products(manifest, cache, device)
+    reductions = tuple(tactic for tactic in manifest.tactics if _of_ranks(tactic))
+    if (*found, *reductions) != manifest.tactics:
+        write_manifest(path, msgspec.structs.replace(manifest, tactics=(*found, *reductions)))
+
+
+def _of_ranks(tactic: TimedTactic) -> bool:
+    return tactic.scheme.startswith("all_reduce")
