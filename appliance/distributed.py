@@ -79,6 +79,11 @@ class GroupCollectives:
         """The process group, where it could only be made after all ranks had joined."""
         self._group = group
 
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """None: the default group."""
+        return self._group
+
     def library(self) -> GroupCollectives:
         """The same group's, always by the library."""
         return GroupCollectives(self._size, self._device, self._group, self._on_call)
@@ -166,6 +171,11 @@ class TensorParallel:
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' numbers, for what they must agree on. Waits for the device."""
         return value if self.size == 1 else self._together.minimum(value)
+
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """Torch's, of these ranks; None: the default one."""
+        return getattr(self.collectives, "process_group", None)
 
     @property
     def own_reducer(self) -> Any:

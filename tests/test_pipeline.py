@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ from test_ranks import BUILDS, Engine, _comparable, lose, no_group, one_rank
 from transformers import LlamaConfig
 
 from appliance import registry
+from appliance.batching.step import StepResult
 from appliance.builder.build import build
 from appliance.builder.shards import StoredEngine, stage_of
 from appliance.engines import read_manifest
-from appliance.errors import EngineBuildError, EngineCrashedError
+from appliance.errors import EngineBuildError, EngineCrashedError, HardwareError
+from appliance.runtime.rank_watch import RankWatch
+from appliance.runtime.step_results import ResultReader, ResultWriter
+from appliance.runtime.step_ring import SharedSteps, Word
+from appliance.types import TokenLogprobs
 
 __all__ = ["no_group"]
 
@@ -89,3 +95,58 @@ def test_a_rank_of_the_last_stage_is_killed_and_named(source: Path, cache: Path,
     assert isinstance(error, EngineCrashedError) and "rank 3 was killed by SIGKILL" in error.message
     assert seconds < 5
     engine.leader.close()
+
+
+@pytest.mark.parametrize(
+    ("counters", "message"),
+    [
+        ({2: (7, 6, 40), 3: (7, 6, 40)}, "each of ranks 2, 3 cannot finish step 7"),
+        ({0: (7, 6, 35), 2: (7, 6, 40), 3: (7, 6, 40)}, "rank 0 does not join the others"),
+        ({1: (7, 6, 40), 2: (7, 6, 41), 3: (7, 6, 41)}, "rank 1 cannot finish step 7"),
+        ({2: (7, 6, 41), 3: (7, 6, 41), 0: (7, 7, 50), 1: (7, 7, 50)}, "each of ranks 2, 3 cannot finish step 7"),
+    ],
+)
+def test_the_first_stage_that_is_behind_holds_a_step_up(
+    counters: dict[int, tuple[int, int, int]], message: str
+) -> None:
+    """(messages taken, finished, operations begun), of two stages of two ranks."""
+    shared = SharedSteps.create(4)
+    for rank in range(4):
+        for word, value in zip((Word.TAKEN, Word.FINISHED, Word.CALLS), counters.get(rank, (7, 7, 40)), strict=True):
+            shared.put(rank, word, value)
+    found: list[str] = []
+    ended = threading.Event()
+    watch = RankWatch(
+        [], shared, lambda error: (found.append(error.message), ended.set())[0], pp_size=2, stuck_seconds=0.5
+    )
+    watch.operation = 1
+    watch.start()
+    assert ended.wait(10)
+    assert found[0].startswith(message)
+
+
+# ---------------------------------------------------------------- results on their way
+
+
+def test_results_of_any_length_arrive_in_order() -> None:
+    reads, writes = os.pipe()
+    top = tuple((i, -float(i)) for i in range(20))
+    results = [
+        StepResult(i, [5, -1] * i, [TokenLogprobs(7, -0.5, 1, top), None], [[TokenLogprobs(i, -1.0, 2)] * 1000, None])
+        for i in (0, 1, 500, 2)
+    ]
+    writer, reader = ResultWriter(writes), ResultReader(reads)
+    thread = threading.Thread(target=lambda: [writer.send(result) for result in results])
+    thread.start()
+    assert [reader.receive() for _ in results] == results
+    thread.join()
+    with pytest.raises(HardwareError, match="in vain"):
+        reader.receive(lambda: _raise(HardwareError("in vain")))
+    os.close(writes)
+    with pytest.raises(EngineCrashedError, match="gives no results"):
+        reader.receive()
+    reader.close()
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -58,6 +58,10 @@ Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launch
 class Group(Protocol):
     """The library's collective operations; those of `distributed.Collectives` that are needed here."""
 
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """Torch's; None: the default one."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum, perhaps over x."""
 

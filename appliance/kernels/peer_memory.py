@@ -19,6 +19,10 @@ from appliance.settings import forbid_nvlink_multicast
 class Agreement(Protocol):
     """Of a group's collective operations."""
 
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """Torch's; None: the default one."""
+
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' numbers."""
 
@@ -33,8 +37,8 @@ class PeerMemory:
 
 
 def share(group: Agreement, rank: int, size_bytes: int, device: torch.device) -> PeerMemory:
-    """A piece of `size_bytes` zeros on every rank, 16-byte aligned. Called by all ranks of torch's default process
-    group, with the same size; waits for the device. RuntimeError, on every rank, where torch cannot make or map one."""
+    """A piece of `size_bytes` zeros on every rank of the group, 16-byte aligned; `rank`: number in it. Called by all of
+    them, with the same size; waits for the device. RuntimeError, on every rank, where torch cannot make or map one."""
     forbid_nvlink_multicast()
     import torch.distributed._symmetric_memory as symmetric
 
@@ -46,7 +50,7 @@ def share(group: Agreement, rank: int, size_bytes: int, device: torch.device) ->
         failure = error
     if group.minimum(0 if memory is None else 1) == 0 or memory is None:
         raise failure or RuntimeError("another rank has no memory for it")
-    everyone = torch.distributed.group.WORLD
+    everyone = group.process_group or torch.distributed.group.WORLD
     assert everyone is not None, "the ranks have not joined"
     handle = symmetric.rendezvous(memory, everyone)
     offset = memory.data_ptr() - handle.buffer_ptrs[rank]

@@ -161,6 +161,8 @@ class ModelRunner:
         `capture_graphs`; the model's rotary table and KV scales stay as they are from now on."""
         if not isinstance(self._model, Decoder):
             return "the model is not one of the shared decoder"
+        if self._stage.size > 1:
+            return "a pipeline stage is not a whole model"
         sizes = [size for size in SIZES if size <= self._limits.max_num_seqs]
         found = choose(self._model, self._kv_caches, self._batch, sizes, self._time_both_ways)
         if isinstance(found, str):

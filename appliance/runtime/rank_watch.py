@@ -100,10 +100,12 @@ class RankWatch:
         shared: SharedSteps,
         on_lost: Callable[[ApplianceError], None],
         *,
+        pp_size: int = 1,
         frozen_seconds: float = FROZEN_SECONDS,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
         self._ranks = ranks
+        self._stage_ranks = shared.ranks // pp_size
         self._shared = shared
         self._on_lost = on_lost
         self._frozen_looks = int(frozen_seconds / LOOK_SECONDS)
@@ -194,6 +196,13 @@ class RankWatch:
         return EngineCrashedError(f"{who} {what}, for {seconds:.0f} s")
 
     def _behind(self, word: Word) -> list[int]:
-        """Ranks that are not as far as others."""
+        """Ranks that are not as far as others; of several pipeline stages those of the first one that is behind, since
+        the next wait for it. Stages begin different numbers of operations, so only ranks of one are compared there."""
         values = [self._shared.get(rank, word) for rank in range(self._shared.ranks)]
-        return [rank for rank, value in enumerate(values) if value < max(values)]
+        size = self._stage_ranks
+        for first in range(0, len(values), size):
+            stage = values[first : first + size]
+            most = max(stage if word is Word.CALLS else values)
+            if behind := [first + i for i, value in enumerate(stage) if value < most]:
+                return behind
+        return []

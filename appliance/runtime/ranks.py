@@ -144,10 +144,9 @@ class Leader:
     ) -> None:
         """Start the other ranks and have them load the engine, which has `pp_size` stages of `size` ranks in all. They
         die with the thread that this is called in. `nodes`: those that have joined, each of which has as many ranks as
-        this one.
-        `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which may free
-        this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by default; the
-        seconds are those of `RankWatch`."""
+        this one. `on_lost` is called once, from a thread, when a rank is lost; all others have been killed then, which
+        may free this one from an operation that it is stuck in. `rendezvous`: where ranks meet, any free port by
+        default; the seconds are those of `RankWatch`."""
         self.size = size
         self.pp_size = pp_size
         self.lost: ApplianceError | None = None
@@ -171,7 +170,12 @@ class Leader:
             raise
         self._ring = RingWriter(self._shared, self._wake)
         self._watch = RankWatch(
-            self._ranks, self._shared, self._lose, frozen_seconds=frozen_seconds, stuck_seconds=stuck_seconds
+            self._ranks,
+            self._shared,
+            self._lose,
+            pp_size=pp_size,
+            frozen_seconds=frozen_seconds,
+            stuck_seconds=stuck_seconds,
         )
         self._watch.start()
         atexit.register(self.close)
