@@ -16,7 +16,17 @@ from typing import Protocol
 
 from appliance.engines import read_manifest
 from appliance.errors import ApplianceError, EngineCrashedError, EngineDamagedError
-from appliance.ipc import AbortRequests, AddRequests, Failed, Outputs, Progress, Ready, StartEngine, ToServer
+from appliance.ipc import (
+    AbortRequests,
+    AddRequests,
+    Failed,
+    NodesWanted,
+    Outputs,
+    Progress,
+    Ready,
+    StartEngine,
+    ToServer,
+)
 from appliance.ipc import Phase as ChildPhase
 from appliance.launch.child import Child, error_of
 from appliance.server.lifecycle import Lifecycle
@@ -100,7 +110,8 @@ class Link:
 class EngineSupervisor:
     """`spawn` starts an engine process. `repair` makes a damaged engine whole and returns the options to go on with.
     `on_ready` is told what every newly loaded engine says of itself. `probe_token_ids` is any valid prompt.
-    `prepared` is a process that was started already, to be used first. `name` is for the log."""
+    `prepared` is a process that was started already, to be used first. `name` is for the log. `start_message` and
+    `on_nodes_wanted` are for engines on several nodes (`node_hub.py`)."""
 
     def __init__(
         self,
@@ -116,6 +127,8 @@ class EngineSupervisor:
         hang_seconds: float = _HANG_SECONDS,
         prepared: Child | None = None,
         name: str = "the engine",
+        start_message: Callable[[EngineOptions], StartEngine] = StartEngine,
+        on_nodes_wanted: Callable[[NodesWanted], None] | None = None,
     ) -> None:
         self._name = name
         self._spawn = spawn
@@ -127,6 +140,8 @@ class EngineSupervisor:
         self._probe_token_ids = probe_token_ids
         self._backoff_seconds = backoff_seconds
         self._hang_seconds = hang_seconds
+        self._start_message = start_message
+        self._on_nodes_wanted = on_nodes_wanted
         self._last_message = time.monotonic()
         self._child = prepared
         self._stopping = False
@@ -173,7 +188,7 @@ class EngineSupervisor:
         watch = asyncio.create_task(self._watch(child))
         try:
             with contextlib.suppress(ConnectionError):  # it died while it waited: listen says of what
-                await child.send(StartEngine(options=options))
+                await child.send(self._start_message(options))
             end = await child.listen(self._on_message)
         finally:
             self._child = None
@@ -213,6 +228,8 @@ class EngineSupervisor:
                 assert self._child is not None
                 self._loaded = True
                 self._warming = asyncio.create_task(self._warm(self._child, info))
+            case NodesWanted() if self._on_nodes_wanted is not None:
+                self._on_nodes_wanted(message)
             case Failed():
                 self._failed = message
             case _:

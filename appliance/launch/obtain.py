@@ -101,6 +101,17 @@ class EngineSupply:
             # Its files are what was built, yet they cannot be loaded: another build is the only thing left to try.
             await in_thread(lambda: self._store.remove(key))
 
+    async def set_aside_if_damaged(self, plan: Plan) -> None:
+        """As `discard`, but an engine whose files are what was built stays."""
+        key = await self._key(plan)
+        if self._store.find(key) is None:
+            return
+        try:
+            await in_thread(lambda: self._store.verify(key, "full"))
+        except DamagedFileError as damaged:
+            log.warning("%s", damaged)
+            await in_thread(partial(self._store.set_aside, damaged))
+
     async def load_tokenizer(self, engine_dir: Path) -> None:
         template = self._settings.chat_template
         self._state.tokenizer = await in_thread(lambda: load_tokenizer(engine_dir, template))

@@ -17,6 +17,7 @@ from appliance import builder, profiles, registry
 from appliance.checkpoint import read_model_config, resolve_text
 from appliance.engines import EngineManifest, scheme_of
 from appliance.errors import HardwareError, SettingsError
+from appliance.launch.node_devices import own_devices, ranks_of_a_node, with_those_elsewhere
 from appliance.profiles import Outcome, Overrides, Selection
 from appliance.settings import Settings, export_hub_environment
 from appliance.types import EngineOptions, Hardware, KvCacheDtype, ModelConfig, Precision
@@ -185,7 +186,7 @@ def engine_options(plan: Plan, engine_dir: Path) -> EngineOptions:
     return EngineOptions(
         engine_dir=str(engine_dir),
         backend=outcome.backend,
-        devices=tuple(uuid for group in outcome.device_groups for uuid in group),
+        devices=with_those_elsewhere([uuid for group in outcome.device_groups for uuid in group], settings.nnodes),
         replicas=outcome.replicas,
         max_model_len=settings.max_model_len or 0,
         max_num_seqs=outcome.max_num_seqs,
@@ -213,7 +214,7 @@ def options_of_directory(
     options = EngineOptions(
         engine_dir=str(engine_dir),
         backend=manifest.backend,
-        devices=_devices_for(manifest, machine, settings.replicas or 1),
+        devices=with_those_elsewhere(devices_of_directory(manifest, settings, machine), settings.nnodes),
         replicas=settings.replicas or 1,
         max_model_len=settings.max_model_len or 0,
         memory_fraction=settings.memory_fraction,
@@ -235,13 +236,23 @@ def options_of_directory(
     return msgspec.structs.replace(options, **chosen)
 
 
-def _devices_for(manifest: EngineManifest, machine: Hardware, replicas: int) -> tuple[str, ...]:
-    """GPUs of the engine's compute capability, one per rank of each replica, those with most free memory. Raises
-    HardwareError."""
+def devices_of_node(plan: Plan, machine: Hardware) -> tuple[str, ...]:
+    """GPUs of this machine, one of several nodes, for its ranks of what node 0 has selected. HardwareError."""
+    outcome = plan.outcome
+    place = next(place for place in plan.selection.places if place.order == outcome.order)
+    count = ranks_of_a_node(outcome.tp_size, outcome.pp_size, plan.settings.nnodes)
+    return own_devices(machine, count, place.compute_capability, outcome.requires_bytes_per_gpu or 0)
+
+
+def devices_of_directory(manifest: EngineManifest, settings: Settings, machine: Hardware) -> tuple[str, ...]:
+    """GPUs of the engine's compute capability, one per rank of each replica that this machine has, those with most free
+    memory. HardwareError; SettingsError if several nodes cannot share the ranks."""
+    on_node = ranks_of_a_node(manifest.tp_size, manifest.pp_size, settings.nnodes)
     if manifest.compute_capability is None:
         return ()
     fitting = [gpu for gpu in machine.usable_gpus if gpu.compute_capability == manifest.compute_capability]
-    needed = manifest.tp_size * manifest.pp_size * replicas
+    replicas = settings.replicas or 1
+    needed = on_node * replicas
     if len(fitting) < needed:
         capability = ".".join(map(str, manifest.compute_capability))
         each = f" for {replicas} replicas" if replicas > 1 else ""

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,9 +24,11 @@ from appliance.launch.child import Child, kill_all, reap_orphans
 from appliance.launch.http import SHUTDOWN_SECONDS, HttpServer, leave_at_once, open_sockets
 from appliance.launch.scratch import socket_directory
 from appliance.settings import Settings, child_environment, export_otel_environment, otel_exporters, secrets_of
+from appliance.settings_rules import check_place_of_node
 
 if TYPE_CHECKING:
     from appliance.errors import EngineDamagedError
+    from appliance.launch.node_hub import NodeHub
     from appliance.launch.replicas import Replicas
     from appliance.server.state import ServerState
     from appliance.server.tracing import RequestTracer
@@ -47,10 +50,14 @@ SequenceFactory = Callable[[Settings, "ServerState", Path], Sequence]
 
 
 def serve(settings: Settings, *, sequence: SequenceFactory | None = None, engine_module: str | None = None) -> int:
-    """Serve until a signal or a failure; returns the exit code: 0 after a drain, the error's own otherwise.
+    """Serve until a signal or a failure; returns the exit code: 0 after a drain, the error's own otherwise. On another
+    node than 0, hold that node's ranks for as long as node 0 serves (`node_agent.py`).
 
-    `sequence` and `engine_module` are seams for tests. Raises SettingsError if a port cannot be opened."""
-    logs.configure(settings.log_level, settings.json_logging, secrets=secrets_of(settings))
+    `sequence` and `engine_module` are seams for tests. Raises SettingsError if a port cannot be opened, or if it is not
+    said which node this is."""
+    check_place_of_node(settings)
+    process = f"node-{settings.node_rank}" if settings.nnodes > 1 and settings.node_rank else "server"
+    logs.configure(settings.log_level, settings.json_logging, process=process, secrets=secrets_of(settings))
     for warning in settings.warnings:
         log.warning("%s", warning)
     sockets = open_sockets(settings)
@@ -59,6 +66,10 @@ def serve(settings: Settings, *, sequence: SequenceFactory | None = None, engine
             import uvloop
 
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                if settings.node_rank and settings.nnodes > 1:
+                    from appliance.launch.node_agent import NodeAgent
+
+                    return runner.run(NodeAgent(settings, sockets, directory).run())
                 return runner.run(_Process(settings, sockets, directory, sequence, engine_module).run())
         finally:
             kill_all()
@@ -82,6 +93,7 @@ class _Process:
         self._environment: Mapping[str, str] = child_environment(settings)
         self._stop = asyncio.Event()
         self._http = HttpServer(settings, sockets, directory)
+        self._hub: NodeHub | None = None  # of several nodes
 
     async def run(self) -> int:
         self._handle_signals()
@@ -143,23 +155,45 @@ class _Process:
     def _make_replicas(self, state: ServerState, first: Child) -> Replicas:
         from appliance.launch.replicas import Replicas
 
+        if self._settings.nnodes > 1:
+            from appliance.launch.node_hub import NodeHub
+
+            self._hub = NodeHub(self._settings, state.lifecycle)
         if self._make_sequence is None:
             from appliance.launch.startup import Startup
 
-            self._make_sequence = Startup
+            self._make_sequence = partial(Startup, nodes=self._hub)
         self._sequence = self._make_sequence(self._settings, state, self._directory)
+        of_nodes: dict[str, Any] = {}
+        if self._hub is not None:
+            of_nodes = {"start_message": self._hub.start_message, "on_nodes_wanted": self._hub.want}
         return Replicas(
             self._spawn_engine,
             state,
             repair=self._sequence.repair,
             prepared=first,
             restart_budget=self._settings.restart_budget,
+            **of_nodes,
         )
 
     # ------------------------------------------------------------ running
 
     async def _work(self, state: ServerState, replicas: Replicas) -> None:
-        """The start-up sequence, then the engines. Ends only with an error, or when the replicas are stopped."""
+        """The start-up sequence, then the engines; beside it, the other nodes. Ends only with an error, or when the
+        replicas are stopped."""
+        if self._hub is None:
+            return await self._start_and_run(state, replicas)
+        await self._hub.start()
+        tasks = {asyncio.create_task(self._start_and_run(state, replicas)), asyncio.create_task(self._hub.run())}
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _start_and_run(self, state: ServerState, replicas: Replicas) -> None:
         replicas.prepare(min(self._settings.replicas or 1, _EARLY_ENGINES, os.cpu_count() or 1))
         options = await self._sequence.prepare()
         state.lifecycle.enter("loading")
@@ -232,6 +266,8 @@ class _Process:
         self._http.stop()
         await asyncio.wait({http}, timeout=SHUTDOWN_SECONDS + 1)
         await replicas.stop()
+        if self._hub is not None:
+            await self._hub.stop()
         tasks = [http, work, *others]
         for task in tasks:
             task.cancel()

@@ -11,8 +11,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from appliance.launch.node_hub import NodeHub
 
 import appliance
 from appliance import hardware, profiles
@@ -21,12 +25,22 @@ from appliance.checkpoint import Checkpoint, read_model_config, resolve
 from appliance.checkpoint.expected import expected_sha256
 from appliance.checkpoint.files import require_tokenizer
 from appliance.checkpoint.scale_numbers import check_scale_numbers
-from appliance.engines import EngineStore, VerifyLevel, verify_engine
+from appliance.engines import EngineStore, VerifyLevel, read_manifest, verify_engine
 from appliance.engines.manifest import MANIFEST_NAME
 from appliance.errors import EngineDamagedError, EngineQualityError, ProfileError
 from appliance.launch.obtain import EngineSupply
 from appliance.launch.phases import Phases, in_thread
-from appliance.launch.plan import Plan, choose, config_only, engine_options, make_plan, options_of_directory
+from appliance.launch.plan import (
+    Plan,
+    choose,
+    config_only,
+    devices_of_directory,
+    devices_of_node,
+    engine_options,
+    make_plan,
+    options_of_directory,
+)
+from appliance.profiles import Selection
 from appliance.server.state import ServerState
 from appliance.settings import Settings, cuda_visible_devices, export_hub_environment
 from appliance.types import EngineOptions, Hardware
@@ -36,7 +50,8 @@ log = logging.getLogger("appliance.launch")
 
 class Startup:
     """`directory` is for the builder's socket. `adapt` may change what is built, as benchmarks of schemes do that no
-    profile names. `serves`: a server follows, and not a command that only makes an engine or runs one itself."""
+    profile names. `serves`: a server follows, and not a command that only makes an engine or runs one itself. `nodes`:
+    node 0's way to the others, which obtain the same engine meanwhile."""
 
     def __init__(
         self,
@@ -46,6 +61,7 @@ class Startup:
         adapt: Callable[[BuildRequest], BuildRequest] = lambda request: request,
         *,
         serves: bool = True,
+        nodes: NodeHub | None = None,
     ) -> None:
         self._settings = settings
         self._state = state
@@ -53,7 +69,9 @@ class Startup:
         self._store = EngineStore(settings.cache_dir)
         self._supply = EngineSupply(settings, state, directory, self._store, self._phases, adapt)
         self._serves = serves
+        self._nodes = nodes
         self._plan: Plan | None = None
+        self._machine: Hardware | None = None
 
     async def prepare(self) -> EngineOptions:
         """Everything up to a verified engine. Raises what the steps raise, each with its exit code."""
@@ -70,14 +88,42 @@ class Startup:
         self._plan = await self._select(machine, checkpoint)
         engine_dir = await self._obtain_good_engine(self._plan, machine)
         await self._supply.load_tokenizer(engine_dir)
+        await self._others_have(engine_dir)
         return engine_options(self._plan, engine_dir)
+
+    async def obtain_as_told(
+        self, selection: Selection | None, *, repair: bool = False
+    ) -> tuple[Path, tuple[str, ...]]:
+        """On another node than 0: the engine of what node 0 has selected (None: of the directory that is the model),
+        verified, and the devices of its ranks here. `repair`: one that is damaged is made anew. Raises as `prepare`
+        does, and HardwareError if this machine cannot run its part."""
+        machine = self._machine = self._machine or await self._detect()
+        given = Path(self._settings.model).expanduser()
+        if selection is None:
+            await self._open_engine(given, machine)
+            return given, devices_of_directory(read_manifest(given), self._settings, machine)
+        await self._check_cache()
+        plan = self._plan = make_plan(self._settings, selection, await self._find_checkpoint())
+        devices = devices_of_node(plan, machine)
+        if repair:
+            await self._supply.set_aside_if_damaged(plan)
+        return await self._supply.obtain(plan), devices
+
+    async def _others_have(self, engine_dir: Path) -> None:
+        if self._nodes is not None:
+            self._phases.enter("verifying", "the engine of the other nodes")
+            await self._nodes.obtained(read_manifest(engine_dir).key)
 
     async def repair(self, error: EngineDamagedError) -> EngineOptions:
         """The engine process found a damaged file: check all, move the engine aside, obtain it anew."""
         if self._plan is None:
             raise error  # an engine directory that the user gave: nothing to build it from
         await self._supply.discard(self._plan)
-        return engine_options(self._plan, await self._supply.obtain(self._plan))
+        if self._nodes is not None:  # it may be one of theirs that is damaged
+            self._nodes.select(self._plan.selection, repair=True)
+        engine_dir = await self._supply.obtain(self._plan)
+        await self._others_have(engine_dir)
+        return engine_options(self._plan, engine_dir)
 
     @property
     def publication(self) -> asyncio.Task[None] | None:
@@ -140,6 +186,8 @@ class Startup:
         another precision, until one is good enough. EngineQualityError if there is none."""
         refused: dict[str, str] = {}
         while True:
+            if self._nodes is not None:
+                self._nodes.select(plan.selection)
             try:
                 return await self._supply.obtain(plan)
             except EngineQualityError as error:
@@ -164,7 +212,10 @@ class Startup:
         checked = await in_thread(lambda: verify_engine(engine_dir, level, progress=progress))
         self._state.manifest = msgspec.to_builtins(checked.manifest)
         self._state.metrics.engine_cache_hit = True
+        if self._nodes is not None:
+            self._nodes.select(None)
         await self._supply.load_tokenizer(engine_dir)
+        await self._others_have(engine_dir)
         return options_of_directory(engine_dir, checked.manifest, self._settings, machine)
 
 
