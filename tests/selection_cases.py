@@ -25,6 +25,7 @@ FACTS = load_gpu_facts()
 
 LLAMA_8B = ModelConfig("LlamaForCausalLM", 128256, 4096, 14336, 32, 32, 8, 128, 131072)
 LLAMA_70B = ModelConfig("LlamaForCausalLM", 128256, 8192, 28672, 80, 64, 8, 128, 131072)
+LLAMA_405B = ModelConfig("LlamaForCausalLM", 128256, 16384, 53248, 126, 128, 8, 128, 131072)
 BUILTIN = ModelConfig("LlamaForCausalLM", 4096, 256, 768, 6, 8, 2, 32, 8192, tie_word_embeddings=True)
 QWEN_2KV = ModelConfig("Qwen2ForCausalLM", 151936, 1536, 8960, 28, 12, 2, 128, 32768, attention_bias=True)
 ODD = ModelConfig("LlamaForCausalLM", 1000, 200, 600, 4, 5, 5, 40, 2048)  # 200 and 600 are no multiples of 16

@@ -10,18 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appliance.profiles.capabilities import BackendFacts, Capabilities, SchemeFacts, capabilities
-from appliance.profiles.explain import (
-    engine_values,
-    explain_json,
-    explain_text,
-    list_profiles_text,
-    reasons,
-    require,
-)
+from appliance.profiles.explain import engine_values, explain_json, explain_text, list_profiles_text
 from appliance.profiles.gpus import facts_of
 from appliance.profiles.judge import Outcome
 from appliance.profiles.load import GpuFacts, Profile, default_directory, load_gpu_facts, load_profiles
 from appliance.profiles.overrides import Overrides
+from appliance.profiles.reasons import reasons, require
 from appliance.profiles.select import Selection, select
 from appliance.types import Hardware, ModelConfig, Objective
 

@@ -15,8 +15,8 @@ Policy (design.md §6), the numbers of which are the profiles' priorities:
    number of GPUs. On several nodes tensor parallelism stays inside, and each node has a stage.
 
 `wanted` is the same choice made as if everything were built; `selected` only among what is. Where nothing fits,
-`wanted` is what the policy would choose with more GPUs of the same type (in several stages, if one node's are not
-enough), or else with more memory, and its reason says what lacks.
+`wanted` is the preferred precision on the fewest GPUs of the same type that would do (in several stages, if one node's
+are not enough), or else with more memory, and its reason says what lacks.
 """
 
 from __future__ import annotations
@@ -147,9 +147,10 @@ def _wish(
     question: Question,
     objective: Objective,
 ) -> Outcome:
-    """The policy's choice where nothing fits: on as many idle GPUs of the same type as each candidate takes, in several
-    stages if need be; else with unlimited memory; else (rules of the model or of what was asked reject all) the deepest
-    that the rules let go. As it was judged here, so that its reason says what lacks. `sizes`: tp and pp asked for."""
+    """The policy's profile where nothing fits, with the fewest GPUs that would do: on as many idle ones of the same
+    type as each candidate takes, in several stages if need be; else with unlimited memory; else (rules of the model or
+    of what was asked reject all) the deepest that the rules let go. As it was judged here, so that its reason says what
+    lacks. `sizes`: tp and pp asked for."""
     nodes = question.overrides.nodes
     options = candidates(profiles, *sizes, nodes)
     more = staged(profiles, sizes[0], _MOST_RANKS // nodes, nodes) if sizes[1] is None else []
@@ -161,8 +162,9 @@ def _wish(
             for candidate in tried
             for place in where
         ]
-        choice = _choose([o for o in able if o.status in ("runnable", "not_built")], objective)
-        if choice is not None:
+        able = [o for o in able if o.status in ("runnable", "not_built")]
+        if able:
+            choice = min(able, key=lambda o: (o.order, -o.priority, o.profile, o.pp_size, o.ranks))
             (wanted,) = (c for c in tried if c.id == choice.id)
             here = [o for o in outcomes if o.id == choice.id] or _judged([wanted], where, question, objective)
             return here[0]
