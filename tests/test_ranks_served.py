@@ -34,8 +34,8 @@ def ranks_of(server: Server) -> list[psutil.Process]:
     ]
 
 
-def stream_with(server: Server, number: signal.Signals, tokens: int = 200) -> tuple[str, float]:
-    """What a client gets that streams while rank 1 gets a signal, and its longest pause in seconds."""
+def stream_with(server: Server, number: signal.Signals, tokens: int = 200, rank: int = 1) -> tuple[str, float]:
+    """What a client gets that streams while a rank gets a signal, and its longest pause in seconds."""
     chunks = server.client().completions.create(
         model=MODEL,
         prompt=PROMPT,
@@ -50,7 +50,7 @@ def stream_with(server: Server, number: signal.Signals, tokens: int = 200) -> tu
         at, pause = now, max(pause, now - at)
         text += chunk.choices[0].text if chunk.choices else ""
         if i == 20:
-            os.kill(ranks_of(server)[0].pid, number)
+            os.kill(ranks_of(server)[rank - 1].pid, number)
     return text, pause
 
 
