@@ -106,11 +106,12 @@ def run(args: argparse.Namespace) -> int:
     rows = rows.within(subject.core.limits.max_length, subject.max_num_seqs)
     result: dict[str, Any] = {"bench": "offline", **subject.description, "seed": args.seed, **environment()}
     result |= _limits(subject)
-    result["decode"] = _decode(subject, rows, args.seed)
-    result["prefill"] = _prefill(subject, rows, args.seed)
-    result["throughput"] = _throughput(subject, rows, args.seed)
-    subject.close()
-    print(json.dumps(result))
+    try:
+        for kind, measure in (("decode", _decode), ("prefill", _prefill), ("throughput", _throughput)):
+            result[kind] = measure(subject, rows, args.seed)
+        subject.close()
+    finally:  # what was measured is not lost with what fails
+        print(json.dumps(result))
     return 0
 
 
@@ -175,84 +176,91 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _decode(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
     table = Table("prompt", "batch", "step ms", "tokens/s", *_BESIDE)
     found = []
-    for batch, input_len in rows.decode:
-        requests = driver.make_requests(
-            batch, input_len, rows.output_len, subject.config.vocab_size, seed=f"decode {seed} {batch} {input_len}"
-        )
-        step = driver.run(subject.core, requests).median_step
-        if math.isnan(step):
-            say(f"decode batch {batch}: no steps with all sequences; raise --output-len or --max-num-batched-tokens")
-        context = input_len + rows.output_len / 2
-        predicted = None if subject.predictions is None else subject.predictions.decode(batch, context)
-        row: dict[str, Any] = {
-            "batch": batch,
-            "input_len": input_len,
-            "step_ms": None if math.isnan(step) else round(step * 1e3, 3),
-            "tokens_per_second": None if math.isnan(step) else round(batch / step, 1),
-            **_beside(subject, subject.floors.decode, (batch, context), predicted, step),
-        }
-        found.append(row)
-        measured = ("-", "-") if math.isnan(step) else (f"{step * 1e3:.3f}", f"{batch / step:,.0f}")
-        table.row(input_len, batch, *measured, *_cells(row))
-    if found:
-        table.show(f"decode, {rows.output_len} tokens of output; floor: weights and K/V read, products done")
-        say(_EXPLAINED)
+    title = f"decode, {rows.output_len} tokens of output; floor: weights and K/V read, products done"
+    with table.shown(title, _EXPLAINED):
+        for batch, input_len in rows.decode:
+            row = _decode_row(subject, batch, input_len, rows.output_len, seed)
+            found.append(row)
+            step, rate = row["step_ms"], row["tokens_per_second"]
+            measured = ("-", "-") if step is None else (f"{step:.3f}", f"{rate:,.0f}")
+            table.row(input_len, batch, *measured, *_cells(row))
     return found
+
+
+def _decode_row(subject: Subject, batch: int, input_len: int, output_len: int, seed: int) -> dict[str, Any]:
+    requests = driver.make_requests(
+        batch, input_len, output_len, subject.config.vocab_size, seed=f"decode {seed} {batch} {input_len}"
+    )
+    step = driver.run(subject.core, requests).median_step
+    if math.isnan(step):
+        say(f"decode batch {batch}: no steps with all sequences; raise --output-len or --max-num-batched-tokens")
+    context = input_len + output_len / 2
+    predicted = None if subject.predictions is None else subject.predictions.decode(batch, context)
+    return {
+        "batch": batch,
+        "input_len": input_len,
+        "step_ms": None if math.isnan(step) else round(step * 1e3, 3),
+        "tokens_per_second": None if math.isnan(step) else round(batch / step, 1),
+        **_beside(subject, subject.floors.decode, (batch, context), predicted, step),
+    }
 
 
 def _prefill(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
     table = Table("prompts", "length", "ms", "tokens/s", *_BESIDE)
     found = []
-    for count, length in rows.prefill:
-        seconds = []
-        for repeat in range(3):
-            requests = driver.make_requests(
-                count, length, 1, subject.config.vocab_size, seed=f"prefill {seed} {repeat}"
-            )
-            seconds.append(driver.run(subject.core, requests).seconds)
-        median = sorted(seconds)[1]  # the first also warms up
-        predicted = None if subject.predictions is None else subject.predictions.prefill(count, length)
-        row: dict[str, Any] = {
-            "count": count,
-            "length": length,
-            "ms": round(median * 1e3, 2),
-            "tokens_per_second": round(count * length / median),
-            **_beside(subject, subject.floors.prefill, (count, length), predicted, median),
-        }
-        found.append(row)
-        table.row(count, length, f"{median * 1e3:.1f}", f"{count * length / median:,.0f}", *_cells(row))
-    if found:
-        table.show("prefill; floor: products at the measured rate")
+    with table.shown("prefill; floor: products at the measured rate"):
+        for count, length in rows.prefill:
+            row = _prefill_row(subject, count, length, seed)
+            found.append(row)
+            table.row(count, length, f"{row['ms']:.1f}", f"{row['tokens_per_second']:,}", *_cells(row))
     return found
+
+
+def _prefill_row(subject: Subject, count: int, length: int, seed: int) -> dict[str, Any]:
+    seconds = []
+    for repeat in range(3):
+        requests = driver.make_requests(count, length, 1, subject.config.vocab_size, seed=f"prefill {seed} {repeat}")
+        seconds.append(driver.run(subject.core, requests).seconds)
+    median = sorted(seconds)[1]  # the first also warms up
+    predicted = None if subject.predictions is None else subject.predictions.prefill(count, length)
+    return {
+        "count": count,
+        "length": length,
+        "ms": round(median * 1e3, 2),
+        "tokens_per_second": round(count * length / median),
+        **_beside(subject, subject.floors.prefill, (count, length), predicted, median),
+    }
 
 
 def _throughput(subject: Subject, rows: Rows, seed: int) -> list[dict[str, Any]]:
     table = Table("requests", "in/out", "s", "output/s", "total/s", "a rank", *_BESIDE)
     found = []
-    for count, input_len, output_len in rows.throughput:
-        requests = driver.make_requests(
-            count, input_len, output_len, subject.config.vocab_size, seed=f"throughput {seed}"
-        )
-        timing = driver.run(subject.core, requests)
-        rate = timing.output_tokens / timing.seconds
-        total = (timing.output_tokens + timing.prompt_tokens) / timing.seconds
-        sizes = (count, input_len, output_len)
-        known = None if subject.predictions is None else subject.predictions.output_rate(*sizes)
-        predicted = None if known is None else timing.output_tokens / known
-        floor_of, of = subject.floors.throughput, (*sizes, subject.max_num_seqs)
-        row: dict[str, Any] = {
-            "requests": count,
-            "input_len": input_len,
-            "output_len": output_len,
-            "seconds": round(timing.seconds, 3),
-            "output_tokens_per_second": round(rate),
-            "output_tokens_per_second_per_rank": round(rate / subject.ranks, 1),
-            "total_tokens_per_second": round(total),
-            **_beside(subject, floor_of, of, predicted, timing.seconds),
-        }
-        found.append(row)
-        rates = (f"{rate:,.0f}", f"{total:,.0f}", f"{rate / subject.ranks:,.0f}")
-        table.row(count, f"{input_len}/{output_len}", f"{timing.seconds:.1f}", *rates, *_cells(row))
-    if found:
-        table.show("throughput, all requests at once, tokens/s; floor: each prompt once, then full decode steps")
+    with table.shown("throughput, all requests at once, tokens/s; floor: each prompt once, then full decode steps"):
+        for count, input_len, output_len in rows.throughput:
+            row = _throughput_row(subject, count, input_len, output_len, seed)
+            found.append(row)
+            rates = ("output_tokens_per_second", "total_tokens_per_second", "output_tokens_per_second_per_rank")
+            cells = [f"{row[name]:,.0f}" for name in rates]
+            table.row(count, f"{input_len}/{output_len}", f"{row['seconds']:.1f}", *cells, *_cells(row))
     return found
+
+
+def _throughput_row(subject: Subject, count: int, input_len: int, output_len: int, seed: int) -> dict[str, Any]:
+    vocab_size = subject.config.vocab_size
+    requests = driver.make_requests(count, input_len, output_len, vocab_size, seed=f"throughput {seed}")
+    timing = driver.run(subject.core, requests)
+    rate = timing.output_tokens / timing.seconds
+    sizes = (count, input_len, output_len)
+    known = None if subject.predictions is None else subject.predictions.output_rate(*sizes)
+    predicted = None if known is None else timing.output_tokens / known
+    floor_of, of = subject.floors.throughput, (*sizes, subject.max_num_seqs)
+    return {
+        "requests": count,
+        "input_len": input_len,
+        "output_len": output_len,
+        "seconds": round(timing.seconds, 3),
+        "output_tokens_per_second": round(rate),
+        "output_tokens_per_second_per_rank": round(rate / subject.ranks, 1),
+        "total_tokens_per_second": round((timing.output_tokens + timing.prompt_tokens) / timing.seconds),
+        **_beside(subject, floor_of, of, predicted, timing.seconds),
+    }

@@ -36,7 +36,6 @@ from appliance.engines.manifest import (
     BuildSummary,
     EngineFile,
     EngineManifest,
-    TimedTactic,
     rank_file_name,
     read_manifest,
     write_manifest,
@@ -287,10 +286,7 @@ def _time_products(path: Path, cache: Path, device: torch.device) -> None:
     manifest = read_manifest(path)
     KERNELS.open(path, manifest.kernels)
     found = time_products(manifest, cache, device)
-    reductions = tuple(tactic for tactic in manifest.tactics if _of_ranks(tactic))
-    if (*found, *reductions) != manifest.tactics:
-        write_manifest(path, msgspec.structs.replace(manifest, tactics=(*found, *reductions)))
-
-
-def _of_ranks(tactic: TimedTactic) -> bool:
-    return tactic.scheme.startswith("all_reduce")
+    products = {tactic.product for tactic in found}
+    others = tuple(tactic for tactic in manifest.tactics if tactic.product not in products)  # of the ranks together
+    if (*found, *others) != manifest.tactics:
+        write_manifest(path, msgspec.structs.replace(manifest, tactics=(*found, *others)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +34,17 @@ class Table:
 
     def row(self, *cells: object) -> None:
         self._table.add_row(*(str(cell) for cell in cells))
+
+    @contextmanager
+    def shown(self, title: str, legend: str = "") -> Iterator[None]:
+        """Around the rows' making: what there is of them is shown in the end, also where one of them fails."""
+        try:
+            yield
+        finally:
+            if self._table.row_count:
+                self.show(title)
+                if legend:
+                    say(legend)
 
     def show(self, title: str) -> None:
         _console.print(title, style="bold", markup=False)

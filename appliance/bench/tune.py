@@ -6,6 +6,7 @@ computes them that leaves sums to kernels over several GPUs, where there are sev
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def time_products(manifest: EngineManifest, cache: Path, device: torch.device) -
     tuner = Tuner(dtype, device, Timings(cache, name))
     found = tuple(tuner.tune(model))
     del model
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     say(f"{len(found)} tactics chosen, {tuner.measured} timed now, in {time.perf_counter() - begin:.1f} s")
