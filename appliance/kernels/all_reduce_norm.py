@@ -43,6 +43,43 @@ def all_reduce_rms_norm_reference(
     return norm.rms_norm_quantize_reference(total, residual, weight, eps, dtype, scale)
 
 
+@triton.jit
+def finish_row(
+    total,
+    residual,
+    weight,
+    stream,
+    out,
+    scales_ptr,
+    row,
+    static_scale_ptr,
+    there,
+    size,
+    eps,
+    QUANTIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_AMAX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """What follows the sum of a row, total [lines, numbers] in the residual stream's dtype: residual and weight are its
+    numbers in float32; `stream` and `out` are where the new stream and the result go."""
+    total = (total.to(tl.float32) + residual).to(stream.dtype.element_ty)
+    tl.store(stream, total, mask=there)
+    x = total.to(tl.float32)
+    square = tl.sum(tl.sum(x * x, axis=1), axis=0)
+    y = x * tl.rsqrt(square / size + eps) * weight
+    if QUANTIZE:
+        if STATIC:
+            scale = tl.load(static_scale_ptr)
+        else:
+            largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+            scale = tl.maximum(largest, SMALLEST_AMAX) / LARGEST
+        tl.store(scales_ptr + row, scale)
+        y = in_range(y, scale, LARGEST, WHOLE)
+    tl.store(out, y.to(out.dtype.element_ty), mask=there)
+
+
 @triton.jit(do_not_specialize=["rank", "n"])
 def _all_reduce_rms_norm_kernel(
     x_ptr,
@@ -133,20 +170,24 @@ def _all_reduce_rms_norm_kernel(
                     theirs = region(addresses_ptr, peer, epoch, slots, region_bytes, residual_ptr, FIRST)
                     total += tl.load(theirs + (at + column), mask=there, other=0.0).to(tl.float32)
                 total = total.to(residual_ptr.dtype.element_ty)
-            total = (total.to(tl.float32) + residual).to(residual_ptr.dtype.element_ty)
-            tl.store(stream, total, mask=there)
-            x = total.to(tl.float32)
-            square = tl.sum(tl.sum(x * x, axis=1), axis=0)
-            y = x * tl.rsqrt(square / size + eps) * weight
-            if QUANTIZE:
-                if STATIC:
-                    scale = tl.load(static_scale_ptr)
-                else:
-                    largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
-                    scale = tl.maximum(largest, SMALLEST_AMAX) / LARGEST
-                tl.store(scales_ptr + row, scale)
-                y = in_range(y, scale, LARGEST, WHOLE)
-            tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=there)
+            finish_row(
+                total,
+                residual,
+                weight,
+                stream,
+                out_ptr + row * size + column,
+                scales_ptr,
+                row,
+                static_scale_ptr,
+                there,
+                size,
+                eps,
+                QUANTIZE,
+                LARGEST,
+                SMALLEST_AMAX,
+                WHOLE,
+                STATIC,
+            )
         tl.store(epochs_ptr + slot, epoch)
 
 
