@@ -91,10 +91,10 @@ class NodeRanks:
         poll.register(self._channel.socket, select.POLLIN)
         try:
             while not self._gone.is_set():
-                if poll.poll(1000 * BEAT_SECONDS):
-                    for kind, data in self._channel.receive():
-                        if kind == Kind.STEP:
-                            self._ring.send(data, self._check)
+                for kind, data in self._channel.receive():  # some may have come with the note before
+                    if kind == Kind.STEP:
+                        self._ring.send(data, self._check)
+                poll.poll(1000 * BEAT_SECONDS)
         except (OSError, LeaderLostError):
             pass
         finally:

@@ -108,7 +108,7 @@ class Channel:
                 select.select([], [self.socket], [], _LOOK_SECONDS)
 
     def receive(self) -> Iterator[tuple[Kind, bytes]]:
-        """Frames that are there; does not wait. ConnectionError if the other end is gone, or speaks otherwise."""
+        """Frames that are there, also those that came with what was taken before; does not wait. ConnectionError if the other end is gone, or speaks otherwise."""
         with contextlib.suppress(BlockingIOError):
             data = self.socket.recv(1 << 20)
             if not data:

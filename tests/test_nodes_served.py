@@ -1,0 +1,153 @@
+"""Several nodes as users start them, all on this machine's loopback: one process a node, a stage of the model on each.
+Nodes are lost under a streaming client, who sees a pause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from test_end_to_end import MODEL, Server, greedy
+
+PROMPT = "one two three"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def node(cache: Path, rank: int, port: int, *flags: str, nnodes: int = 2) -> Server:
+    where = ("--nnodes", str(nnodes), "--node-rank", str(rank), "--master-addr", "127.0.0.1")
+    return Server(cache, "--backend", "cpu", *where, "--master-port", str(port), *flags)
+
+
+class Group:
+    """Node 0 and node 1."""
+
+    def __init__(self, directory: Path, *flags: str, own_caches: bool = False) -> None:
+        self.port = free_port()
+        self.flags = flags
+        self.caches = [directory / (f"cache-{rank}" if own_caches else "cache") for rank in range(2)]
+        self.nodes = [node(cache, rank, self.port, *flags) for rank, cache in enumerate(self.caches)]
+
+    @property
+    def leader(self) -> Server:
+        return self.nodes[0]
+
+    def until_ready(self) -> None:
+        for each in self.nodes:
+            each.until("/v1/health/ready", 200)
+
+    def replace(self, rank: int) -> None:
+        """A node that was lost comes again, as Kubernetes brings it."""
+        self.nodes[rank] = node(self.caches[rank], rank, self.port, *self.flags)
+
+    def ranks_of(self, rank: int) -> list[psutil.Process]:
+        """The processes of ranks on another node than 0."""
+        children = psutil.Process(self.nodes[rank].process.pid).children(recursive=True)
+        return [child for child in children if "appliance.worker_process" in " ".join(child.cmdline())]
+
+    def kill(self) -> None:
+        for each in self.nodes:
+            each.process.kill()
+            each.process.wait()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    running = Group(tmp_path_factory.mktemp("nodes"))
+    try:
+        running.until_ready()
+        yield running
+    finally:
+        running.kill()
+
+
+def stream(group: Group, at_token: int = 20, tokens: int = 160, *, lose: list[psutil.Process]) -> str:
+    """What a client gets from node 0 that streams while processes are killed."""
+    chunks = group.leader.client().completions.create(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text = ""
+    for i, chunk in enumerate(chunks):
+        text += chunk.choices[0].text if chunk.choices else ""
+        if i == at_token:
+            for process in lose:
+                process.kill()
+            if any(process.pid == group.nodes[1].process.pid for process in lose):
+                group.nodes[1].process.wait()
+                group.replace(1)
+    return text
+
+
+def test_two_nodes_share_the_model_and_node_0_has_the_api(group: Group) -> None:
+    assert group.leader.log.count("profile bf16-cpu-tp1-pp2") == 1
+    assert len(group.ranks_of(1)) == 1 and not group.ranks_of(0)[1:]
+    assert greedy(group.leader.client(), PROMPT) == greedy(group.leader.client(), PROMPT) != ""
+    request = urllib.request.Request(f"{group.nodes[1].base}/v1/chat/completions", data=b"{}")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 421
+    message = json.loads(refused.value.read())["error"]["message"]
+    assert message == "this is node 1, which holds part of the model; the API is on node 0, 127.0.0.1"
+
+
+def test_a_rank_lost_on_the_other_node_is_a_pause(group: Group) -> None:
+    expected = greedy(group.leader.client(), PROMPT, 160)
+    assert stream(group, lose=group.ranks_of(1)) == expected
+    group.leader.until_logged("rank 1 on node 1 (127.0.0.1) was killed by SIGKILL")
+    group.until_ready()
+
+
+def test_a_node_lost_and_restarted_is_a_pause(group: Group) -> None:
+    expected = greedy(group.leader.client(), PROMPT, 160)
+    ranks = group.ranks_of(1)
+    began = time.monotonic()
+    assert stream(group, lose=[psutil.Process(group.nodes[1].process.pid)]) == expected
+    assert time.monotonic() - began < 60
+    psutil.wait_procs(ranks, 10)
+    assert not any(rank.is_running() for rank in ranks)
+    group.leader.until_logged("rank 1 on node 1 (127.0.0.1): node 1 is lost: its connection was closed")
+    group.leader.until_logged("node 1 (127.0.0.1) is gone")
+    group.until_ready()
+
+
+def test_an_agent_outlives_the_engine_and_the_server(group: Group) -> None:
+    agent = group.nodes[1].process.pid
+    os.kill(group.leader.engine_pid(), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while group.leader.log.count("the engine is ready again") < 3:
+        assert time.monotonic() < deadline, group.leader.log
+        time.sleep(0.1)
+    group.leader.process.kill()
+    group.leader.process.wait()
+    group.nodes[1].until_logged("node 0 is gone")
+    group.nodes[1].until_logged("waiting for node 0 at 127.0.0.1")
+    assert group.nodes[1].status("/v1/health/live") == 200 and group.nodes[1].status("/v1/health/ready") == 503
+    group.replace(0)
+    group.until_ready()
+    assert greedy(group.leader.client(), PROMPT) != ""
+    assert group.nodes[1].process.pid == agent
+
+
+def test_a_group_ends_together(group: Group) -> None:
+    for each in group.nodes:
+        each.process.send_signal(signal.SIGTERM)
+    assert [each.process.wait(60) for each in group.nodes] == [0, 0]
+    for each in group.nodes:
+        assert "Traceback" not in each.log.rpartition("SIGTERM")[2]
