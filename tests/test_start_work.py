@@ -187,7 +187,7 @@ def test_no_trial_without_the_gpu_that_the_engine_is_for(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
     assert "no GPU here has compute capability 9.0" in str(tried(request_of()).note)
-    assert warmup._device(request_of(compute_capability=(8, 1))) == torch.device("cuda", 1)
+    assert warmup.trial_device(request_of(compute_capability=(8, 1))) == torch.device("cuda", 1)
 
 
 def test_a_failed_trial_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_failed_trial_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (engine_dir / "kernels" / "triton").mkdir(parents=True)
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(warmup, "_device", lambda request: torch.device("cuda", 0))
+    monkeypatch.setattr(warmup, "trial_device", lambda request: torch.device("cuda", 0))
     monkeypatch.setattr(warmup, "_warm_up", fails)
     warmed = warm_up(tmp_path, request_of(), lambda detail: None)
     assert "out of memory" in str(warmed.note) and not warmed.kernels
@@ -223,7 +223,7 @@ def test_a_trial_from_end_to_end(checkpoint: Path, tmp_path: Path, monkeypatch: 
 
     (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
     monkeypatch.setattr(warmup, "_for_gpu", lambda request: True)
-    monkeypatch.setattr(warmup, "_device", lambda request: torch.device("cpu"))
+    monkeypatch.setattr(warmup, "trial_device", lambda request: torch.device("cpu"))
     monkeypatch.setattr(warmup.torch.cuda, "get_device_name", lambda device: "Test GPU")
 
     def gather(directory: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from appliance import registry
+from appliance.builder.ahead import prepare_ahead
 from appliance.builder.calibrate import CalibratedTensors
 from appliance.builder.calibration_data import CalibrationTokens, tokens_for
 from appliance.builder.convert import AnyOrder, InOrder, StoredTensors, convert
@@ -25,9 +26,9 @@ from appliance.builder.published import PublishedTensors, check_tensors, kv_scal
 from appliance.builder.quality import check_quality
 from appliance.builder.request import BuildRequest, key_inputs_of
 from appliance.builder.selfcheck import self_check
-from appliance.builder.shards import plan_tensors
+from appliance.builder.shards import plan_ranks
 from appliance.builder.tokenizer import copy_tokenizer
-from appliance.builder.warmup import WarmedUp, compile_ahead, warm_up
+from appliance.builder.warmup import WarmedUp, warm_up
 from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan, planned_file_size, read_model_config
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
@@ -139,7 +140,7 @@ def _source(job: Job, tokens: CalibrationTokens | None, store: EngineStore, send
 
 def _plans(job: Job) -> list[list[TensorPlan]]:
     """Of every rank's weight file."""
-    return [plan_tensors(job.specs, job.scheme, job.dtype, job.inputs.tp_size)] * job.inputs.tp_size
+    return plan_ranks(job.specs, job.scheme, job.dtype, job.config, job.inputs.tp_size, job.inputs.pp_size)
 
 
 def _reserve(job: Job, weights: StoredTensors, store: EngineStore) -> None:
@@ -167,8 +168,9 @@ def _write_engine(
     def report(detail: str) -> None:
         send(Progress(phase="build", detail=detail, percent=100.0))
 
-    wait_for_compilers = compile_ahead(job.request, job.config, job.dtype, report)
+    ahead = prepare_ahead(job, staging, report, rehearse=isinstance(weights, AnyOrder))
     with contextlib.ExitStack() as open_files:  # the disk is written to while the engine is checked and tried
+        open_files.callback(ahead.stop)
         with ByteMeter(sum(map(weights.work, job.specs)), sender("build", send), detail="reading") as meter:
             rank_files = _write_weights(job, weights, staging, meter, phases, open_files)
             meter.advance(0, "checking the built engine")
@@ -183,11 +185,15 @@ def _write_engine(
             files = _files(staging, rank_files)
             write_manifest(staging, _manifest(job, weights, files, checks, quality, warmed, tuple(notes), phases))
 
-        write(WarmedUp())  # loading reads the manifest, so there is one before the kernels that loading makes known
-        with phases.phase("compilers"):
-            wait_for_compilers()
+        with phases.phase("waiting for tactics"):
+            found = ahead.result()
+        if job.device.type == "cuda":  # not before: while a graph is captured, torch gives no memory back
+            torch.cuda.empty_cache()
+        phases.add_parts("beside", found.seconds)
+        # Loading reads the manifest, so there is one before the kernels that loading makes known.
+        write(WarmedUp(tactics=found.tactics or ()))
         with phases.phase("trial"):
-            warmed = warm_up(staging, job.request, report)
+            warmed = warm_up(staging, job.request, report, found.tactics)
             phases.add_parts("trial", warmed.seconds)
         with phases.phase("disk"):
             open_files.close()

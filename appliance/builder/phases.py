@@ -1,7 +1,7 @@
 """Seconds that the parts of a build took, for the log and the manifest. Knows no part.
 
 A name with a dot is a part of the phase before the dot: "convert.read". Parts of one phase may run side by side, in
-several threads, so their sum may be more than the phase. A name with a plus ran beside the phases around it.
+several threads, so their sum may be more than the phase. "beside" is no phase: its parts ran beside the conversion.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def describe(seconds: Mapping[str, float]) -> str:
         parts = groups.setdefault(whole, [])
         if part and value >= 0.05:
             parts.append(f"{part} {value:.1f}")
-    return ", ".join(
-        f"{whole} {seconds.get(whole, 0.0):.1f}" + (f" ({', '.join(parts)})" if parts else "")
-        for whole, parts in groups.items()
-    )
+    shown = []
+    for whole, parts in groups.items():
+        text = f"{whole} {seconds[whole]:.1f}" if whole in seconds else whole
+        shown.append(f"{text} ({', '.join(parts)})" if parts else text)
+    return ", ".join(shown)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +57,8 @@ class Subject:
     scheme: PrecisionScheme
     dtype: torch.dtype  # the engine's, of what it leaves unquantized
     device: torch.device
+    # Around what is computed there: somebody else may be timing.
+    turn: Callable[[torch.device], AbstractContextManager[None]] = field(default=lambda device: nullcontext())
 
 
 def check_quality(job: Job, rank_files: Sequence[Path], engines: Path, report: Callable[[str], None]) -> Quality | None:
@@ -64,11 +67,9 @@ def check_quality(job: Job, rank_files: Sequence[Path], engines: Path, report: C
     directory, then remembers it."""
     if job.config.quantization is not None or _same_numbers(job):
         return None
-    subject = Subject(job.config, job.architecture, job.specs, job.scheme, job.dtype, job.device)
+    subject = Subject(job.config, job.architecture, job.specs, job.scheme, job.dtype, job.device, job.gpu_turn)
     seconds = max(_SECONDS, _SHARE * (time.monotonic() - job.started))
     quality = measure_quality(rank_files, rank_files[0].parent / "tokenizer", job.checkpoint, subject, seconds)
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
     report(f"against the checkpoint: {numbers(quality)}")
     engine = f"the {job.inputs.precision} engine of {job.checkpoint.path.name}"
     try:
@@ -109,7 +110,7 @@ def measure_quality(
         torch.inference_mode(),
     ):
         reference, engine = _reference_side(checkpoint, subject), _engine_side(stored, subject)
-        comparison = _Comparison((reference, engine), prompts, subject.device, clock)
+        comparison = _Comparison((reference, engine), prompts, subject, clock)
         note = comparison.run(begin + seconds)
     found, measured = comparison.divergence, not note
     return Quality(
@@ -213,9 +214,9 @@ def _read(checkpoint: Checkpoint, names: Iterable[str], device: torch.device) ->
 class _Comparison:
     """The hidden states of both sides, from the embedding to the logits."""
 
-    def __init__(
-        self, sides: tuple[_Side, _Side], prompts: Sequence[Prompt], device: torch.device, clock: Clock
-    ) -> None:
+    def __init__(self, sides: tuple[_Side, _Side], prompts: Sequence[Prompt], subject: Subject, clock: Clock) -> None:
+        device = subject.device
+        self._turn = subject.turn
         self.divergence = Divergence()
         self._clock = clock
         self._sides = sides
@@ -256,16 +257,17 @@ class _Comparison:
             layer = side.layer(index)
             self._wait()
             read = self._clock()
-            context = prompt_context(self._config, self._lengths, side.model.dtype, self._device)
-            x, residual = layer(*self._streams[i], context)
-            self._streams[i] = materialize(x, side.model.dtype), residual
-            self._wait()
+            with self._turn(self._device):
+                context = prompt_context(self._config, self._lengths, side.model.dtype, self._device)
+                x, residual = layer(*self._streams[i], context)
+                self._streams[i] = materialize(x, side.model.dtype), residual
+                self._wait()
             reading, computing = reading + read - begin, computing + self._clock() - read
         return reading, computing
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _shorten(self, keep: int) -> bool:
         """Go on with the first `keep` tokens: nothing of them depends on those behind. Whether enough are left."""
@@ -284,7 +286,8 @@ class _Comparison:
         reference, engine = (side.head(*stream) for side, stream in zip(self._sides, self._streams, strict=True))
         for begin in range(0, len(self._counted), _ROWS):
             rows = self._counted[begin : begin + _ROWS]
-            self.divergence.add(reference(rows), engine(rows), self._following[begin : begin + _ROWS])
+            with self._turn(self._device):
+                self.divergence.add(reference(rows), engine(rows), self._following[begin : begin + _ROWS])
 
 
 def _head_share(config: ModelConfig) -> float:

@@ -91,10 +91,11 @@ def _product_error(job: Job, stored: StoredEngine, spec: WeightSpec, weight: Ten
     x = torch.randn(4, in_features, generator=generator)
     if "input_scale" in tensors:  # inputs of the size that the checkpoint was made for
         x = x * (_STATIC_INPUT * tensors["input_scale"].cpu())
-    x = x.to(job.device, job.dtype)
-    y = scheme.apply(scheme.prepare(tensors), x, None, job.dtype)[:, :out_features].float()
-    reference = x.float() @ weight.t()
-    error = float((y - reference).norm() / reference.norm().clamp_min(1e-30))
+    with job.gpu_turn(job.device):
+        x = x.to(job.device, job.dtype)
+        y = scheme.apply(scheme.prepare(tensors), x, None, job.dtype)[:, :out_features].float()
+        reference = x.float() @ weight.t()
+        error = float((y - reference).norm() / reference.norm().clamp_min(1e-30))
     return error if np.isfinite(error) else float("inf")
 
 

@@ -49,19 +49,19 @@ class _Probe:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._seen: tuple[str, int, int, Callable[[int], Tactics]] | None = None
 
     def __call__(
         self, scheme: str, out_features: int, in_features: int, rows: int, tactics: Callable[[int], Tactics]
     ) -> Tactic | None:
-        self._seen = (scheme, out_features, in_features, tactics)
+        self._local.seen = (scheme, out_features, in_features, tactics)
         return getattr(self._local, "forced", None)
 
     def observe(self, call: Callable[[], object]) -> tuple[str, int, int, Callable[[int], Tactics]] | None:
         """What a scheme asks the table while `call` runs; None if it does not."""
-        self._seen = None
+        self._local.seen = None
         call()
-        return self._seen
+        seen: tuple[str, int, int, Callable[[int], Tactics]] | None = self._local.seen
+        return seen
 
     @contextlib.contextmanager
     def force(self, tactic: Tactic) -> Iterator[None]:
@@ -125,6 +125,7 @@ class Tuner:
         self._threads = threads or min(16, host().cpu_cores)
         self._probe = _Probe()
         self._left_out: set[tuple[str, str]] = set()  # (product, tactic) that was said to fail
+        self._compiled: set[tuple[str, str]] = set()  # (key of product and rows, tactic) that ran once
         self.measured = 0  # tactics timed, those remembered not counted
         self.compile_seconds = 0.0  # of which were spent running each once, compiling it
 
@@ -138,6 +139,7 @@ class Tuner:
             for product in _products(model):
                 if self._offers(product):
                     products.append(product)
+            self._compile_ahead(products)
             for done, rows in enumerate(_ORDER):
                 if self._clock() >= self._deadline:
                     log.warning("tactics: out of time, %d of %d row counts timed", done, len(_ORDER))
@@ -160,6 +162,11 @@ class Tuner:
         return len(product.tactics(1)) > 1
 
     # -------------------------------------------------- timing
+
+    def _compile_ahead(self, products: list[_Product]) -> None:
+        """What will be timed whatever comes out: the more at once, the more is compiled side by side."""
+        known = [(product, rows) for product in products for rows in _ALL_TIMED]
+        self._compile([(p, rows, name, tactic) for p, rows in known for name, tactic in p.tactics(rows).items()])
 
     def _time_rows(self, products: list[_Product], rows: int) -> None:
         """Every product at one number of rows."""
@@ -196,7 +203,12 @@ class Tuner:
         """Run each once that will be timed, several at a time, since most of that time goes to compilers. What fails
         here is met again when it is timed."""
         begin = self._clock()
-        new = [job for job in jobs if self._timings.get(self._key(job[0], job[1]), job[2]) is None]
+        new = []
+        for job in jobs:
+            key = (self._key(job[0], job[1]), job[2])
+            if key not in self._compiled and self._timings.get(*key) is None:
+                self._compiled.add(key)
+                new.append(job)
 
         def run(job: tuple[_Product, int, str, Tactic]) -> None:
             product, rows, _, tactic = job
@@ -207,13 +219,13 @@ class Tuner:
                     if self._device.type == "cuda":
                         torch.cuda.set_device(self._device)
                     product.layers[0].multiply(product.inputs(rows, self._dtype, self._device))
+                    if self._device.type == "cuda":  # not of the whole device: somebody may be capturing a graph
+                        torch.cuda.current_stream(self._device).synchronize()
             except Exception as error:
                 log.debug("tactics: %s: %s", job[2], error)
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="compile") as pool:
             list(pool.map(run, new))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         self.compile_seconds += self._clock() - begin
 
     def _time_product(self, product: _Product, rows: int, tactics: dict[str, Tactic]) -> dict[str, float]:
@@ -244,8 +256,7 @@ class Tuner:
             del got
             if not error <= _TOLERANCE:
                 raise ArithmeticError(f"differs from the default by {error:.2g}")
-            weight_bytes = max(product.out_features * product.in_features, 1)
-            layers = product.layers[: max(2, -(-_ROTATED_BYTES // weight_bytes))]
+            layers = product.layers[: layers_timed(product.out_features * product.in_features)]
             with self._probe.force(tactic):
                 return self._timer([_call(layer, x) for layer in layers], 24 if rows <= 256 else 4)
         except torch.cuda.OutOfMemoryError:
@@ -297,6 +308,11 @@ class Tuner:
             log.info("tactics: %s", describe(choice))
             chosen.append(choice)
         return chosen
+
+
+def layers_timed(weights: int) -> int:
+    """How many layers with so many weights a timing goes through, if the model has as many."""
+    return max(2, -(-_ROTATED_BYTES // max(weights, 1)))
 
 
 def _call(layer: Linear, x: Any) -> Callable[[], object]:

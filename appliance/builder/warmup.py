@@ -8,7 +8,6 @@ wrong here is a note in its manifest and not a failed build. Knows engines and r
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,38 +50,11 @@ class WarmedUp:
     seconds: dict[str, float] = field(default_factory=dict)  # of its parts
 
 
-def compile_ahead(request: BuildRequest, config: ModelConfig, dtype: torch.dtype, report: Report) -> Callable[[], None]:
-    """Start to compile what needs no weights, beside the conversion; the function that is returned waits for it. What
-    fails here is met again, and reported, by `warm_up`."""
-    device = _device(request) if _for_gpu(request) else ""
-    if isinstance(device, str):
-        return lambda: None
-    backend = registry.load("backends", request.backend)
-    start = getattr(backend, "compile_ahead", None)
-    if start is None:
-        return lambda: None
-
-    def run() -> None:
-        try:
-            backend.preload()
-            start(config, dtype, _options(request, Path(), [device]), device, request.tp_size)
-        except Exception as error:
-            log.debug("compiling ahead: %s", error)
-
-    KERNELS.open()
-    thread = threading.Thread(target=run, name="compile-ahead", daemon=True)
-    thread.start()
-
-    def wait() -> None:
-        if thread.is_alive():
-            report("compiling kernels")
-        thread.join()
-
-    return wait
-
-
-def warm_up(engine_dir: Path, request: BuildRequest, report: Report) -> WarmedUp:
-    """Time tactics and fill engine_dir/kernels; the engine's weights and a manifest must be there already.
+def warm_up(
+    engine_dir: Path, request: BuildRequest, report: Report, tactics: tuple[TimedTactic, ...] | None = None
+) -> WarmedUp:
+    """Time tactics and fill engine_dir/kernels; the engine's weights and a manifest must be there already. `tactics`:
+    those that were timed before, which the manifest has.
 
     Raises OSError where the disk is full; anything else that fails is a note."""
     if not _for_gpu(request):
@@ -92,7 +64,7 @@ def warm_up(engine_dir: Path, request: BuildRequest, report: Report) -> WarmedUp
         return WarmedUp(note=f"kernels are compiled at the first start: {devices}")
     backend = registry.load("backends", request.backend)
     try:
-        return _warm_up(engine_dir, request, backend, devices, report)
+        return _warm_up(engine_dir, request, backend, devices, report, tactics)
     except Exception as error:
         if disk.is_full(error):
             raise
@@ -108,7 +80,7 @@ def _for_gpu(request: BuildRequest) -> bool:
     return registry.plugins("backends")[request.backend].facts.get("device") == "gpu"
 
 
-def _options(request: BuildRequest, engine_dir: Path, devices: Sequence[torch.device]) -> EngineOptions:
+def trial_options(request: BuildRequest, engine_dir: Path, devices: Sequence[torch.device]) -> EngineOptions:
     return EngineOptions(
         engine_dir=str(engine_dir),
         backend=request.backend,
@@ -120,7 +92,7 @@ def _options(request: BuildRequest, engine_dir: Path, devices: Sequence[torch.de
     )
 
 
-def _device(request: BuildRequest) -> torch.device | str:
+def trial_device(request: BuildRequest) -> torch.device | str:
     """The GPU to try the engine on; why there is none."""
     if request.device == "cpu":
         return "it was built on the CPU"
@@ -138,10 +110,11 @@ def _device(request: BuildRequest) -> torch.device | str:
 
 def _devices(request: BuildRequest) -> list[torch.device] | str:
     """A GPU for each rank, the one to try an engine of one rank on first; why there are not as many."""
-    first = _device(request)
+    first = trial_device(request)
     if isinstance(first, str):
         return first
-    if request.tp_size == 1:
+    size = request.tp_size * request.pp_size
+    if size == 1:
         return [first]
     capability = torch.cuda.get_device_capability(first)
     alike = [
@@ -149,11 +122,11 @@ def _devices(request: BuildRequest) -> list[torch.device] | str:
         for index in range(torch.cuda.device_count())
         if torch.cuda.get_device_capability(index) == capability and index != first.index
     ]
-    found = [first, *alike][: request.tp_size]
+    found = [first, *alike][:size]
     if gpus_shared():
-        found = [found[i % len(found)] for i in range(request.tp_size)]
-    if len(found) < request.tp_size:
-        return f"the engine is for {request.tp_size} GPUs, and here are {len(found)} of that compute capability"
+        found = [found[i % len(found)] for i in range(size)]
+    if len(found) < size:
+        return f"the engine is for {size} GPUs, and here are {len(found)} of that compute capability"
     return found
 
 
@@ -163,13 +136,14 @@ def _warm_up(
     backend: ModuleType,
     devices: Sequence[torch.device],
     report: Report,
+    tactics: tuple[TimedTactic, ...] | None,
 ) -> WarmedUp:
     """Of several ranks, products are timed on the first, while the others wait for it."""
-    options = _options(request, engine_dir, devices)
+    options = trial_options(request, engine_dir, devices)
     device, timer = devices[0], PhaseTimer()
-    member: Member = lead(options) if request.tp_size > 1 else Alone()
+    member: Member = lead(options) if request.tp_size * request.pp_size > 1 else Alone()
     try:
-        return _try(engine_dir, request, backend, options, member, device, timer, report)
+        return _try(engine_dir, request, backend, options, member, device, timer, report, tactics)
     finally:
         member.close()
 
@@ -183,6 +157,7 @@ def _try(
     device: torch.device,
     timer: PhaseTimer,
     report: Report,
+    timed: tuple[TimedTactic, ...] | None,
 ) -> WarmedUp:
 
     def progress(phase: str, detail: str, percent: float) -> None:
@@ -191,8 +166,8 @@ def _try(
     loaded: LoadedModel = backend.load(options, progress, timer, member)
     loaded.model.prepare(loaded.config.max_position_embeddings)
     gpu = torch.cuda.get_device_name(device)
-    tactics: list[TimedTactic] = list(loaded.reductions)
-    if request.tactics:
+    tactics: list[TimedTactic] = [*loaded.reductions, *(timed or ())]
+    if request.tactics and timed is None:
         with timer.phase("tactics"):
             tuner = Tuner(loaded.model.dtype, device, Timings(Path(request.cache), gpu))
             tactics += tuner.tune(loaded.model, report)

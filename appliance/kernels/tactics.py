@@ -52,9 +52,10 @@ class TacticTable:
     def choose(self, scheme: str, out_features: int, in_features: int, rows: int, name: str) -> None:
         """Products of up to `rows` rows (and more than the next smaller choice) are computed by tactic `name`."""
         shape = (scheme, out_features, in_features)
-        if rows not in self._chosen.setdefault(shape, {}):
-            insort(self._buckets.setdefault(shape, []), rows)
+        new = rows not in self._chosen.setdefault(shape, {})
         self._chosen[shape][rows] = name
+        if new:  # after it can be found: a build computes while it chooses
+            insort(self._buckets.setdefault(shape, []), rows)
         self._resolved.clear()
 
     def chosen(self, scheme: str, out_features: int, in_features: int, rows: int) -> str | None:
