@@ -254,7 +254,7 @@ def test_mistakes_are_one_clear_line(
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["", "offline", "quality", "serve", "start", "ops", "compare", "trace"])
+@pytest.mark.parametrize("name", ["", "all-reduce", "offline", "quality", "serve", "start", "ops", "compare", "trace"])
 def test_help_is_readable(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["bench", *filter(None, [name]), "--help"])

@@ -4,6 +4,7 @@ what they are made of."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,32 @@ def test_start_of_an_engine_with_weights_in_files(cache: str, capsys: pytest.Cap
     assert 0.015 < float(model.embedding.weight.float().std()) < 0.025
 
 
+def test_all_reduce(capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(capsys, "all-reduce", "--ranks", "2", "--hidden", "64", "--rows", "1,8", "--backend", "cpu")
+    assert (result["bench"], result["own"], result["wrong"], result["element_bytes"]) == ("all-reduce", False, [], 4)
+    assert [row["rows"] for row in result["rows"]] == [1, 8]
+    for row in result["rows"]:
+        assert set(row["us"]) == {"library"}, "own kernels are for GPUs"
+        assert row["predicted_ratio"] == pytest.approx(row["predicted_us"] / row["us"]["library"], abs=0.001)
+
+
+def test_a_rank_that_fails_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
+    """A row that no memory holds: said within seconds, with no rank left waiting for another."""
+    begin = time.monotonic()
+    options = ("--ranks", "2", "--hidden", str(1 << 40), "--rows", str(1 << 20), "--backend", "cpu")
+    assert main(["bench", "all-reduce", *options]) == 1
+    assert "error: rank" in capfd.readouterr().err and time.monotonic() - begin < 60
+
+
+@pytest.mark.gpu
+def test_all_reduce_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    result = bench(capsys, "all-reduce", "--ranks", "2", "--rows", "1,64")
+    assert result["own"] and not result["wrong"]
+    assert {"library", "one-shot", "two-shot", "norm separate"} <= set(result["rows"][0]["us"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +127,8 @@ def test_start_of_an_engine_with_weights_in_files(cache: str, capsys: pytest.Cap
         ("serve --shape tiny --weights disk", "--weights is 'disk'; allowed: device, checkpoint"),
         ("serve --model builtin --precision int4_gptq", "a server takes a precision"),
         ("serve --shape tiny --replicas 0", "--replicas is 0; it must be at least 1"),
+        ("all-reduce --ranks 1", "--ranks is 1; it must be at least 2"),
+        ("all-reduce --backend cpu --rows=", "--rows is empty"),
         ("start --engine-only", "--engine-only is of random weights: give --shape"),
         ("start --cache .", "--cache is for --engine-only"),
         ("compare --shape tiny --precision bf16,fp8 --tp-size 2", "one precision at a time"),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from types import ModuleType
 
 # name -> one line of help. Modules import what is heavy (torch) only when they run.
 BENCHMARKS = {
+    "all-reduce": "sums over ranks by the library and by own kernels, alone and with the norm behind them",
     "compare": "tokens/s beside `generate` of transformers, same weights and prompts, and whether outputs agree",
     "kernels": "the small FP8 kernels against memory bandwidth, a layer with its products forced (needs a GPU)",
     "offline": "the engine without HTTP: decode steps, prefill, throughput; random weights or a real model",
@@ -26,10 +28,14 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, help_text in BENCHMARKS.items():
         child = subparsers.add_parser(name, help=help_text, description=help_text)
-        importlib.import_module(f"appliance.bench.{name}").add_arguments(child)
+        _module(name).add_arguments(child)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark; returns the exit code."""
-    code: int = importlib.import_module(f"appliance.bench.{args.benchmark}").run(args)
+    code: int = _module(args.benchmark).run(args)
     return code
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"appliance.bench.{name.replace('-', '_')}")

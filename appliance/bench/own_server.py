@@ -39,7 +39,7 @@ class OwnServer:
         log: Path | None = None,
     ) -> None:
         """`flags`: further ones for `serve`. `log`: file for what the server writes; None: it writes where we do."""
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "appliance.cli", "serve", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
@@ -127,7 +127,8 @@ def _cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
