@@ -25,8 +25,9 @@ from appliance.runtime.input_batch import InputBatch, StepInputs
 SIZES = (1, 2, 4)  # rows that kernels are made for; a batch takes the next larger one
 
 
-def shape_of(model: Decoder, kv_cache: Tensor, rows: int) -> DecodeShape:
-    """What a kernel for steps of `rows` sequences of this model, or of a rank's share of it, is compiled for."""
+def shape_of(model: Decoder, kv_cache: Tensor, rows: int, ranks: int = 1) -> DecodeShape:
+    """What a kernel for steps of `rows` sequences of this model, or of a rank's share of it, is compiled for. `ranks`:
+    that add their sums up; 1, of a share: as if there were no others."""
     config, layer = model.config, _layers(model)[0]
     return DecodeShape(
         rows=rows,
@@ -43,7 +44,7 @@ def shape_of(model: Decoder, kv_cache: Tensor, rows: int) -> DecodeShape:
         page_size=kv_cache.shape[2],
         eps=config.rms_norm_eps,
         blocks=torch.cuda.get_device_properties(kv_cache.device).multi_processor_count,
-        ranks=model.tp.size,
+        ranks=ranks,
     )
 
 
@@ -70,7 +71,7 @@ def refusal(model: Decoder, kv_caches: Sequence[Tensor]) -> str | None:
         return "weights of the head are neither FP8 with a scale per row nor bfloat16"
     if kv_caches[0].dtype not in (torch.bfloat16, FP8):
         return f"the KV cache is {kv_caches[0].dtype}"
-    return shape_of(model, kv_caches[0], 1).refused()
+    return shape_of(model, kv_caches[0], 1, model.tp.size).refused()
 
 
 class PersistentDecode:
@@ -85,11 +86,12 @@ class PersistentDecode:
         exchange: Exchange | None = None,
     ) -> None:
         """`model` is prepared and `refusal` said None. Compiles what has not been compiled before. `exchange`: of
-        several ranks, for these sizes."""
+        several ranks, for these sizes; without it a rank computes its share alone, which can be timed only."""
         device = kv_caches[0].device
         self._exchange = exchange
         self._rank = model.tp.rank
-        shapes = {rows: shape_of(model, kv_caches[0], rows) for rows in sizes}
+        ranks = 1 if exchange is None else exchange.ranks
+        shapes = {rows: shape_of(model, kv_caches[0], rows, ranks) for rows in sizes}
         shapes = {rows: shape for rows, shape in shapes.items() if shape.refused() is None}
         compile_all(shapes.values())
         self._kernels = {rows: DecodeKernel(shape) for rows, shape in shapes.items()}
