@@ -185,8 +185,7 @@ def assemble(
     with timer.phase("kv_cache"):
         kv_caches = allocate_kv_cache(model, num_pages, options.page_size, dtype, device)
     runner = ModelRunner(model, kv_caches, attention, limits, device)
-    alone = loaded.member.size == 1  # or ranks might find different ways the faster ones
-    if alone and options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
+    if options.cuda_graphs and options.persistent_decode and not options.batch_invariant:
         with timer.phase("persistent_decode"):
             reason = runner.enable_persistent()
         if reason is not None:
