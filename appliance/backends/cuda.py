@@ -121,7 +121,7 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
     manifest = read_manifest(Path(options.engine_dir))
     KERNELS.open(Path(options.engine_dir), manifest.kernels)
     use_tactics(manifest)
-    wanted = (manifest.model, DTYPES[manifest.dtype], options, device, member.size)
+    wanted = (manifest.model, DTYPES[manifest.dtype], options, device, manifest.tp_size)
     kernels = threading.Thread(target=_load_kernels, args=wanted, name="kernels", daemon=True)
     kernels.start()
     with timer.phase("load_weights"):
@@ -133,7 +133,7 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
         kernels.join()
     with timer.phase("other_ranks"):
         member.join(device)
-        if member.size > 1:
+        if loaded.model.tp.size > 1:
             _connect(loaded, device)
     return loaded
 
