@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,18 @@ def test_a_start_calibrates_with_what_the_settings_name(
     assert f"found in {options.engine_dir}" in capsys.readouterr().out
     (snapshot / "train.jsonl").unlink()
     (snapshot.parents[1] / "refs" / "main").unlink()
-    assert main(["serve", "--dry-run", *wanted, *words]) == 0
-    out = capsys.readouterr().out
-    assert "its key is not known: org/text (revision main) is not in the cache, and downloading is off" in out
+    missing = "org/text (revision main) is not in the cache, and downloading is off"
+    assert main(["serve", "--dry-run", *wanted, *words]) == CheckpointError.exit_code, "as a start would end"
+    assert f"problem       {missing}" in capsys.readouterr().out
+    assert main(["serve", "--dry-run", *wanted, *words, "--no-offline"]) == 0
+    assert f"its key is not known before its calibration data is downloaded: {missing}" in capsys.readouterr().out
 
 
-def test_text_that_is_not_there_ends_the_start(source: Path, tmp_path: Path) -> None:
+def test_text_that_is_not_there_ends_the_start(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the checkpoint is hashed, by a dry run too."""
+    monkeypatch.setattr("appliance.launch.obtain.digest", lambda *_, **__: pytest.fail("it was hashed"))
     short = tmp_path / "short.txt"
     short.write_text("Not much to read here.")
     for data, error, words in (
@@ -71,3 +78,6 @@ def test_text_that_is_not_there_ends_the_start(source: Path, tmp_path: Path) -> 
             prepare_engine(
                 str(source), precision="int4", backend="cpu", cache=tmp_path, overrides={"calibration_data": data}
             )
+        words_of_it = ["--precision", "int4", "--backend", "cpu", "--cache", str(tmp_path), "--calibration-data", data]
+        assert main(["serve", "--dry-run", "--model", str(source), *words_of_it]) == error.exit_code
+        assert re.search(f"problem .*{words}", capsys.readouterr().out)

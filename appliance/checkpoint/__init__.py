@@ -6,10 +6,10 @@ Importing it imports no torch; only reading and writing tensors does. Knows noth
 from __future__ import annotations
 
 from appliance.checkpoint.config import read_model_config
-from appliance.checkpoint.digest import CheckpointDigest, digest
+from appliance.checkpoint.digest import CheckpointDigest, digest, is_remembered
 from appliance.checkpoint.files import TensorInfo, content_files, weight_files
 from appliance.checkpoint.reader import Checkpoint
-from appliance.checkpoint.resolve import resolve, resolve_text
+from appliance.checkpoint.resolve import names_dataset, resolve, resolve_text
 from appliance.checkpoint.writer import SafetensorsWriter, TensorPlan, planned_file_size
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "TensorPlan",
     "content_files",
     "digest",
+    "is_remembered",
+    "names_dataset",
     "planned_file_size",
     "read_model_config",
     "resolve",

@@ -22,6 +22,20 @@ class CheckpointDigest:
     seconds: float
 
 
+def is_remembered(path: Path, cache: Path) -> bool:
+    """Whether `digest` would read nothing. Raises CheckpointError."""
+    memory = _memory(path, cache)
+    try:
+        return all(memory.get(file.name, file) is not None for file in content_files(path))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def _memory(path: Path, cache: Path) -> DigestMemory:
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    return DigestMemory(cache / "digests" / f"{place}.json")
+
+
 def digest(
     path: Path,
     *,
@@ -40,10 +54,7 @@ def digest(
     started = time.monotonic()
     known_content = expected_sha256(path) if check else {}
     files = content_files(path)
-    memory = None
-    if cache is not None:
-        place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-        memory = DigestMemory(cache / "digests" / f"{place}.json")
+    memory = _memory(path, cache) if cache is not None else None
     try:
         stamps = {file: FileStamp.of(file) for file in files}
         known = {file: memory.get(file.name, file) for file in files} if memory is not None and not full else {}

@@ -54,6 +54,13 @@ def resolve(
     return repository.local() if offline else repository.snapshot(progress, free, resumable_from)
 
 
+def names_dataset(data: str) -> bool:
+    """Whether `data`, which is no file or directory here, may name a data set of the hub."""
+    named = data.removeprefix("hf://").removeprefix("datasets/")
+    given_as_path = named == data and data.startswith((".", "/", "~"))
+    return _HUB_ID.fullmatch(named.partition("@")[0]) is not None and not given_as_path
+
+
 def resolve_text(
     data: str,
     cache: Path,
@@ -71,7 +78,7 @@ def resolve_text(
     if named == data and path.exists():
         return path
     name, _, revision = named.partition("@")
-    if not _HUB_ID.fullmatch(name) or (named == data and data.startswith((".", "/", "~"))):
+    if not names_dataset(data):
         raise CheckpointError(
             f"text {data!r} is neither a file or directory here nor a data set of the hub",
             hint='allowed: a file, a directory, "org/name" or "hf://org/name" (also with "@revision")',

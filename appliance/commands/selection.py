@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance import hardware, profiles
-from appliance.checkpoint import read_model_config, resolve
+from appliance.checkpoint import names_dataset, read_model_config, resolve
 from appliance.engines import EngineStore, is_local, read_manifest, redact
 from appliance.engines.manifest import MANIFEST_NAME
 from appliance.errors import ApplianceError, CheckpointError
@@ -152,12 +152,17 @@ def _planned(settings: Settings, recorded: Path | None) -> tuple[Settings, dict[
         engine, state = None, "its key is not known before the checkpoint is downloaded"
     else:
         from appliance.builder import key_of
+        from appliance.builder.calibration_data import tokens_for
 
         plan = make_plan(settings, selection, checkpoint)
         try:
             request = build_request(plan)
-        except CheckpointError as error:  # its calibration data is not there yet
-            engine, state = None, f"its key is not known: {error.message}"
+            tokens_for(request, selection.model)  # text that a build would refuse
+        except CheckpointError as error:
+            data = settings.calibration_data
+            if settings.offline or data is None or not names_dataset(data):
+                raise  # as a start would
+            engine, state = None, f"its key is not known before its calibration data is downloaded: {error.message}"
         else:
             engine = key_of(request)
             found = EngineStore(settings.cache_dir).find(engine)

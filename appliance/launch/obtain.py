@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from appliance.builder import BuildRequest, key_of
-from appliance.checkpoint import digest, resolve_text
+from appliance.builder.request import is_calibrated
+from appliance.checkpoint import digest, is_remembered, read_model_config, resolve_text
 from appliance.engines import (
     DamagedFileError,
     EnginePublishedError,
@@ -67,6 +68,7 @@ class EngineSupply:
     async def obtain(self, plan: Plan) -> Path:
         """The verified engine of the plan. Raises what the steps raise, EngineQualityError among it."""
         await self._find_text(plan)
+        await in_thread(lambda: self._check_text(plan))
         self._phases.enter("verifying", "hashing the checkpoint")
         key = await self._key(plan)
         hit = await self._verified(plan, key)
@@ -131,6 +133,14 @@ class EngineSupply:
                 data, settings.cache_dir, offline=settings.offline, token=settings.hf_token, progress=progress
             )
         )
+
+    def _check_text(self, plan: Plan) -> None:
+        """Too short a text is said before minutes of hashing; where these are spared, the builder says it soon."""
+        from appliance.builder.calibration_data import tokens_for
+
+        request = self._request(plan)
+        if is_calibrated(request) and not is_remembered(plan.checkpoint, plan.settings.cache_dir):
+            tokens_for(request, read_model_config(plan.checkpoint))
 
     async def _key(self, plan: Plan) -> str:
         progress = self._phases.progress()
