@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import resource
 import shutil
@@ -168,7 +169,8 @@ def _write_engine(
     def report(detail: str) -> None:
         send(Progress(phase="build", detail=detail, percent=100.0))
 
-    ahead = prepare_ahead(job, staging, report, rehearse=isinstance(weights, AnyOrder))
+    with phases.phase("prepare"):  # a CUDA context, among others
+        ahead = prepare_ahead(job, staging, report, rehearse=isinstance(weights, AnyOrder))
     with contextlib.ExitStack() as open_files:  # the disk is written to while the engine is checked and tried
         open_files.callback(ahead.stop)
         with ByteMeter(sum(map(weights.work, job.specs)), sender("build", send), detail="reading") as meter:
@@ -188,6 +190,7 @@ def _write_engine(
         with phases.phase("waiting for tactics"):
             found = ahead.result()
         if job.device.type == "cuda":  # not before: while a graph is captured, torch gives no memory back
+            gc.collect()
             torch.cuda.empty_cache()
         phases.add_parts("beside", found.seconds)
         # Loading reads the manifest, so there is one before the kernels that loading makes known.
