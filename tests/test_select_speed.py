@@ -3,6 +3,9 @@ and, for plausibility only, another engine's 70B. A figure that is measured late
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import pytest
 from selection_cases import BUILTIN, FACTS, LLAMA_8B, LLAMA_70B, machine
 
@@ -38,25 +41,42 @@ def ranks(
     return speed.Ranks(model, stored, memory.kv_per_token, device, tp, pp)
 
 
-# appliance/bench/RESULTS.md, "The CUDA engine, second round" ("now"; bf16 at 32, 128 and 256 from "The baseline of
-# issue 2"): precision, KV cache, sequences, prompt tokens, ms of a decode step. The bench gives each 128 tokens, so
-# contexts are 64 longer than prompts on average.
+class Engine(NamedTuple):
+    """What was measured; ranks are GPUs with NVLink."""
+
+    model: str = "8b"
+    precision: str = "fp8"
+    kv: str = "bf16"
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def ranks(self) -> speed.Ranks:
+        model = {"8b": LLAMA_8B, "70b": LLAMA_70B}[self.model]
+        return ranks(model, self.precision, self.kv, self.tp, self.pp)
+
+
+FP8, FP8_KV8, BF16 = Engine(), Engine(kv="fp8"), Engine(precision="bf16")
+# Own measurements on H200s: appliance/bench/RESULTS.md, "The CUDA engine, second round" ("now"; bf16 at 32, 128 and 256
+# from "The baseline of issue 2"). Each figure stands in a row of `bench offline`, beside "predicted".
+# Engine, sequences, prompt tokens, ms of a decode step. The bench gives each 128 tokens, so contexts are 64 longer than
+# prompts on average.
 STEPS = [
-    *(("fp8", "bf16", n, 128, ms) for n, ms in ((1, 1e3 / 432), (2, 2.62), (4, 2.74), (8, 2.99), (32, 3.25))),
-    *(("fp8", "bf16", n, 128, ms) for n, ms in ((64, 3.85), (128, 4.65), (256, 7.13))),
-    *(("fp8", "bf16", n, 1024, ms) for n, ms in ((64, 5.53), (256, 13.88))),
-    *(("fp8", "fp8", n, 1024, ms) for n, ms in ((64, 4.55), (256, 9.64))),
-    *(("bf16", "bf16", n, 128, ms) for n, ms in ((1, 3.89), (2, 3.97), (4, 4.07), (8, 4.48), (32, 5.31))),
-    *(("bf16", "bf16", n, 128, ms) for n, ms in ((64, 5.60), (128, 6.83), (256, 10.20))),
+    *((FP8, n, 128, ms) for n, ms in ((1, 1e3 / 432), (2, 2.62), (4, 2.74), (8, 2.99), (32, 3.25), (64, 3.85))),
+    *((FP8, n, 128, ms) for n, ms in ((128, 4.65), (256, 7.13))),
+    *((FP8, n, 1024, ms) for n, ms in ((64, 5.53), (256, 13.88))),
+    *((FP8_KV8, n, 1024, ms) for n, ms in ((64, 4.55), (256, 9.64))),
+    *((BF16, n, 128, ms) for n, ms in ((1, 3.89), (2, 3.97), (4, 4.07), (8, 4.48), (32, 5.31), (64, 5.60))),
+    *((BF16, n, 128, ms) for n, ms in ((128, 6.83), (256, 10.20))),
 ]
-# There too: precision, prompts, tokens of each, prompt tokens/s.
-PROMPTS = [("fp8", 8, 4096, 67643), ("fp8", 64, 512, 71524), ("bf16", 8, 4096, 40830), ("bf16", 64, 512, 44044)]
-# There too: precision, KV cache, requests at once, prompt and output tokens of each, output tokens/s.
+# Engine, prompts, tokens of each, prompt tokens/s.
+PROMPTS = [(FP8, 8, 4096, 67643), (FP8, 64, 512, 71524), (BF16, 8, 4096, 40830), (BF16, 64, 512, 44044)]
+# Engine, requests at once, prompt and output tokens of each, output tokens/s.
 LOADS = [
-    ("fp8", "bf16", 256, 1024, 1024, 12315),
-    ("bf16", "bf16", 256, 1024, 1024, 9912),
-    ("fp8", "fp8", 1024, 1000, 1000, 17403),
-    ("fp8", "bf16", 1024, 128, 128, 24802),
+    (FP8, 256, 1024, 1024, 12315),
+    (BF16, 256, 1024, 1024, 9912),
+    (FP8_KV8, 1024, 1000, 1000, 17403),
+    (FP8, 1024, 128, 128, 24802),
 ]
 # All-reduces of rows × 8192 in bf16 on H200s (NV18), the best of NCCL, one-shot and two-shot: ranks, rows, µs.
 ALL_REDUCES = [
@@ -65,25 +85,21 @@ ALL_REDUCES = [
 ]
 
 
-@pytest.mark.parametrize(("precision", "kv", "num_seqs", "prompt", "measured"), STEPS)
-def test_decode_steps_on_one_h200(precision: str, kv: str, num_seqs: int, prompt: int, measured: float) -> None:
-    predicted = 1e3 * speed.decode_seconds(ranks(precision=precision, kv=kv), num_seqs, prompt + 64)
+@pytest.mark.parametrize(("engine", "num_seqs", "prompt", "measured"), STEPS)
+def test_decode_steps_on_h200s(engine: Engine, num_seqs: int, prompt: int, measured: float) -> None:
+    predicted = 1e3 * speed.decode_seconds(engine.ranks, math.ceil(num_seqs / engine.pp), prompt + 64)
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 
-@pytest.mark.parametrize(("precision", "count", "length", "measured"), PROMPTS)
-def test_prompts_on_one_h200(precision: str, count: int, length: int, measured: float) -> None:
-    predicted = speed.prompt_tokens_per_second(ranks(precision=precision), min(count * length, 8192), length)
+@pytest.mark.parametrize(("engine", "count", "length", "measured"), PROMPTS)
+def test_prompts_on_h200s(engine: Engine, count: int, length: int, measured: float) -> None:
+    predicted = speed.prompt_tokens_per_second(engine.ranks, min(count * length, 8192), length)
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 
-@pytest.mark.parametrize(("precision", "kv", "num_seqs", "prompt", "output", "measured"), LOADS)
-def test_full_load_on_one_h200(
-    precision: str, kv: str, num_seqs: int, prompt: int, output: int, measured: float
-) -> None:
-    predicted = speed.tokens_per_second(
-        ranks(precision=precision, kv=kv), num_seqs, 8192, prompt_tokens=prompt, output_tokens=output
-    )
+@pytest.mark.parametrize(("engine", "num_seqs", "prompt", "output", "measured"), LOADS)
+def test_full_load_on_h200s(engine: Engine, num_seqs: int, prompt: int, output: int, measured: float) -> None:
+    predicted = speed.tokens_per_second(engine.ranks, num_seqs, 8192, prompt_tokens=prompt, output_tokens=output)
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 

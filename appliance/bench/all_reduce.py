@@ -111,7 +111,7 @@ def _predicted(backend: str, args: argparse.Namespace, rows: int) -> float:
     machine = hardware.detect(cuda_visible_devices())
     gpus = list(machine.usable_gpus[: args.ranks])
     if backend == "cpu" or not gpus:
-        device = speed.cpu_device(machine.cpu_cores)
+        device = speed.cpu_device(machine.cpu_cores, args.ranks)
     else:
         facts = facts_of(gpus[0], load_gpu_facts())
         device = speed.gpu_device(facts, "bf16", worst_link(gpus), args.ranks, gpus[0].compute_capability)

@@ -5,6 +5,7 @@ Knows how the rows of `bench offline` and `bench serve` are asked of `profiles/s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +40,8 @@ class Predictions:
     max_num_batched_tokens: int
 
     def decode(self, batch: int, context: float) -> float:
-        """A step of `batch` sequences that hold `context` tokens each."""
-        return speed.decode_seconds(self.ranks, batch, round(context))
+        """One token for each of `batch` sequences that hold `context` tokens each; every stage has a part in hand."""
+        return speed.decode_seconds(self.ranks, math.ceil(batch / self.ranks.pp_size), round(context))
 
     def prefill(self, prompts: int, length: int) -> float:
         """All of the prompts."""
@@ -59,10 +60,14 @@ class Predictions:
 
 
 def predictions_of(
-    manifest: EngineManifest, limits: Limits, devices: tuple[str, ...] = (), machine: Hardware | None = None
+    manifest: EngineManifest,
+    limits: Limits,
+    devices: tuple[str, ...] = (),
+    machine: Hardware | None = None,
+    replicas: int = 1,
 ) -> Predictions | None:
-    """For an engine as it is loaded; None where the GPUs that it is on cannot be told. `devices`: indices or UUIDs of
-    its ranks' GPUs, by default the first ones."""
+    """For one of `replicas` engines as they are loaded; None where the GPUs that it is on cannot be told. `devices`:
+    indices or UUIDs of its ranks' GPUs, by default the first ones."""
     machine = machine or hardware.detect(cuda_visible_devices())
     facts = capabilities()
     backend, scheme = facts.backends[manifest.backend], facts.scheme_of(manifest.precision, manifest.scheme)
@@ -83,11 +88,12 @@ def predictions_of(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         on_cpu=on_cpu,
     )
+    ranks = manifest.tp_size * manifest.pp_size
     if on_cpu:
-        device = speed.cpu_device(machine.cpu_cores)
+        device = speed.cpu_device(machine.cpu_cores, ranks * replicas)
     else:
         named = [gpu for gpu in machine.gpus if str(gpu.index) in devices or gpu.uuid in devices]
-        gpus = named or list(machine.usable_gpus[: manifest.tp_size * manifest.pp_size])
+        gpus = named or list(machine.usable_gpus[:ranks])
         if not gpus:
             return None
         known, capability = facts_of(gpus[0], load_gpu_facts()), gpus[0].compute_capability

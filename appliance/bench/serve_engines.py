@@ -53,7 +53,7 @@ def per_device(result: dict[str, Any]) -> dict[str, Any]:
 
 def _predicted(manifest: EngineManifest, options: EngineOptions, replicas: int, main: Flow) -> float | None:
     fixed = main.input.low == main.input.high and main.output.low == main.output.high
-    predictions = predictions_of(manifest, options) if main.kind == "closed" and fixed else None
+    predictions = predictions_of(manifest, options, replicas=replicas) if main.kind == "closed" and fixed else None
     if predictions is None:
         return None
     each = math.ceil(main.concurrency / replicas)
