@@ -166,7 +166,7 @@ def test_a_build_uses_what_was_found_beside_it(checkpoint: Path, tmp_path: Path,
     phases = manifest.build.phases
     assert phases["beside.steps"] > 0.1 and phases["beside.tactics"] > 0 and phases["trial.steps"] > 0
     assert "trial.tactics" not in phases, "timed once"
-    assert [key for key in phases if "." not in key][:3] == ["headers", "digest", "convert"]
+    assert [key for key in phases if "." not in key][:4] == ["headers", "digest", "prepare", "convert"]
 
 
 def test_without_a_rehearsal_the_trial_times(
