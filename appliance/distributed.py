@@ -35,7 +35,7 @@ LOOPBACK = "127.0.0.1"
 _TIMEOUT = datetime.timedelta(hours=24)
 _HERE = "appliance/rank-{}"  # key that a rank sets when it joins
 _LOOK_SECONDS = 0.005
-_UNSENT = 8  # hidden states on their way at once: as many as there may be stages
+_UNSENT = 2  # hidden states on their way at once: of a long prompt each may take 100 MB
 _JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may read its imports from a slow disk
 
 
@@ -215,7 +215,7 @@ class NeighbourLinks:
 
     def send(self, x: Tensor) -> None:
         assert self._behind is not None, "there is no next stage"
-        if len(self._sending) == _UNSENT:
+        while self._sending and (len(self._sending) == _UNSENT or self._sending[0][0].is_completed()):
             self._sending.popleft()[0].wait()
         self._on_call()
         x = x.contiguous()

@@ -63,16 +63,17 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def build_for(source: Path, cache: Path, precision: str, size: int) -> Path:
+def build_for(source: Path, cache: Path, precision: str, size: int, stages: int = 1) -> Path:
     if size > GPU_COUNT:
         share_gpu(0)
     capability = torch.cuda.get_device_capability(0)
-    wanted = {"precision": precision, "backend": "cuda", "compute_capability": capability, "tp_size": size}
-    return build(request_of(source, cache, calibration_data="none", **wanted))
+    wanted = {"precision": precision, "backend": "cuda", "compute_capability": capability}
+    sizes = {"tp_size": size // stages, "pp_size": stages}
+    return build(request_of(source, cache, calibration_data="none", **wanted, **sizes))
 
 
 class Engine:
-    def __init__(self, engine: Path, size: int, *, cuda_graphs: bool) -> None:
+    def __init__(self, engine: Path, size: int, *, cuda_graphs: bool, stages: int = 1) -> None:
         options = EngineOptions(
             str(engine),
             "cuda",
@@ -84,7 +85,7 @@ class Engine:
             cuda_graphs=cuda_graphs,
             persistent_decode=False,
         )
-        self.leader = Leader(options, size) if size > 1 else None
+        self.leader = Leader(options, size, pp_size=stages) if size > 1 else None
         backend, timer = registry.load("backends", "cuda"), PhaseTimer()
         loaded = backend.load(options, lambda *_: None, timer, self.leader)
         self.executor, self.info = backend.assemble(loaded, options, lambda *_: None, timer)
@@ -99,8 +100,10 @@ class Engine:
         return found, best
 
 
-def answers(engine_dir: Path, size: int, cuda_graphs: bool) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
-    engine = Engine(engine_dir, size, cuda_graphs=cuda_graphs)
+def answers(
+    engine_dir: Path, size: int, cuda_graphs: bool, stages: int = 1
+) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
+    engine = Engine(engine_dir, size, cuda_graphs=cuda_graphs, stages=stages)
     while engine.executor.prepare_more():
         pass
     found = engine.generate(24)

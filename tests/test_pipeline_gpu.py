@@ -1,0 +1,75 @@
+"""Engines of pipeline stages on GPUs against one GPU: the same tokens, replayed and eager, alone and with tensor
+parallelism inside the stages. On a machine with fewer GPUs ranks share them, as in `test_ranks_gpu.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from calibrated_models import make_source
+from conftest import GPU_COUNT
+from test_ranks_gpu import CONFIG, PROMPTS, Engine, answers, build_for, in_own_process
+
+from appliance.engines import read_manifest
+from appliance.errors import EngineCrashedError
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "m", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("size", "stages"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_stages_give_what_one_gpu_does(precision: str, size: int, stages: int, source: Path, cache: Path) -> None:
+    if size > 2 * GPU_COUNT:
+        pytest.skip(f"gpu test: needs {size // 2} GPUs, here are {GPU_COUNT}")
+    alone = in_own_process(build_for, source, cache, precision, 1)
+    one, expected = in_own_process(answers, alone, 1, False)
+    engine_dir = in_own_process(build_for, source, cache, precision, size, stages)
+    manifest = read_manifest(engine_dir)
+    assert manifest.kernels and manifest.tactics, manifest.build.notes  # the trial ran on all stages
+    eager, _ = in_own_process(answers, engine_dir, size, False, stages)
+    replayed, best = in_own_process(answers, engine_dir, size, True, stages)
+    for name, values in expected.items():
+        assert best[name] == pytest.approx(values, abs=0.25), (precision, name)
+    for found in (eager, replayed):
+        same = sum(found[name][:8] == one[name][:8] for name in one)
+        assert same >= len(PROMPTS) - 2, "they differ by rounding at most"
+
+
+def lose_a_rank(engine_dir: Path) -> tuple[str, float]:
+    """Why the engine ended, and after how many seconds."""
+    engine = Engine(engine_dir, 2, cuda_graphs=True, stages=2)
+    engine.generate(4)
+    assert engine.leader is not None
+    begin = time.monotonic()
+    threading.Timer(0.5, lambda: os.kill(engine.leader.pids[0], signal.SIGKILL)).start()  # type: ignore[union-attr]
+    reason = ""
+    try:
+        while time.monotonic() - begin < 60:
+            engine.generate(100)
+    except EngineCrashedError as error:
+        reason = str(error)
+    seconds = time.monotonic() - begin
+    engine.leader.close()
+    return reason, seconds
+
+
+@pytest.mark.timeout(200)
+def test_a_stage_killed_on_a_gpu_is_named_within_seconds(source: Path, cache: Path) -> None:
+    engine_dir = in_own_process(build_for, source, cache, "bf16", 2, 2)
+    reason, seconds = in_own_process(lose_a_rank, engine_dir)
+    assert "rank 1 was killed by SIGKILL" in reason and seconds < 20, (reason, seconds)
