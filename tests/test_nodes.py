@@ -1,0 +1,399 @@
+"""Several nodes: who is let in and who is refused, what is said of those that are missing, ranks of other nodes as rank
+0 sees them, devices, settings. Whole groups are in test_nodes_served.py."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from test_nodes_served import free_port, node
+
+from appliance import hardware
+from appliance.builtin import checkpoint_dir
+from appliance.checkpoint import read_model_config
+from appliance.errors import ApplianceError, EngineCrashedError, HardwareError, NodeError, SettingsError
+from appliance.ipc import Failed, NodesWanted
+from appliance.launch import node_messages as wire
+from appliance.launch.node_devices import own_devices, ranks_of_a_node, with_those_elsewhere
+from appliance.launch.node_hub import NodeHub
+from appliance.launch.node_messages import AgentFailed, Hello, Obtain, Obtained, Refused, RunRanks, Welcome
+from appliance.launch.plan import choose
+from appliance.profiles import Selection
+from appliance.runtime import remote_nodes
+from appliance.runtime.node_channel import Begin, Channel, Counters, Ended, Join, Kind, decode_note
+from appliance.runtime.rank_watch import RankWatch
+from appliance.runtime.remote_nodes import NodeListener, RemoteNodes, WaitForNodes
+from appliance.runtime.step_ring import SharedSteps, Word
+from appliance.server.lifecycle import Lifecycle
+from appliance.settings import Settings, load
+from appliance.settings_rules import check_place_of_node
+
+RECORDED = Path(__file__).parent / "hardware"
+
+
+def settings_of(node_rank: int = 0, nnodes: int = 2, **flags: Any) -> Settings:
+    where = {"node_rank": node_rank, "nnodes": nnodes, "master_addr": "127.0.0.1"}
+    return load({**where, "master_port": free_port(), **flags}, {})
+
+
+def hello(own: Settings, **changes: Any) -> Hello:
+    said = Hello(own.node_rank or 1, own.nnodes, wire.versions(), wire.common_settings(own))
+    return msgspec.structs.replace(said, **changes)
+
+
+def selection() -> Selection:
+    machine = hardware.load(RECORDED / "h200-x2.yaml")
+    return choose(settings_of(), machine, read_model_config(checkpoint_dir()))
+
+
+# ---------------------------------------------------------------- node 0's hub
+
+
+class Agent:
+    """Another node, as far as the hub sees it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    async def say(self, *messages: wire.ToHub) -> Agent:
+        port = self.settings.master_port
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
+        self.tell(*messages)
+        return self
+
+    def tell(self, *messages: wire.ToHub) -> None:
+        for message in messages:
+            wire.write(self._writer, message)
+
+    async def hear(self, kind: type[Any] | None = None) -> Any:
+        """The next message, or the next of that kind."""
+        while True:
+            message = await wire.read(self._reader, wire.decode_to_agent, 5)
+            if kind is None or isinstance(message, kind):
+                return message
+
+    def leave(self) -> None:
+        self._writer.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_agents_are_told_what_to_obtain_and_when_to_run() -> None:
+    settings, life = settings_of(nnodes=3), Lifecycle()
+    hub = NodeHub(settings, life)
+    await hub.start()
+    run = asyncio.create_task(hub.run())
+    first = await Agent(settings).say(hello(settings, node=1))
+    assert await first.hear() == Welcome()
+    chosen = selection()
+    hub.select(chosen)
+    assert await first.hear(Obtain) == Obtain(1, chosen)
+    second = await Agent(settings).say(hello(settings, node=2))  # it comes later, and is told all the same
+    assert await second.hear(Obtain) == Obtain(1, chosen)
+    first.tell(Obtained(1, "k"))
+    waiting = asyncio.create_task(hub.obtained("k"))
+    await until(lambda: life.detail == "node 2: starting")
+    hub.want(NodesWanted(4711, "secret"))
+    assert await first.hear(RunRanks) == RunRanks(4711, "secret")
+    second.tell(Obtained(1, "k"))
+    assert await second.hear(RunRanks) == RunRanks(4711, "secret")
+    await waiting
+    second.leave()  # and comes again
+    await until(lambda: hub.missing == [2])
+    again = await Agent(settings).say(hello(settings, node=2))
+    assert await again.hear(Obtain) == Obtain(1, chosen)
+    again.tell(Obtained(1, "other"))
+    await again.hear(RunRanks)
+    with pytest.raises(NodeError, match=r"node 2 \(127.0.0.1\) has engine other, node 0 k"):
+        await hub.obtained("k")
+    run.cancel()
+    await hub.stop()
+
+
+def other_seed(settings: Settings) -> dict[str, Any]:
+    return {"settings": wire.common_settings(dataclasses.replace(settings, seed=7))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (lambda s: {"nnodes": 4}, "it is one of 4 nodes, node 0 one of 2"),
+        (lambda s: {"node": 2}, "there is no node 2 among 2"),
+        (lambda s: {"node": 0}, "there is no node 0 among 2"),
+        (
+            lambda s: {"versions": {**wire.versions(), "torch": "1.0"}},
+            f"other versions: torch is 1.0 there and {wire.versions()['torch']} on node 0",
+        ),
+        (other_seed, "other settings: --seed is 7 there and 0 on node 0"),
+    ],
+)
+async def test_who_does_not_go_with_node_0_is_told_why(
+    changes: Callable[[Settings], dict[str, Any]], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of()
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    agent = await Agent(settings).say(hello(settings, **changes(settings)))
+    refused = await agent.hear()
+    assert isinstance(refused, Refused) and refused.reason == reason and refused.hint
+    assert reason in caplog.text and hub.missing == [1]
+    await hub.stop()
+
+
+async def test_what_is_no_agent_is_turned_away(caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_of()
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", settings.master_port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    assert await reader.read() == b""
+    await until(lambda: "a connection from 127.0.0.1 was refused: it sends what is no message" in caplog.text)
+    agent = await Agent(settings).say(Obtained(1, "k"))
+    with pytest.raises(ConnectionError):
+        await agent.hear()
+    with pytest.raises(SettingsError, match="cannot listen for other nodes on port"):
+        await NodeHub(settings, Lifecycle()).start()
+    await hub.stop()
+
+
+async def test_missing_nodes_are_named_until_a_deadline(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.launch.node_hub.SAY_SECONDS", 0.3)
+    caplog.set_level(logging.INFO)
+    settings = settings_of(nnodes=4, node_timeout=1.5)
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    agent = await Agent(settings).say(hello(settings, node=2))
+    await agent.hear(Welcome)
+    with pytest.raises(NodeError, match=r"nodes 1 and 3 of 4 did not come within 2 s") as caught:
+        await hub.run()
+    assert "--node-timeout" in str(caught.value.hint) and caught.value.exit_code == 9
+    assert caplog.text.count("waiting for nodes 1 and 3 of 4") >= 3
+    await hub.stop()
+
+
+async def test_what_an_agent_fails_with_ends_a_start_and_no_server_that_was_ready() -> None:
+    settings, life = settings_of(), Lifecycle()
+    hub = NodeHub(settings, life)
+    await hub.start()
+    agent = await Agent(settings).say(hello(settings))
+    agent.tell(AgentFailed("HardwareError", "no GPU", "buy one"))
+    with pytest.raises(HardwareError, match=r"node 1 \(127.0.0.1\): no GPU") as caught:
+        await hub.run()
+    assert caught.value.hint == "buy one"
+    life.enter("ready")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(hub.run(), 0.5)
+    await hub.stop()
+
+
+def test_a_node_that_is_refused_or_alone_ends_with_9(tmp_path: Path) -> None:
+    port = free_port()
+    leader = node(tmp_path / "cache", 0, port, "--node-timeout", "6")
+    other = node(tmp_path / "cache", 1, port, "--node-timeout", "6", "--seed", "5")
+    alone = node(tmp_path / "cache", 1, free_port(), "--node-timeout", "2")
+    try:
+        assert other.process.wait(30) == 9
+        assert "node 0 refuses node 1: other settings: --seed is 5 there and 0 on node 0" in other.log
+        assert alone.process.wait(30) == 9
+        assert "cannot be reached for 2 s: Connection refused" in alone.log
+        assert leader.process.wait(30) == 9
+        assert "waiting for node 1 of 2" in leader.log and "node 1 of 2 did not come within 6 s" in leader.log
+    finally:
+        for each in (leader, other, alone):
+            each.process.kill()
+            each.process.wait()
+
+
+# ---------------------------------------------------------------- ranks of other nodes
+
+
+class FakeNode:
+    """The process that holds another node's ranks, without any."""
+
+    def __init__(self, listener: NodeListener, number: int, token: str | None = None) -> None:
+        self.channel = Channel(socket.create_connection(("127.0.0.1", listener.port)))
+        self.channel.note(Join(number, listener.token if token is None else token))
+
+    def frames(self, count: int) -> list[tuple[Kind, bytes]]:
+        found: list[tuple[Kind, bytes]] = []
+        deadline = time.monotonic() + 5
+        while len(found) < count:
+            assert time.monotonic() < deadline
+            found += self.channel.receive()
+        return found
+
+
+def never() -> bool:
+    return False
+
+
+def joined(nnodes: int = 2) -> tuple[RemoteNodes, list[FakeNode]]:
+    listener = NodeListener("127.0.0.1", nnodes)
+    nodes = [FakeNode(listener, number) for number in range(1, nnodes)]
+    return listener.accept_all(WaitForNodes(lambda line: None, 5, never)), nodes
+
+
+def test_steps_results_and_counters_travel() -> None:
+    remote, (other,) = joined()
+    shared = SharedSteps.create(4)
+    ranks = remote.begin(shared, 29500, results=2)
+    (kind, data), *_ = other.frames(1)
+    assert kind == Kind.NOTE and decode_note(data) == Begin(2, 2, 4, 29500, 2)
+    assert [rank.name for rank in ranks] == ["rank 2 on node 1 (127.0.0.1)", "rank 3 on node 1 (127.0.0.1)"]
+    messages = [b"", b"x" * 3_000_000, b"y"]
+    sender = threading.Thread(target=lambda: [remote.send(message) for message in messages])
+    sender.start()
+    assert other.frames(3) == [(Kind.STEP, message) for message in messages]
+    sender.join()
+    other.channel.note(Counters([[5, 4, 3, 2], [6, 5, 4, 3]]))
+    other.channel.send(Kind.RESULT, b"tokens")
+    assert os.read(remote.results, 100) == b"tokens"
+    assert [shared.get(3, word) for word in (Word.TAKEN, Word.FINISHED, Word.CALLS, Word.BEAT)] == [6, 5, 4, 3]
+    remote.kill()
+    with pytest.raises(ConnectionError):
+        other.frames(1)
+
+
+def lost(remote: RemoteNodes, act: Callable[[], None]) -> ApplianceError:
+    """What the watch says of ranks of which something becomes."""
+    shared = SharedSteps.create(remote.nnodes)
+    reasons: list[ApplianceError] = []
+    watch = RankWatch(remote.begin(shared, 1, -1), shared, reasons.append)
+    watch.start()
+    act()
+    deadline = time.monotonic() + 5
+    while not reasons:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    remote.kill()
+    return reasons[0]
+
+
+def test_a_rank_that_ends_on_another_node_is_named_with_it() -> None:
+    remote, nodes = joined(3)
+    error = lost(remote, lambda: nodes[1].channel.note(Ended(2, -signal.SIGKILL, b"")))
+    assert error.message.startswith("rank 2 on node 2 (127.0.0.1) was killed by SIGKILL")
+    remote, nodes = joined()
+    said = msgspec.msgpack.encode(Failed(error="HardwareError", message="out of memory"))
+    error = lost(remote, lambda: nodes[0].channel.note(Ended(1, 3, said)))
+    assert isinstance(error, HardwareError) and error.message == "rank 1 on node 1 (127.0.0.1): out of memory"
+
+
+def test_a_node_that_goes_or_is_silent_has_lost_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, nodes = joined()
+    error = lost(remote, nodes[0].channel.close)
+    assert isinstance(error, EngineCrashedError)
+    assert error.message == "rank 1 on node 1 (127.0.0.1): node 1 is lost: its connection was closed"
+    monkeypatch.setattr(remote_nodes, "SILENCE_SECONDS", 0.5)
+    remote, nodes = joined()
+    assert "node 1 is lost: nothing was heard of it for" in lost(remote, lambda: None).message
+
+
+def test_only_nodes_of_this_engine_may_join(caplog: pytest.LogCaptureFixture) -> None:
+    listener = NodeListener("127.0.0.1", 2)
+    stranger = FakeNode(listener, 1, token="of the engine before")
+    lines: list[str] = []
+    with pytest.raises(NodeError, match="node 1 did not join the engine within 1 s"):
+        listener.accept_all(WaitForNodes(lines.append, 1, never))
+    assert "was refused: it belongs to another engine" in caplog.text
+    with pytest.raises(ConnectionError):
+        stranger.frames(1)
+    with pytest.raises(ApplianceError, match="the server is gone"):
+        NodeListener("127.0.0.1", 2).accept_all(WaitForNodes(lines.append, 9, lambda: True))
+
+
+def test_a_slow_node_is_waited_for_until_the_check_gives_up() -> None:
+    remote, nodes = joined()
+    remote.begin(SharedSteps.create(2), 1, -1)
+
+    def give_up() -> None:
+        raise EngineCrashedError("lost meanwhile")
+
+    with pytest.raises(EngineCrashedError, match="lost meanwhile"):
+        for _ in range(100):
+            remote.send(bytes(10_000_000), give_up)
+    nodes[0].channel.close()
+    remote.kill()
+
+
+# ---------------------------------------------------------------- devices and settings
+
+
+def test_a_node_chooses_its_own_devices() -> None:
+    machine = hardware.load(RECORDED / "h200-x4.yaml")
+    uuids = [gpu.uuid for gpu in machine.gpus]
+    assert list(own_devices(machine, 4, (9, 0), 1 << 30)) == uuids
+    assert len(own_devices(machine, 2, (9, 0), 1 << 30)) == 2 and own_devices(machine, 2, None, 1) == ()
+    with pytest.raises(HardwareError, match=r"8 GPUs of compute capability 9\.0 with 1\.0 GiB free .*here are 4"):
+        own_devices(machine, 8, (9, 0), 1 << 30)
+    with pytest.raises(HardwareError, match=r"4 GPUs of compute capability 8\.0 .*here are 0"):
+        own_devices(machine, 4, (8, 0), 1 << 30)
+    assert ranks_of_a_node(tp_size=4, pp_size=4, nnodes=2) == 8
+    with pytest.raises(SettingsError, match="3 pipeline stages cannot be served by 2 nodes"):
+        ranks_of_a_node(4, 3, 2)
+    elsewhere = with_those_elsewhere(["GPU-a", "GPU-b"], 2)
+    assert elsewhere[:2] == ("GPU-a", "GPU-b") and len(set(elsewhere)) == 4
+    assert with_those_elsewhere([], 2) == ()
+
+
+TORCHRUN = {
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "x",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+def test_torchrun_says_which_node_this_is() -> None:
+    settings = load({}, TORCHRUN)
+    assert (settings.nnodes, settings.node_rank, settings.master_addr) == (2, 1, "node-0")
+    assert settings.master_port == 29501  # torchrun's own store has the other
+    assert load({}, TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).master_port == 29500
+    assert load({"master_port": 29510}, TORCHRUN).master_port == 29510
+    with pytest.raises(SettingsError, match="torchrun starts 4 processes on this node, and may start one"):
+        load({}, TORCHRUN | {"LOCAL_WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"nnodes": 2}, "node_rank is not set"),
+        ({"nnodes": 2, "node_rank": 1}, "node 1 needs master_addr"),
+        ({"nnodes": 2, "node_rank": 2}, "node_rank 2 is not below nnodes, 2"),
+        ({"nnodes": 2, "node_rank": 0, "replicas": 2}, "2 replicas on 2 nodes"),
+        ({"nnodes": 2, "node_rank": 0, "pp_size": 3}, "pp_size 3 is no multiple of 2 nodes"),
+    ],
+)
+def test_settings_of_nodes_that_do_not_go_together(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        check_place_of_node(load(flags, {}))
+
+
+def test_processes_of_a_node_do_without_torch() -> None:
+    code = "import sys, appliance.node_process, appliance.launch.node_agent, appliance.launch.node_hub; "
+    subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True, cwd=RECORDED.parents[1]
+    )
