@@ -39,24 +39,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message, hint=f"`{self.prog} --help` lists what there is")
 
-    def refuse(self, command: str, words: Sequence[str]) -> NoReturn:
-        """For words that no argument took. SettingsError with the nearest flag that there is."""
+    def refuse(self, words: Sequence[str], unknown: Sequence[str]) -> NoReturn:
+        """For words that no argument of the command in `words` took. SettingsError with its nearest flag."""
         from appliance.strict import nearest
 
-        near = nearest(words[0].partition("=")[0], self._flags()) if words[0].startswith("-") else None
+        chosen = self._chosen(words)
+        flags = [flag for parser in chosen for flag in parser._option_string_actions]
+        near = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else None
         raise SettingsError(
-            f"unknown argument {words[0]!r}" + (f", did you mean {near}?" if near else ""),
-            hint=f"`{self.prog} {command} --help` lists what there is",
+            f"unknown argument {unknown[0]!r}" + (f", did you mean {near}?" if near else ""),
+            hint=f"`{chosen[-1].prog} --help` lists what there is",
         )
 
-    def _flags(self) -> list[str]:
-        """Of this parser and those of its commands; those that were not chosen have none."""
-        found = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for child in action.choices.values():
-                    found += child._flags()
-        return found
+    def _chosen(self, words: Sequence[str]) -> list[Parser]:
+        """This parser and those of the commands that `words` name, the innermost last."""
+        for at, word in enumerate(words):
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                    return [self, *action.choices[word]._chosen(words[at + 1 :])]
+        return [self]
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(words[0])
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.refuse(args.command, unknown)
+        parser.refuse(words, unknown)
     return args
 
 

@@ -70,6 +70,16 @@ def test_driver_and_gpus(tmp_path: Path) -> None:
     assert found.status == "failed" and "7.0 is older than 7.5" in found.message
 
 
+def test_links_between_gpus() -> None:
+    assert of_machine.check_links(machine(gpu())).status == "skipped"
+    recorded = Path(__file__).parent / "hardware"
+    paired = of_machine.check_links(load_hardware(recorded / "h100-x4-pairs.yaml"))
+    assert paired.status == "ok" and paired.message.startswith("NVLink: GPUs 0-2, 1-3; PCIe, peer to peer: GPUs 0-1, ")
+    apart = of_machine.check_links(load_hardware(recorded / "rtx-4090-x2.yaml"))
+    assert apart.status == "warning" and apart.message == "no peer access: GPUs 0-1" and "host memory" in apart.fix
+    assert of_machine.check_links(load_hardware(recorded / "h100-mig-3g.40gb.yaml")).status == "skipped"
+
+
 def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = type("Usage", (), {"total": 64 << 20})
     monkeypatch.setattr(of_machine.shutil, "disk_usage", lambda path: small)

@@ -37,6 +37,9 @@ NAMES = [
     "max_num_seqs",
     "max_num_batched_tokens",
     "memory_fraction",
+    "attention",
+    "batch_invariant",
+    "nnodes",
 ]
 
 
@@ -73,7 +76,10 @@ def selection_of(settings: Settings, recorded: Path | None) -> Selection:
 
 def run_select(args: argparse.Namespace) -> int:
     """Exit code 3 if nothing can serve, so that scripts can tell."""
-    selection = selection_of(load(vars(args)), args.hardware)
+    settings = load(vars(args))
+    selection = selection_of(settings, args.hardware)
+    if selection.selected is not None:
+        make_plan(settings, selection, Path())  # kernels that were asked for and that it does not have
     if args.json:
         print(json.dumps(profiles.explain_json(selection), indent=1))
     elif args.explain:

@@ -4,7 +4,7 @@ Every check is a function of the settings (and the detected hardware) that gives
 the cache directory, which is made if it is missing, as a start would.
 
     check.py      a check's outcome, as text and as JSON
-    machine.py    packages, driver, GPUs, kernels, shared memory, cache, temporary files, port
+    machine.py    packages, driver, GPUs, links, kernels, shared memory, cache, temporary files, port
     model.py      the model here or on the hub, room for it, the engine source
 """
 
@@ -29,6 +29,7 @@ def examine(settings: Settings, hardware: Hardware, *, shm: Path = Path("/dev/sh
         lambda: machine.check_packages(hardware),
         lambda: machine.check_driver(settings, hardware),
         lambda: machine.check_gpus(hardware),
+        lambda: machine.check_links(hardware),
         lambda: machine.check_kernels(settings, hardware),
         lambda: machine.check_shared_memory(hardware, shm),
         lambda: machine.check_cache(settings),

@@ -1,7 +1,8 @@
-"""Checks of the machine itself: packages, driver, GPUs and kernels for them, shared memory, cache, port."""
+"""Checks of the machine itself: packages, driver, GPUs, their links and kernels, shared memory, cache, port."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -67,6 +68,25 @@ def check_gpus(hardware: Hardware) -> Check:
     if busy:
         return Check("gpus", "warning", message, "end what uses the memory: nvidia-smi lists the processes")
     return Check("gpus", "ok", message)
+
+
+def check_links(hardware: Hardware) -> Check:
+    """How the GPUs reach each other's memory, which decides whether ranks of one engine go together."""
+    gpus = [gpu for gpu in hardware.usable_gpus if gpu.mig_profile is None]
+    if len(gpus) < 2:
+        return Check("links", "skipped", "there are no two whole GPUs")
+    pairs: dict[str, list[str]] = {}
+    for a, b in itertools.combinations(gpus, 2):
+        pairs.setdefault(a.links.get(b.index, "none"), []).append(f"{a.index}-{b.index}")
+    names = {"nvlink": "NVLink", "pcie": "PCIe, peer to peer", "none": "no peer access"}
+    lines = [f"{names[link]}: GPUs {', '.join(pairs[link])}" for link in names if link in pairs]
+    if pairs.keys() == {"none"}:
+        fix = (
+            "replicas need none; if the cards allow peer access, turn ACS off in the BIOS (IOMMU groups of "
+            "virtual machines forbid it too): an engine over several of these GPUs would add up through host memory"
+        )
+        return Check("links", "warning", "; ".join(lines), fix)
+    return Check("links", "ok", "; ".join(lines))
 
 
 def check_kernels(settings: Settings, hardware: Hardware) -> Check:
