@@ -8,11 +8,8 @@ from torch import Tensor, distributed
 from appliance.distributed import GroupCollectives
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
-from appliance.kernels.all_reduce_norm import (
-    all_reduce_rms_norm,
-    all_reduce_rms_norm_quantize,
-    all_reduce_rms_norm_reference,
-)
+from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
+from appliance.kernels.all_reduce_push import push_rms_norm
 from appliance.kernels.exchange import all_to_all_reference
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sampling import score_blocks
@@ -65,27 +62,35 @@ def eager(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
             if dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
                 continue
             want, want_stream = all_reduce_rms_norm_reference(xs, residual.clone(), weight, 1e-5, dtype)
-            given = (xs[rank], residual.clone(), weight, 1e-5, own.workspace)
-            if dtype is None:
-                out, stream = all_reduce_rms_norm(*given, two_shot=two_shot)
-                torch.testing.assert_close(out, want, rtol=1.6e-2, atol=1e-3)
-            else:
-                (values, scales), stream = all_reduce_rms_norm_quantize(*given, dtype, two_shot=two_shot)
-                torch.testing.assert_close(scales, want[1], rtol=1e-4, atol=0)
-                torch.testing.assert_close(values.float() * scales, want[0].float() * want[1], rtol=0.14, atol=0.05)
-            assert torch.equal(stream, want_stream)
+            for way in own._norm_ways(xs[rank]):
+                own._forced = way
+                given = (xs[rank].clone(), residual.clone(), weight, 1e-5)
+                if dtype is None:
+                    out, stream = own.rms_norm(*given)
+                    torch.testing.assert_close(out, want, rtol=1.6e-2, atol=1e-3)
+                else:
+                    (values, scales), stream = own.rms_norm_quantize(*given, dtype, None)
+                    torch.testing.assert_close(scales, want[1], rtol=1e-4, atol=0)
+                    torch.testing.assert_close(values.float() * scales, want[0].float() * want[1], rtol=0.14, atol=0.05)
+                own._forced = None
+                assert torch.equal(stream, want_stream), f"{rows} x {columns}, {way}"
 
 
 def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
-    """Graphs with an odd number of all-reduces, replayed while ranks are slow in turns."""
+    """Graphs with an odd number of all-reduces of each kind, replayed while ranks are slow in turns."""
+    assert own.push is not None, "its check found something"
     xs = partials(size, 5, 4096, device, 5)
     expected = all_reduce_reference(xs)
     places = [torch.empty_like(xs[rank]) for _ in range(3)]
+    streams, weight = [torch.empty_like(xs[rank]) for _ in range(5)], torch.ones_like(xs[0][0])
 
     def step() -> None:
         for at, place in enumerate(places):
             place.copy_(xs[rank])
             all_reduce_(place, own.workspace, two_shot=at == 1)
+        for at, stream in enumerate(streams):
+            stream.zero_()
+            push_rms_norm(xs[rank], stream, weight, 1e-5, own.push, two_shot=at % 2 == 1)
 
     step()
     graph, _ = capture(step)
@@ -94,10 +99,10 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
             torch.cuda._sleep(20_000)
         graph.replay()
         if turn % 20 == 0:
-            for place in places:
+            for place in places + streams:
                 assert torch.equal(place, expected), f"replay {turn}"
     torch.cuda.synchronize()
-    for place in places:
+    for place in places + streams:
         assert torch.equal(place, expected)
 
 

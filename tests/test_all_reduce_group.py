@@ -9,12 +9,23 @@ import pytest
 import torch
 from quantized_helpers import DEVICE
 from test_all_reduce import workspaces
+from test_all_reduce_push import spaces_of
 from torch import Tensor
 
 from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.kernels import norm
 from appliance.kernels._triton import HAS_TRITON
-from appliance.kernels.all_reduce_group import LIBRARY, ONE_SHOT, SEPARATE, TWO_SHOT, AllReduce, connect, key
+from appliance.kernels.all_reduce_group import (
+    LIBRARY,
+    ONE_SHOT,
+    ONE_SHOT_PUSH,
+    SEPARATE,
+    TWO_SHOT,
+    TWO_SHOT_PUSH,
+    AllReduce,
+    connect,
+    key,
+)
 from appliance.kernels.deferred_scale import DeferredScale, materialize
 from appliance.kernels.partial_sum import PartialSum
 from appliance.kernels.tactics import TABLE
@@ -117,6 +128,27 @@ def test_partial_sum_in_front_of_a_norm(tactic: str, deferred: bool) -> None:
     again = PartialSum.of(x.clone(), own)
     values, _ = norm.rms_norm_quantize(again, want_stream - x, weight, 1e-5, torch.int8)
     assert values[0].dtype == torch.int8
+
+
+@pytest.mark.parametrize("tactic", [ONE_SHOT_PUSH, TWO_SHOT_PUSH])
+def test_pushed_numbers_in_front_of_a_norm(tactic: str) -> None:
+    """As chosen, where they fit and are of 16 bits; else by what serves untimed. The other rank's have come before."""
+    spaces = spaces_of(2, slots=4, region_bytes=1 << 10)
+    for space in spaces:
+        space.memory.zero_()
+    own = AllReduce(_Library(), workspaces(2)[0], spaces[0])
+    weight = torch.ones(HIDDEN, dtype=torch.float16)
+    for dtype, rows, pushed in ((torch.float16, 3, True), (torch.float32, 3, False), (torch.float16, 64, False)):
+        TABLE.choose(key("all_reduce_norm", dtype), HIDDEN, 2, 64, tactic)
+        x, before = torch.randn(rows, HIDDEN).to(dtype), spaces[0].state.clone()
+        residual = torch.zeros_like(x)
+        norm.rms_norm(PartialSum.of(x.clone(), own), residual, weight.to(dtype), 1e-5)
+        norm.rms_norm_quantize(PartialSum.of(x.clone(), own), x.clone(), weight.to(dtype), 1e-5, torch.int8, None)
+        assert bool((spaces[0].state != before).any()) == pushed
+        if not (pushed and tactic == TWO_SHOT_PUSH):  # of which the other rank adds up half
+            assert torch.equal(residual, x)
+    own.give_up_push("of a test")
+    assert own.push is None and own._norm_ways(torch.zeros(1, HIDDEN).half()) == [SEPARATE, ONE_SHOT, TWO_SHOT]
 
 
 def test_partial_sum_is_added_up_when_somebody_wants_numbers() -> None:

@@ -8,13 +8,10 @@ put together over the ranks. The kernels are those of `all_reduce.py`, `all_redu
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -31,18 +28,24 @@ from appliance.kernels.all_reduce import (
     all_reduce_reference,
     workspace_bytes,
 )
-from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
+from appliance.kernels.all_reduce_norm import (
+    all_reduce_rms_norm,
+    all_reduce_rms_norm_quantize,
+    all_reduce_rms_norm_reference,
+)
+from appliance.kernels.all_reduce_push import MISSING, PushSpace, push_bytes, push_rms_norm, push_rms_norm_quantize
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.exchange import exchange, exchange_fits
+from appliance.kernels.peer_access import no_access
 from appliance.kernels.peer_memory import share
 from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
-from appliance.settings import gpus_shared
 
 log = logging.getLogger(__name__)
 
 ONE_SHOT, TWO_SHOT = "one-shot", "two-shot"
+ONE_SHOT_PUSH, TWO_SHOT_PUSH = "one-shot push", "two-shot push"  # as tactics of norms
 LIBRARY = "library"  # as a tactic of all-reduces
 SEPARATE = "separate"  # as a tactic of norms: an all-reduce by its own tactic, then the norm
 _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 128 multiprocessors or more
@@ -50,6 +53,7 @@ _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 12
 # at 128 KB: 7.9 and 7.4 of two ranks, 8.9 and 9.0 of four; at 512 KB 9.9 and 7.9, 13.1 and 9.7).
 _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
 _CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
+_PUSH_SHAPE = (200, 1024)  # several rows a slot
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's, which needs no timing
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
@@ -96,15 +100,20 @@ class AllReduce:
     """All-reduce, alone or in front of a norm (a `partial_sum.Reducer`). All ranks call the same in the same order;
     enqueues only, on the current stream, always the same one at a time; capturable in CUDA graphs."""
 
-    def __init__(self, group: Group, workspace: Workspace) -> None:
+    def __init__(self, group: Group, workspace: Workspace, push: PushSpace | None = None) -> None:
         self._group = group
         self._workspace = workspace
+        self._push = push
         self._forced: str | None = None
         self.on_abort: list[Callable[[], None]] = []  # of other kernels that wait for ranks
 
     @property
     def workspace(self) -> Workspace:
         return self._workspace
+
+    @property
+    def push(self) -> PushSpace | None:
+        return self._push
 
     # -------------------------------------------------- use
 
@@ -121,6 +130,8 @@ class AllReduce:
         way = self._norm_tactic(x, residual)
         if way == SEPARATE:
             return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
+        if self._push is not None and way in (ONE_SHOT_PUSH, TWO_SHOT_PUSH):
+            return push_rms_norm(x, residual, weight, eps, self._push, two_shot=way == TWO_SHOT_PUSH)
         return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
 
     def rms_norm_quantize(
@@ -130,6 +141,9 @@ class AllReduce:
         if way == SEPARATE:
             total = self.all_reduce(materialize(x, x.dtype))
             return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
+        if self._push is not None and way in (ONE_SHOT_PUSH, TWO_SHOT_PUSH):
+            two_shot = way == TWO_SHOT_PUSH
+            return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale, two_shot=two_shot)
         return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
@@ -152,9 +166,16 @@ class AllReduce:
         if not self._workspace.fits_fused(x) or x.dtype != residual.dtype or TABLE.batch_invariant:
             return SEPARATE
         chosen = self._forced or self._chosen("all_reduce_norm", x)
-        if chosen in (ONE_SHOT, TWO_SHOT, SEPARATE):
+        if chosen in self._norm_ways(x):
             return chosen
         return self._default(x) if x.shape[0] <= self._workspace.slots else SEPARATE
+
+    def _norm_ways(self, x: Product) -> list[str]:
+        """Tactics for a norm behind x, which `Workspace.fits_fused`."""
+        push = self._push
+        pushed = ((ONE_SHOT_PUSH, False), (TWO_SHOT_PUSH, True))
+        more = [way for way, two_shot in pushed if push is not None and push.fits(x, two_shot=two_shot)]
+        return [SEPARATE, ONE_SHOT, TWO_SHOT, *more]
 
     def _chosen(self, kind: str, x: Product) -> str | None:
         return TABLE.chosen(key(kind, x.dtype), x.shape[1], self._workspace.size, x.shape[0])
@@ -182,6 +203,13 @@ class AllReduce:
         """`sharded_draw.best_tokens`. None: too many rows."""
         return best_tokens(scores, tokens, self._workspace) if best_tokens_fit(len(scores), self._workspace) else None
 
+    def give_up_push(self, reason: str | None) -> None:
+        """Do without the kernels of `all_reduce_push.py`, for a reason; None: do nothing."""
+        if reason is not None:
+            self._push = None
+        if reason:
+            log.warning("no all-reduce by pushed numbers: %s", reason)
+
     def abort(self) -> None:
         """Let kernels that wait for ranks that are gone go on, with rubbish. From any thread; once."""
         for release in self.on_abort:
@@ -189,6 +217,8 @@ class AllReduce:
         flags = self._workspace.owner.memory[:FLAG_BYTES].view(torch.int32)
         with torch.cuda.device(flags.device), torch.cuda.stream(torch.cuda.Stream(flags.device)):
             flags.add_(1 << 30)
+        if self._push is not None:
+            self._push.stop()
 
     # -------------------------------------------------- timing
 
@@ -216,7 +246,7 @@ class AllReduce:
             chosen.append(self._choose("all_reduce", x, times))
             if self._workspace.fits_fused(x):
                 times = {}
-                for way in (SEPARATE, ONE_SHOT, TWO_SHOT):
+                for way in self._norm_ways(x):
                     run = partial(self.rms_norm, x, residual, weight, 1e-5)
                     times[way] = self._time(timer, run, launches, way)
                 chosen.append(self._choose("all_reduce_norm", x, times))
@@ -267,13 +297,15 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> AllRedu
         _connected = True
         found: AllReduce | None = None
         try:
-            found = AllReduce(group, _workspace(group, rank, size, device))
+            workspace = _workspace(group, rank, size, device)
+            found = AllReduce(group, workspace, _push_space(group, workspace, device))
         except RuntimeError as error:
             reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
         reason = _agree(group, rank, size, reason)
         if reason is None and found is not None:
             reason = _agree(group, rank, size, _check(found, device))
             if reason is None:
+                found.give_up_push(_agree(group, rank, size, _check_push(found, device)))
                 return found
     if reason:
         log.warning("all-reduce by NCCL only: %s", reason)
@@ -287,45 +319,11 @@ def _agree(group: Group, rank: int, size: int, reason: str | None) -> str | None
 
 
 def _refusal(group: Group, rank: int, size: int, device: torch.device) -> str | None:
-    """Why GPUs of these ranks cannot read each other's memory, as far as this one sees."""
+    """Why own kernels cannot serve these ranks, as far as this one sees."""
     if size not in SIZES:
         return f"own kernels are made for {', '.join(map(str, SIZES))} ranks, these are {size}"
-    mine = torch.tensor([[_number(_host()), _number(_uuid(device.index or 0))]], device=device)
-    others = group.all_gather(mine)[:, 0].tolist()
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    here = {_number(_uuid(index)): index for index in range(torch.cuda.device_count())}
-    for other, (host, uuid) in enumerate(others):
-        if host != others[rank][0]:
-            return f"ranks {rank} and {other} are on different hosts or in different containers"
-        if other == rank:
-            continue
-        if uuid == others[rank][1]:
-            if gpus_shared():
-                continue
-            return f"ranks {rank} and {other} are on the same GPU"
-        if uuid not in here:
-            return f"the GPU of rank {other} is not visible to rank {rank} (a MIG slice, or CUDA_VISIBLE_DEVICES)"
-        if not torch.cuda.can_device_access_peer(device.index or 0, here[uuid]):
-            return f"GPUs {device.index or 0} and {here[uuid]} have no access to each other's memory"
-    return None
-
-
-def _uuid(index: int) -> str:
-    return str(torch.cuda.get_device_properties(index).uuid)
-
-
-def _host() -> str:
-    """The same for processes that can hand each other file descriptors."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        boot = ""
-    return f"{platform.node()} {boot}"
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    reason = no_access(group, rank, device)
+    return reason if HAS_TRITON else "Triton is not installed"
 
 
 def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Workspace:
@@ -335,6 +333,19 @@ def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Work
     shared = share(group, rank, workspace_bytes(slots, _REGION_BYTES), device)
     addresses = torch.tensor(shared.addresses, dtype=torch.int64, device=device)
     return Workspace(rank, size, addresses, epochs, _REGION_BYTES, shared)
+
+
+def _push_space(group: Group, workspace: Workspace, device: torch.device) -> PushSpace:
+    """RuntimeError where torch cannot map it."""
+    slots, rank, size = workspace.slots, workspace.rank, workspace.size
+    shared = share(group, rank, push_bytes(slots, _REGION_BYTES), device)
+    shared.memory.view(torch.int32).fill_(MISSING)
+    state = torch.zeros(slots, 2, dtype=torch.int32, device=device)
+    stopped = torch.zeros(1, dtype=torch.int32, device=device)
+    addresses = torch.tensor(shared.addresses, dtype=torch.int64, device=device)
+    torch.cuda.synchronize(device)
+    group.minimum(0)  # nobody sends before all memory says that nothing has come
+    return PushSpace(rank, size, addresses, state, stopped, _REGION_BYTES, shared.memory, shared)
 
 
 def _check(found: AllReduce, device: torch.device) -> str | None:
@@ -349,4 +360,23 @@ def _check(found: AllReduce, device: torch.device) -> str | None:
             if not torch.equal(got, expected):
                 way = TWO_SHOT if two_shot else ONE_SHOT
                 return f"the {way} kernel gives wrong sums on rank {space.rank}, of {shape[0]} x {shape[1]} numbers"
+    return None
+
+
+def _check_push(found: AllReduce, device: torch.device) -> str | None:
+    """Likewise the kernels that push; more calls than there are buffers."""
+    space, push = found.workspace, found.push
+    assert push is not None
+    for turn in range(4):
+        generator = torch.Generator().manual_seed(turn)
+        partials = [torch.randn(_PUSH_SHAPE, generator=generator).bfloat16() for _ in range(space.size)]
+        weight = torch.ones(_PUSH_SHAPE[1], dtype=torch.bfloat16)
+        _, expected = all_reduce_rms_norm_reference(partials, torch.zeros_like(partials[0]), weight, 1e-5)
+        for two_shot in (False, True):
+            x = partials[space.rank].to(device)
+            _, got = push_rms_norm(x, torch.zeros_like(x), weight.to(device), 1e-5, push, two_shot=two_shot)
+            if not torch.equal(got.cpu(), expected):
+                return (
+                    f"the {TWO_SHOT_PUSH if two_shot else ONE_SHOT_PUSH} kernel gives wrong sums on rank {space.rank}"
+                )
     return None

@@ -1,8 +1,8 @@
 """Memory that all ranks of a group have mapped: each has its own piece and sees everybody's (torch's symmetric memory,
 no multicast).
 
-Whether GPUs can read each other's memory at all is for the caller to find out (`all_reduce_group.connect`). Knows
-nothing of what lies in the memory.
+Whether GPUs can read each other's memory at all is for the caller to find out (`peer_access.py`). Knows nothing of what
+lies in the memory.
 """
 
 from __future__ import annotations
