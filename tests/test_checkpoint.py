@@ -589,3 +589,11 @@ def test_no_network_no_space_and_no_such_model(hub: tuple[str, dict[str, Any]], 
         with pytest.raises(CheckpointError, match="neither a directory here nor a hub id"):
             checkpoint.resolve(wrong, tmp_path)
     assert checkpoint.resolve(str(tmp_path), tmp_path / "cache", offline=True) == tmp_path
+
+
+def test_what_people_call_a_checkpoint(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--some-model" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    assert checkpoint.model_name_of(snapshot) == "org/some-model"
+    assert checkpoint.model_name_of(tmp_path / "mine") == "mine"
+    assert checkpoint.model_name_of(checkpoint.resolve("builtin", tmp_path)) == "appliance-builtin"

@@ -199,12 +199,29 @@ def test_results_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     cache = ["--cache", str(store)]
     assert json.loads(run(capsys, "version", "--json")[1])["version"] == __version__
     (row,) = json.loads(run(capsys, "engines", "list", "--json", *cache)[1])
-    assert row["precision"] == manifest.precision
+    assert row["precision"] == manifest.precision and row["scheme"] == manifest.scheme
+    assert (row["tp_size"], row["pp_size"]) == (manifest.tp_size, manifest.pp_size)
     assert json.loads(run(capsys, "engines", "verify", "ab", "--json", *cache)[1])["files"] == len(manifest.files)
     code, _, err = run(capsys, "engines", "verify", "abababababac", *cache)
     assert code == 2 and "did you mean abababababab?" in err
     assert json.loads(run(capsys, "engines", "remove", "ab", "--json", *cache)[1]) == {"removed": "ab" * 32}
     assert json.loads(run(capsys, "doctor", "--json", *cache)[1])["checks"]
+
+
+def test_engines_list_for_people_has_model_scheme_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from appliance.launch.prepare import prepare_engine
+
+    for precision in ("bf16", "int8"):
+        prepare_engine("builtin", precision=precision, backend="cpu", cache=tmp_path)
+    damaged = tmp_path / "engines" / ("cd" * 32)
+    fill_engine(damaged)
+    (damaged / "engine.json").write_text("{")
+    lines = run(capsys, "engines", "list", "--cache", str(tmp_path))[1].splitlines()
+    shown = sorted(line.split()[3:] for line in lines)
+    assert shown[0] == ["damaged"]
+    assert shown[1][:4] == ["appliance-builtin", "bf16", "tp1", "cpu"]
+    assert shown[2][:5] == ["appliance-builtin", "int8", "(int8_smoothquant)", "tp1", "cpu"]
+    assert len({line.index("tp1") for line in lines if "tp1" in line}) == 1, "columns"
 
 
 def test_engines_list_of_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,7 +270,7 @@ def _manifest(
         kv_scales=kv_scales_of(job),
         build=BuildSummary(
             seconds=round(time.monotonic() - job.started, 3),
-            source=job.checkpoint.path.resolve().name,
+            source=model_name_of(job.checkpoint.path),
             source_bytes=job.checkpoint.nbytes,
             engine_bytes=sum(file.size for file in files),
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

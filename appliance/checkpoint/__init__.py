@@ -9,7 +9,7 @@ from appliance.checkpoint.config import read_model_config
 from appliance.checkpoint.digest import CheckpointDigest, digest, is_remembered
 from appliance.checkpoint.files import TensorInfo, content_files, weight_files
 from appliance.checkpoint.reader import Checkpoint
-from appliance.checkpoint.resolve import names_dataset, resolve, resolve_text
+from appliance.checkpoint.resolve import model_name_of, names_dataset, resolve, resolve_text
 from appliance.checkpoint.writer import SafetensorsWriter, TensorPlan, planned_file_size
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "content_files",
     "digest",
     "is_remembered",
+    "model_name_of",
     "names_dataset",
     "planned_file_size",
     "read_model_config",

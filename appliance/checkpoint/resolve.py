@@ -54,6 +54,20 @@ def resolve(
     return repository.local() if offline else repository.snapshot(progress, free, resumable_from)
 
 
+def model_name_of(checkpoint: Path) -> str:
+    """What people call the model of a checkpoint's directory: the built-in one's name, the hub's id in its cache, else
+    the directory's own name."""
+    from appliance import builtin
+
+    path = checkpoint.resolve()
+    if path == builtin.checkpoint_dir().resolve():
+        return builtin.MODEL_NAME
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
 def names_dataset(data: str) -> bool:
     """Whether `data`, which is no file or directory here, may name a data set of the hub."""
     named = data.removeprefix("hf://").removeprefix("datasets/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from appliance import checkpoint, logs
@@ -48,3 +49,9 @@ def print_paths(args: argparse.Namespace, **paths: object) -> None:
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, for scripts")
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for people, each column as wide as its widest cell; a row may end early."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]

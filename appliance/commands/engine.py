@@ -9,7 +9,7 @@ from pathlib import Path
 
 from appliance import engines
 from appliance.commands import progress
-from appliance.commands.common import add_json_flag, obtain, print_paths, resolved, settings_of
+from appliance.commands.common import add_json_flag, columns, obtain, print_paths, resolved, settings_of
 from appliance.commands.selection import NAMES, selection_of
 from appliance.engines import EngineStore, StoredEngine
 from appliance.engines.disk import ensure_writable, free_bytes, full_disk_explained, no_space
@@ -182,20 +182,35 @@ def _list(store: EngineStore, *, as_json: bool) -> int:
         manifest = engine.manifest
         row: dict[str, object] = {"key": engine.key, "bytes": engine.nbytes, "damaged": manifest is None}
         if manifest is not None:
+            capability = manifest.compute_capability
             row |= {
                 "source": manifest.build.source,
                 "precision": manifest.precision,
+                "scheme": manifest.scheme,
                 "tp_size": manifest.tp_size,
+                "pp_size": manifest.pp_size,
                 "backend": manifest.backend,
+                "compute_capability": None if capability is None else ".".join(map(str, capability)),
                 "created": manifest.created,
             }
         rows.append(row)
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
-    for row in rows:
-        what = "damaged" if row["damaged"] else f"{row['source']} {row['precision']} {row['backend']} {row['created']}"
-        print(f"{str(row['key'])[:16]}  {int(str(row['bytes'])) / 2**20:9.1f} MiB  {what}")
+    for line in columns([_shown(row) for row in rows]):
+        print(line)
     if not rows:
         print(f"no engines in {store.engines}")
     return 0
+
+
+def _shown(row: dict[str, object]) -> list[str]:
+    """Key, size, model, precision with its scheme, sizes, what it is for, when it was built."""
+    start = [str(row["key"])[:16], f"{int(str(row['bytes'])) / 2**20:9.1f} MiB"]
+    if row["damaged"]:
+        return [*start, "damaged"]
+    precision, scheme = row["precision"], row["scheme"]
+    kind = str(precision) if scheme in (precision, "none") else f"{precision} ({scheme})"
+    ranks = f"tp{row['tp_size']}" + (f"-pp{row['pp_size']}" if row["pp_size"] != 1 else "")
+    device = f"{row['backend']} {row['compute_capability'] or ''}".strip()
+    return [*start, str(row["source"]), kind, ranks, device, str(row["created"])]

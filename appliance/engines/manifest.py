@@ -71,7 +71,7 @@ class BuildSummary(Struct, frozen=True):
     """What a person wants to know of a build afterwards."""
 
     seconds: float
-    source: str  # name of the checkpoint, for people: last part of its path
+    source: str  # name of the model, for people: its hub id, or the last part of its path
     source_bytes: int
     engine_bytes: int
     peak_memory: int  # bytes of resident memory of the building process, highest
