@@ -313,3 +313,30 @@ def test_a_decode_step_is_one_token_for_everybody(monkeypatch: pytest.MonkeyPatc
     timing = driver.run(Stages(), requests)  # type: ignore[arg-type]
     assert timing.output_tokens == 80
     assert timing.decode_steps and set(timing.decode_steps) == {2.0}, "two steps of half the requests each"
+
+
+def test_kernels_are_added_to_those_of_a_sibling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new engine begins with the kernels of another one; what is there already is not written to, as it may be
+    mapped."""
+    first = random_engine.make(RandomEngine("tiny", "bf16", "cpu"), tmp_path)
+    (first / "kernels" / "native").mkdir(parents=True)
+    (first / "kernels" / "native" / "old").write_bytes(b"old")
+    manifest = read_manifest(first)
+    random_engine.write_manifest(first, msgspec.structs.replace(manifest, kernels={"native": "13.0"}))
+    second = random_engine.make(RandomEngine("tiny", "fp8", "cpu", tp_size=2), tmp_path)
+    assert read_manifest(second).kernels == {"native": "13.0"}
+    assert "kernels/native/old" in [file.name for file in read_manifest(second).files]
+
+    def gather(directory: Path) -> dict[str, str]:
+        (directory / "native").mkdir()
+        (directory / "native" / "old").write_bytes(b"changed")
+        (directory / "native" / "new").write_bytes(b"new")
+        return {"native": "13.0"}
+
+    monkeypatch.setattr(random_engine.KERNELS, "gather", gather)
+    monkeypatch.setattr(random_engine.KERNELS, "compiled", 1)
+    embedding = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    random_engine.keep(second, SimpleNamespace(model=SimpleNamespace(embedding=embedding), reductions=()))  # type: ignore[arg-type]
+    kept = {file.name: file.size for file in read_manifest(second).files if file.name.startswith("kernels/")}
+    assert kept == {"kernels/native/old": 3, "kernels/native/new": 3}
+    assert (second / "kernels" / "native" / "old").read_bytes() == b"old"

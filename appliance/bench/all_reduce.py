@@ -25,8 +25,9 @@ from appliance.profiles import facts_of, load_gpu_facts, speed
 from appliance.profiles.places import worst_link
 from appliance.settings import cuda_visible_devices
 
-_WAYS = ("library", "one-shot", "two-shot", "norm separate", "norm one-shot", "norm two-shot")
-_SUMS = _WAYS[:3]
+_SUMS = ("library", "one-shot", "two-shot")
+_SHOTS = ("one-shot", "two-shot", "one-shot push", "two-shot push")
+_WAYS = (*_SUMS, "norm separate", *(f"norm {way}" for way in _SHOTS))
 _POLL_SECONDS = 0.05
 
 

@@ -21,6 +21,7 @@ from appliance.distributed import GroupCollectives, Meeting, Rendezvous, leave
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_quantize, all_reduce_rms_norm_reference
+from appliance.kernels.all_reduce_push import push_rms_norm_quantize
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.row_quantization import FP8
 from appliance.runtime.timing import time_in_graph
@@ -54,9 +55,22 @@ class Rank:
             if space.fits(xs[self.rank]):
                 sums = [all_reduce_(xs[self.rank].clone(), space, two_shot=two_shot) for _ in range(3)]
                 wrong += [] if all(torch.equal(got, expected) for got in sums) else [name]
-            if space.fits_fused(xs[self.rank]):
-                wrong += [] if self._norm_is_right(xs, two_shot) else [f"norm {name}"]
+        for name, norm in self._norms(xs[self.rank]).items():
+            wrong += [] if self._norm_is_right(xs, norm) else [name]
         return wrong
+
+    def _norms(self, x: Tensor) -> dict[str, Callable[..., Any]]:
+        """The ways to add x up and normalize the sum by one kernel: (x, residual, weight, eps) -> what it returns."""
+        if self.own is None:
+            return {}
+        space, push = self.own.workspace, self.own.push
+        found: dict[str, Callable[..., Any]] = {}
+        for name, two_shot in _SHOTS.items():
+            if space.fits_fused(x):
+                found[f"norm {name}"] = partial(all_reduce_rms_norm_quantize, workspace=space, two_shot=two_shot)
+            if push is not None and push.fits(x, two_shot=two_shot):
+                found[f"norm {name} push"] = partial(push_rms_norm_quantize, space=push, two_shot=two_shot)
+        return found
 
     def _partials(self, rows: int) -> list[Tensor]:
         """Every rank's summand, the same numbers on all."""
@@ -65,13 +79,12 @@ class Rank:
         made = [torch.randn(shape, generator=generator, device=self.device) for _ in range(self.size)]
         return [x.to(self.dtype) for x in made]
 
-    def _norm_is_right(self, xs: Sequence[Tensor], two_shot: bool) -> bool:
-        assert self.own is not None
+    def _norm_is_right(self, xs: Sequence[Tensor], norm: Callable[..., Any]) -> bool:
         generator = torch.Generator(self.device).manual_seed(7)
         make = partial(torch.randn, generator=generator, device=self.device, dtype=torch.float32)
         weight, residual = make(self.hidden).to(self.dtype), make(xs[0].shape).to(self.dtype)
-        stream, space = residual.clone(), self.own.workspace
-        got, _ = all_reduce_rms_norm_quantize(xs[self.rank], stream, weight, _EPS, space, two_shot=two_shot)
+        stream = residual.clone()
+        got, _ = norm(xs[self.rank], stream, weight, _EPS)
         want, want_stream = all_reduce_rms_norm_reference(list(xs), residual.clone(), weight, _EPS, FP8)
         close = (got[0].float() - want[0].float()).abs().mean() < 1e-2 * want[0].float().abs().mean()
         return torch.equal(stream, want_stream) and torch.allclose(got[1], want[1], rtol=1e-4) and bool(close)
@@ -88,9 +101,7 @@ class Rank:
             residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
             if space.fits(x):
                 ways |= {name: partial(all_reduce_, x, space, two_shot=two) for name, two in _SHOTS.items()}
-            if space.fits_fused(x):
-                fused = partial(all_reduce_rms_norm_quantize, x, residual, weight, _EPS, space)
-                norms = {f"norm {name}": partial(fused, two_shot=two) for name, two in _SHOTS.items()}
+            norms = {name: partial(norm, x, residual, weight, _EPS) for name, norm in self._norms(x).items()}
         found = {name: self._time(way, rows) for name, way in ways.items()}
         if self.own is not None:
             best = ways[min(found, key=lambda name: found[name])]

@@ -12,7 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from appliance.distributed import TensorParallel
 from appliance.engines.digest import hash_files
 from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
 from appliance.engines.manifest import (
+    MANIFEST_NAME,
     SCHEMA_VERSION,
     BuildSummary,
     EngineFile,
@@ -46,6 +50,8 @@ from appliance.kernels.compiled import KERNELS
 from appliance.runtime.loading import LoadedModel, build_model
 from appliance.runtime.random_weights import normal, write_random_file
 from appliance.types import ModelConfig, Precision, Struct, WeightSpec
+
+_WRITERS = 6  # threads that copy tensors from the device into a file
 
 
 class RandomEngine(Struct, frozen=True):
@@ -97,8 +103,7 @@ def make(engine: RandomEngine, cache: Path) -> Path:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         _write(path, engine, config, inputs, device)
-        if engine.files:
-            _inherit(path, engine, inputs, cache)
+        _inherit(path, engine, inputs, cache)
     if engine.tactics and device.type == "cuda":
         _time_products(path, cache, device)
     return path
@@ -122,16 +127,23 @@ def _directory(engine: RandomEngine, inputs: KeyInputs, cache: Path) -> Path:
 
 
 def _inherit(path: Path, engine: RandomEngine, inputs: KeyInputs, cache: Path) -> None:
-    """Tactics and kernels of the same engine without files, if it was loaded before."""
-    other = _directory(msgspec.structs.replace(engine, files=False), inputs, cache)
-    if not _is_there(other, engine_key(inputs), shape_config(engine.shape)):
-        return
-    known, manifest = read_manifest(other), read_manifest(path)
-    if known.kernels:
-        shutil.copytree(other / KERNEL_DIRECTORY, path / KERNEL_DIRECTORY)
-    files = (*manifest.files, *_listed(path, [KERNEL_DIRECTORY]))
-    changes = {"tactics": known.tactics, "kernels": known.kernels, "files": files}
-    write_manifest(path, msgspec.structs.replace(manifest, **changes))
+    """Tactics of the same engine with weights elsewhere, and compiled kernels of it or of any other one here: many are
+    the same, and those that are not are found to be missing."""
+    same = _directory(msgspec.structs.replace(engine, files=not engine.files), inputs, cache)
+    changes: dict[str, Any] = {}
+    for other in [same, *(cache / "bench").glob("*/")]:
+        if other == path or not (other / MANIFEST_NAME).is_file():
+            continue
+        known = read_manifest(other)
+        if other == same and known.key == engine_key(inputs):
+            changes["tactics"] = known.tactics
+        if known.kernels and known.compute_capability == inputs.compute_capability and "kernels" not in changes:
+            shutil.copytree(other / KERNEL_DIRECTORY, path / KERNEL_DIRECTORY)
+            changes["kernels"] = known.kernels
+    if changes:
+        manifest = read_manifest(path)
+        changes["files"] = (*manifest.files, *_listed(path, [KERNEL_DIRECTORY]))
+        write_manifest(path, msgspec.structs.replace(manifest, **changes))
 
 
 def make_elsewhere(engine: RandomEngine, cache: Path, *, tried: bool = False) -> Path:
@@ -149,16 +161,30 @@ def make_elsewhere(engine: RandomEngine, cache: Path, *, tried: bool = False) ->
 
 def keep(path: Path, loaded: LoadedModel) -> None:
     """Into a random engine: how its ranks add up, if that was timed at this load, and the kernels that were used since,
-    if it has none yet."""
+    if it lacked any."""
     manifest = read_manifest(path)
     known = {(tactic.scheme, tactic.rows) for tactic in loaded.reductions}
     others = tuple(tactic for tactic in manifest.tactics if (tactic.scheme, tactic.rows) not in known)
     changes: dict[str, Any] = {"tactics": (*others, *loaded.reductions)} if known else {}
-    if loaded.model.embedding.weight.is_cuda and not manifest.kernels:
-        kernels = KERNELS.gather(path / KERNEL_DIRECTORY)
-        changes |= {"kernels": kernels, "files": (*manifest.files, *_listed(path, [KERNEL_DIRECTORY]))}
+    lacked = not manifest.kernels or KERNELS.compiled or KERNELS.from_cache
+    if loaded.model.embedding.weight.is_cuda and lacked:
+        kernels = _gather(path / KERNEL_DIRECTORY)
+        rest = [file for file in manifest.files if not file.name.startswith(f"{KERNEL_DIRECTORY}/")]
+        changes |= {"kernels": manifest.kernels | kernels, "files": (*rest, *_listed(path, [KERNEL_DIRECTORY]))}
     if changes:
         write_manifest(path, msgspec.structs.replace(manifest, **changes))
+
+
+def _gather(directory: Path) -> dict[str, str]:
+    """Add the kernels that were used to those that are there, which this process may have mapped."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        versions = KERNELS.gather(Path(scratch))
+        for file in Path(scratch).rglob("*"):
+            target = directory / file.relative_to(scratch)
+            if file.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(target)
+    return versions
 
 
 # ---------------------------------------------------------------- writing
@@ -241,10 +267,15 @@ def _write_files(
     specs = weight_specs(config)
     scheme = registry.load("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
     dtype = getattr(torch, inputs.dtype)
-    first = path / rank_file_name(0)
-    with torch.inference_mode(), SafetensorsWriter(first, plan_tensors(specs, scheme, dtype, engine.tp_size)) as writer:
+    first, writing = path / rank_file_name(0), deque[Future[None]]()
+    plan = plan_tensors(specs, scheme, dtype, engine.tp_size)
+    with torch.no_grad(), SafetensorsWriter(first, plan) as writer, ThreadPoolExecutor(_WRITERS) as pool:
         for name, tensor in engine_tensors(config, inputs, device):
-            writer.write(name, tensor)
+            writing.append(pool.submit(writer.write, name, tensor))
+            if len(writing) > 2 * _WRITERS:
+                writing.popleft().result()
+        for job in writing:
+            job.result()
         size, digest = writer.finish()
     say(f"wrote {size / 1e9:.1f} GB of random weights, which are those of every rank")
     for rank in range(engine.ranks):
