@@ -30,7 +30,14 @@ from appliance.builder.selfcheck import self_check
 from appliance.builder.shards import plan_ranks
 from appliance.builder.tokenizer import copy_tokenizer
 from appliance.builder.warmup import WarmedUp, warm_up
-from appliance.checkpoint import Checkpoint, SafetensorsWriter, TensorPlan, planned_file_size, read_model_config
+from appliance.checkpoint import (
+    Checkpoint,
+    SafetensorsWriter,
+    TensorPlan,
+    model_name_of,
+    planned_file_size,
+    read_model_config,
+)
 from appliance.checkpoint.files import CONFIG_FILES, TOKENIZER_FILES, require_tokenizer
 from appliance.engines import disk
 from appliance.engines.digest import hash_files
