@@ -23,7 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from appliance.builder.memory import READ_LANES, Memory, plan_memory
+from appliance.builder.memory import READ_LANES, Memory, plan_memory, return_what_is_freed
 from appliance.builder.phases import Phases
 from appliance.builder.shards import shard
 from appliance.checkpoint import Checkpoint, SafetensorsWriter
@@ -189,6 +189,8 @@ def _convert_apart(source: AnyOrder, target: _Target, devices: Sequence[torch.de
         ", ".join(str(part.device) for part in memory),
         gib(sum(part.host_bytes for part in memory)),
     )
+    if any(part.device.type == "cpu" for part in memory):
+        return_what_is_freed()
     queue = _Queue(sorted(source.specs, key=lambda spec: source.work(spec) < _LARGE))
 
     def work(part: Memory) -> None:

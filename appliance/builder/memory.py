@@ -8,6 +8,7 @@ bound depends on the number of threads alone and not on the model. On the CPU al
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _GPU_THREADS = 8  # of one GPU: while some write, others read
 _CPU_THREADS = 3  # one reads, one computes, one writes
 _SHARE = 0.25  # of the memory that is free
 _MOST = 8 << 30  # bytes of a device: more would not be quicker
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_RETURNED = 4 << 20  # bytes
 
 
 @dataclass
@@ -67,6 +70,14 @@ def plan_memory(devices: Sequence[torch.device], largest: int) -> list[Memory]:
             limit = _limit(host().free_memory, largest)
             parts.append(Memory(device, _CPU_THREADS, limit, host_bytes=limit))
     return parts
+
+
+def return_what_is_freed() -> None:
+    """Let the C library give large blocks back to the system when they are freed. By itself it soon keeps blocks of up
+    to 32 MiB for later, in a heap of each thread, which for threads that hold tensors in turn adds up to a multiple of
+    what they hold. For the rest of this process; does nothing where the C library is another."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED)
 
 
 def _limit(free: int, largest: int) -> int:
