@@ -21,16 +21,14 @@ from kubernetes_validate import utils
 from kubernetes_validate.utils import all_versions, major_minor
 from server_fakes import ready_state
 
+from appliance.settings import load
+from appliance.settings_rules import check_place_of_node
+
 MINORS = sorted({major_minor(version) for version in all_versions()}, key=lambda v: int(v.partition(".")[2]))[-3:]
 CUSTOM = yaml.safe_load((MATRIX.parent / "custom-resources.yaml").read_text(encoding="utf-8"))
 
 # The library reads 1 MB of definitions for every object; once is enough.
 utils.schema_contents = functools.cache(utils.schema_contents)
-
-# Not settings of the appliance, and why they may be in a pod's environment.
-TORCHRUN = {"MASTER_ADDR", "MASTER_PORT"} | {
-    f"PET_{name}" for name in ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
-}
 
 
 def pods(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -266,21 +264,21 @@ async def test_autoscalers_look_at_what_the_server_exports() -> None:
     assert [trigger["metadata"]["threshold"] for trigger in triggers] == ["48", "4", "10"]
 
 
-def test_torchrun_reads_the_environment_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pods_of_a_group_are_told_which_node_they_are() -> None:
     """As the LeaderWorkerSet controller completes it, on the second of two nodes."""
-    from torch.distributed.run import get_args_parser
-
     by_component = dict(pods("multi-node"))
     assert set(by_component) == {"server", "worker", "test"}
-    environments = []
-    for component in ("server", "worker"):
-        (container,) = by_component[component]["spec"]["containers"]
-        environments.append({item["name"]: item.get("value", "") for item in container["env"]})
-    assert environments[0] == environments[1] and set(environments[1]) >= TORCHRUN
-    given = {"LWS_LEADER_ADDRESS": "demo-0.demo.inference", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
-    for name in TORCHRUN:
-        monkeypatch.setenv(name, re.sub(r"\$\((\w+)\)", lambda match: given[match[1]], environments[1][name]))
-    args = get_args_parser().parse_args(["script.py"])
-    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("2", 1, "8")
-    assert (args.master_addr, args.master_port) == ("demo-0.demo.inference", 29500)
-    assert environments[1]["APPLIANCE_TP_SIZE"] == "8" and environments[1]["APPLIANCE_PP_SIZE"] == "2"
+    containers = [by_component[component]["spec"]["containers"][0] for component in ("server", "worker")]
+    leader, worker = ({item["name"]: item.get("value", "") for item in container["env"]} for container in containers)
+    assert leader == worker
+    given = {"LWS_LEADER_ADDRESS": "demo-0.demo.inference", "LWS_WORKER_INDEX": "1"}
+    filled = {name: re.sub(r"\$\((\w+)\)", lambda match: given[match[1]], text) for name, text in worker.items()}
+    settings = load({}, filled)
+    check_place_of_node(settings)
+    assert (settings.nnodes, settings.node_rank, settings.tp_size, settings.pp_size) == (2, 1, 8, None)
+    assert (settings.master_addr, settings.master_port) == ("demo-0.demo.inference", 29500)
+    assert not settings.warnings
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert containers[0][probe] == containers[1][probe]
+    group = of_kind("multi-node", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    assert group["size"] == 2 and group["restartPolicy"] == "None"

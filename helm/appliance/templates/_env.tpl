@@ -19,10 +19,14 @@
 {{- define "appliance.engineEnv" -}}
 {{- $gpus := include "appliance.gpus" . | int }}
 {{- $tensor := .Values.parallel.tensor | int | default (ternary (max $gpus 1) 0 .Values.multiNode.enabled) }}
-{{- $pipeline := .Values.parallel.pipeline | int | default (ternary (int .Values.multiNode.size) 0 .Values.multiNode.enabled) }}
+{{- $pipeline := .Values.parallel.pipeline | int }}
 {{- with .Values.model.engineSource }}
 - name: APPLIANCE_ENGINE_SOURCE
   value: {{ . | quote }}
+{{- end }}
+{{- if .Values.multiNode.enabled }}
+- name: APPLIANCE_NNODES
+  value: {{ .Values.multiNode.size | quote }}
 {{- end }}
 {{- if $tensor }}
 - name: APPLIANCE_TP_SIZE
@@ -77,23 +81,14 @@
       key: {{ .Values.auth.existingSecretKey }}
 {{- end }}
 
-{{/* As torchrun reads it. The LWS_ variables come from the LeaderWorkerSet controller, before all others. */}}
-{{- define "appliance.rendezvousEnv" -}}
-{{- $port := int .Values.multiNode.rendezvousPort -}}
-- name: MASTER_ADDR
-  value: $(LWS_LEADER_ADDRESS)
-- name: MASTER_PORT
-  value: {{ $port | quote }}
-- name: PET_MASTER_ADDR
-  value: $(LWS_LEADER_ADDRESS)
-- name: PET_MASTER_PORT
-  value: {{ $port | quote }}
-- name: PET_NNODES
-  value: $(LWS_GROUP_SIZE)
-- name: PET_NODE_RANK
+{{/* Which node of its group a pod is. The LWS_ variables come from the LeaderWorkerSet controller, before all others. */}}
+{{- define "appliance.nodeEnv" -}}
+- name: APPLIANCE_NODE_RANK
   value: $(LWS_WORKER_INDEX)
-- name: PET_NPROC_PER_NODE
-  value: {{ max (include "appliance.gpus" . | int) 1 | quote }}
+- name: APPLIANCE_MASTER_ADDR
+  value: $(LWS_LEADER_ADDRESS)
+- name: APPLIANCE_MASTER_PORT
+  value: {{ .Values.multiNode.rendezvousPort | quote }}
 {{- end }}
 
 {{/* The whole list of the server's container. */}}
@@ -104,7 +99,7 @@
 {{- end }}
 {{ include "appliance.serverEnv" . }}
 {{- if .Values.multiNode.enabled }}
-{{ include "appliance.rendezvousEnv" . }}
+{{ include "appliance.nodeEnv" . }}
 {{- end }}
 {{- with .Values.env }}
 {{ toYaml . }}

@@ -29,12 +29,10 @@ spec:
       envFrom:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-      {{- if eq $component "server" }}
       ports:
         - name: http
           containerPort: 8000
       {{- include "appliance.probes" $root | nindent 6 }}
-      {{- end }}
       {{- if $values.preStopSeconds }}
       lifecycle:
         preStop:
