@@ -218,9 +218,9 @@ def test_engines_list_for_people_has_model_scheme_and_ranks(tmp_path: Path, caps
     (damaged / "engine.json").write_text("{")
     lines = run(capsys, "engines", "list", "--cache", str(tmp_path))[1].splitlines()
     shown = sorted(line.split()[3:] for line in lines)
-    assert shown[0] == ["damaged"]
-    assert shown[1][:4] == ["appliance-builtin", "bf16", "tp1", "cpu"]
-    assert shown[2][:5] == ["appliance-builtin", "int8", "(int8_smoothquant)", "tp1", "cpu"]
+    assert shown[0][:4] == ["appliance-builtin", "bf16", "tp1", "cpu"]
+    assert shown[1][:5] == ["appliance-builtin", "int8", "(int8_smoothquant)", "tp1", "cpu"]
+    assert shown[2] == ["damaged"]
     assert len({line.index("tp1") for line in lines if "tp1" in line}) == 1, "columns"
 
 
