@@ -275,7 +275,7 @@ def test_pods_of_a_group_are_told_which_node_they_are() -> None:
     filled = {name: re.sub(r"\$\((\w+)\)", lambda match: given[match[1]], text) for name, text in worker.items()}
     settings = load({}, filled)
     check_place_of_node(settings)
-    assert (settings.nnodes, settings.node_rank, settings.tp_size, settings.pp_size) == (2, 1, 8, None)
+    assert (settings.nnodes, settings.node_rank, settings.tp_size, settings.pp_size) == (2, 1, 4, 4)
     assert (settings.master_addr, settings.master_port) == ("demo-0.demo.inference", 29500)
     assert not settings.warnings
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):

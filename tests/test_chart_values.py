@@ -85,6 +85,10 @@ def test_the_schema_names_what_is_wrong(tmp_path: Path, values: str, words: list
         ("{persistence: {perPod: true}, multiNode: {enabled: true}}", "perPod is not for multi-node"),
         ("parallel: {tensor: 2}", 'sizes of 2 GPUs in a pod that has 1; raise resources.limits."nvidia.com/gpu"'),
         ("{parallel: {tensor: 2, pipeline: 2}, resources: {limits: {nvidia.com/gpu: 2}}}", "sizes of 4 GPUs"),
+        (
+            "{parallel: {pipeline: 3}, multiNode: {enabled: true}, persistence: {accessModes: [ReadWriteMany]}}",
+            "3 pipeline stages cannot be shared by 2 pods; choose a multiple of multiNode.size",
+        ),
         ("resources: {requests: {nvidia.com/gpu: 2}}", "the same among limits and requests"),
         ("env: [{name: APPLIANCE_MODEL, value: x}]", "APPLIANCE_MODEL is set by this chart; use the value model.name"),
         ('env: [{name: NIM_SERVER_PORT, value: "80"}]', "use the value service.port"),

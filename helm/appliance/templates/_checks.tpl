@@ -73,7 +73,10 @@ multiNode.rendezvousPort: [APPLIANCE_MASTER_PORT, MASTER_PORT]
 {{- end }}
 {{- end }}
 {{- $tensor := int .Values.parallel.tensor }}
-{{- $perPod := mul (max $tensor 1) (ternary 1 (max (int .Values.parallel.pipeline) 1) .Values.multiNode.enabled) }}
+{{- $perPod := mul (max $tensor 1) (include "appliance.stagesOfPod" . | int) }}
+{{- if and .Values.multiNode.enabled (mod (int .Values.parallel.pipeline) (int .Values.multiNode.size)) }}
+{{- fail (printf "parallel: %d pipeline stages cannot be shared by %d pods; choose a multiple of multiNode.size, or 0" (int .Values.parallel.pipeline) (int .Values.multiNode.size)) }}
+{{- end }}
 {{- if and (gt $gpus 0) (gt $perPod $gpus) }}
 {{- fail (printf "parallel: sizes of %d GPUs in a pod that has %d; raise resources.limits.\"nvidia.com/gpu\"%s" $perPod $gpus (ternary "" ", or use multiNode" .Values.multiNode.enabled)) }}
 {{- end }}

@@ -18,8 +18,8 @@
 {{/* What decides which engine is served. */}}
 {{- define "appliance.engineEnv" -}}
 {{- $gpus := include "appliance.gpus" . | int }}
-{{- $tensor := .Values.parallel.tensor | int | default (ternary (max $gpus 1) 0 .Values.multiNode.enabled) }}
 {{- $pipeline := .Values.parallel.pipeline | int }}
+{{- $tensor := include "appliance.tensor" . | int }}
 {{- with .Values.model.engineSource }}
 - name: APPLIANCE_ENGINE_SOURCE
   value: {{ . | quote }}

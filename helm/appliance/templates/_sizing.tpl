@@ -11,6 +11,18 @@
 {{- $count }}
 {{- end }}
 
+{{/* Pipeline stages of one pod. */}}
+{{- define "appliance.stagesOfPod" -}}
+{{- $pipeline := max (int .Values.parallel.pipeline) 1 }}
+{{- ternary (max (div $pipeline (int .Values.multiNode.size)) 1) $pipeline .Values.multiNode.enabled }}
+{{- end }}
+
+{{/* Tensor-parallel size; 0: the profile's. */}}
+{{- define "appliance.tensor" -}}
+{{- $all := max (div (include "appliance.gpus" . | int) (include "appliance.stagesOfPod" . | int)) 1 }}
+{{- .Values.parallel.tensor | int | default (ternary $all 0 .Values.multiNode.enabled) }}
+{{- end }}
+
 {{/* The most pods that can be there at once. */}}
 {{- define "appliance.maxPods" -}}
 {{- $replicas := int .Values.replicaCount }}
