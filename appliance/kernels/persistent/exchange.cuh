@@ -19,7 +19,7 @@
 // with one rank. A rank waits for all ranks in every sum, so none runs ahead by more than a product.
 
 constexpr int kInboxRow = HIDDEN / 2;  // words
-constexpr int kLooksPerCheck = 4096;   // at words that are not there, between looks at whether to give up
+constexpr int kLooksPerCheck = 256;    // at words that are not there, between looks at whether to give up
 
 __device__ __forceinline__ uint64_t* inbox(int reader, int writer, int row, int column) {
   const Shared& s = shared();
