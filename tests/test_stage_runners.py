@@ -221,6 +221,19 @@ def test_stages_serve_every_kind_of_request_as_one_does(count: int, padded: bool
     assert all(stand.runs > 20 for stand in stands)
 
 
+def test_every_stage_measures_the_scales_of_its_fp8_cache(checkpoint: Path) -> None:
+    options = {**OPTIONS, "kv_cache_dtype": "fp8"}
+    expected, _ = flat(run_all(make_core(checkpoint, **options), requests()))
+    executor, runners = stages_of(checkpoint, 2, **options)
+    got, _ = flat(run_all(EngineCore(executor), requests()))
+    assert {name: tokens for name, (tokens, *_) in got.items()} == {name: t for name, (t, *_) in expected.items()}
+    whole = make_core(checkpoint, **options)._executor._runner._model.layers  # type: ignore[attr-defined]
+    for runner in runners:
+        for index in runner._model.own_layers:  # type: ignore[attr-defined]
+            layer = runner._model.layers[index]  # type: ignore[attr-defined]
+            assert layer.attention.kv_scales == whole[index].attention.kv_scales
+
+
 def test_a_stage_has_pages_for_its_own_layers_only(checkpoint: Path) -> None:
     _, runners = stages_of(checkpoint, 2)
     pages = [[len(cache) for cache in runner._kv_caches] for runner in runners]
