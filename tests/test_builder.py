@@ -299,8 +299,8 @@ def test_an_error_in_one_thread_of_a_conversion_ends_the_others(source: Path, tm
 
 
 def test_requests_that_cannot_be_built(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineBuildError, match="pp_size=2"):
-        build(request_of(source, tmp_path, pp_size=2))
+    with pytest.raises(EngineBuildError, match="pp_size=3"):
+        build(request_of(source, tmp_path, pp_size=3))
     with pytest.raises(EngineBuildError, match=r"int4 needs .* multiples of 128; layers\.0\.attention\.qkv has 64"):
         build(request_of(source, tmp_path, precision="int4", calibration_data="none"))
     for wrong, words in (

@@ -223,11 +223,12 @@ class StoredEngine:
         names = list(names)
         if len(self._ranks) == 1:
             return read_tensors([self._ranks[0].info(name) for name in names], device)
-        return {name: self._join(name).to(device) for name in names}
+        held = [read_tensors([rank.tensors[n] for n in names if n in rank.tensors], device) for rank in self._ranks]
+        return {name: self._join(name, [part.pop(name) for part in held if name in part]) for name in names}
 
-    def _join(self, name: str) -> Tensor:
+    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
+        """`parts`: by rank, of the ranks that have one, those of a stage."""
         spec, whole = self._spec_of[name], self._whole[name]
-        parts = [rank.read(name).clone() for rank in self._ranks if name in rank.tensors]  # those of a stage
         size = len(parts)
         if not parts:
             raise EngineDamagedError(f"no rank of the engine has {name}", hint="the engine is built anew")
@@ -242,7 +243,7 @@ class StoredEngine:
         for rank in reversed(range(size)):
             start = 0
             for begin, end in rows_of(spec, rank, size):
-                joined[begin:end] = parts[rank][start : start + end - begin]
+                _bytes(joined)[begin:end] = _bytes(parts[rank])[start : start + end - begin]
                 start += end - begin
         return joined
 
