@@ -109,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         for kind, measure in (("decode", _decode), ("prefill", _prefill), ("throughput", _throughput)):
             result[kind] = measure(subject, rows, args.seed)
-        subject.close()
     finally:  # what was measured is not lost with what fails
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    subject.close()
     return 0
 
 

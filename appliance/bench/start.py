@@ -2,7 +2,7 @@
 
 First with an empty cache, then with the engine built. Runs the real server as a child process. With `--engine-only` a
 shape is started as an engine whose weights, random ones, lie in files that were just written, so in the page cache;
-ranks share one file, so that it is there once. What the first of these starts compiles or times is kept for the second.
+ranks share one file, so that it is there once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine-only", action="store_true", help="of a shape: only starts of an engine, with random weights in files"
     )
+    parser.add_argument("--repeats", type=int, default=2, help="starts, with --engine-only (default: %(default)s)")
     parser.add_argument("--no-tactics", action="store_true", help="do not time the ways to compute each product")
     parser.add_argument(
         "--cache", help="with --engine-only: directory of that engine and of timings (default: temporary)"
@@ -85,7 +86,7 @@ def _build_seconds(cache: Path) -> dict[str, float]:
 
 def _check(args: argparse.Namespace) -> None:
     """SettingsError for what cannot be started."""
-    at_least(args, {"tp_size": 1} if args.tp_size is not None else {})
+    at_least(args, {"repeats": 1} | ({"tp_size": 1} if args.tp_size is not None else {}))
     if args.precision:
         one_precision(args.precision)
     if args.shape:
@@ -97,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _starts_of_engine(args: argparse.Namespace, cache: Path) -> dict[str, dict[str, Any]]:
-    """Of an engine that was written: one that finds no compiled kernels where it has none, then one that finds all."""
+    """Of an engine whose weights were just written, and which has been tried as a built one has."""
     from appliance.bench.random_engine import RandomEngine, best_backend, make_elsewhere
 
     engine = RandomEngine(
@@ -109,7 +110,7 @@ def _starts_of_engine(args: argparse.Namespace, cache: Path) -> dict[str, dict[s
         tactics=not args.no_tactics,
     )
     path = make_elsewhere(engine, cache, tried=True)
-    return {name: _start(args, str(path), cache) for name in ("engine built", "once more")}
+    return {f"engine built, {n + 1}": _start(args, str(path), cache) for n in range(args.repeats)}
 
 
 def _start(args: argparse.Namespace, model: str, cache: Path) -> dict[str, Any]:

@@ -57,8 +57,11 @@ def run(args: argparse.Namespace) -> int:
     if subject.device.type == "cpu":
         say("no GPU here: its busy share is not applicable, the trace shows the CPU's operations")
     rows = [_measure(subject, batch, output_len, args) for batch in batches]
+    print(
+        json.dumps({"bench": "trace", **subject.description, **environment(), "steps": args.steps, "traces": rows}),
+        flush=True,
+    )
     subject.close()
-    print(json.dumps({"bench": "trace", **subject.description, **environment(), "steps": args.steps, "traces": rows}))
     return 0
 
 

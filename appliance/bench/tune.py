@@ -36,6 +36,9 @@ class _Others:
     def all_reduce(self, x: Tensor) -> Tensor:
         raise AssertionError("there are no other ranks")
 
+    def begin_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        raise AssertionError("there are no other ranks")
+
     def all_gather(self, x: Tensor) -> Tensor:
         raise AssertionError("there are no other ranks")
 
