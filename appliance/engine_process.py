@@ -206,6 +206,17 @@ def _failure(error: BaseException) -> Failed:
     return Failed(error=type(error).__name__, message=f"{type(error).__name__}: {error}")
 
 
+def _log_failure(error: Exception, reason: Exception) -> None:
+    """One line for what was raised on purpose, none for what follows from a lost rank, which has its line already; the
+    traceback of what nobody expected."""
+    if reason is error and not isinstance(error, ApplianceError):
+        log.error("engine failed\n%s", traceback.format_exc())
+        return
+    if reason is error:
+        log.error("engine failed: %s", error)
+    log.debug("where it failed\n%s", traceback.format_exc())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 after Shutdown, the error's own otherwise; the reason is sent as `Failed` first."""
     parser = argparse.ArgumentParser(prog="python -m appliance.engine_process")
@@ -233,8 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         EngineLoop(core, end, prepare_more).run()
     except Exception as error:
         lost.handled()
-        log.error("engine failed\n%s", traceback.format_exc())
         reason = error if member is None else member.explain(error)
+        _log_failure(error, reason)
         end.send(_failure(reason))
         return reason.exit_code if isinstance(reason, ApplianceError) else 1
     finally:

@@ -133,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(args)
     except Exception as error:
-        log.error("rank %d failed\n%s", args.rank, traceback.format_exc())
+        expected = isinstance(error, ApplianceError) or _kind(error) == PEER_LOST
+        if expected:
+            log.error("rank %d failed: %s", args.rank, str(error).partition("\n")[0])
+        log.log(logging.DEBUG if expected else logging.ERROR, "rank %d failed\n%s", args.rank, traceback.format_exc())
         os.write(args.report, msgspec.msgpack.encode(_failure(error)))
         return error.exit_code if isinstance(error, ApplianceError) else 1
     return 0

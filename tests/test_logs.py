@@ -104,3 +104,23 @@ def test_probes_stay_out_of_the_access_log(capsys: pytest.CaptureFixture[str]) -
         access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:1", "GET", path, "1.1", 200)
     (line,) = capsys.readouterr().err.splitlines()
     assert "GET /v1/models" in line
+
+
+def test_a_failed_engine_logs_a_traceback_only_of_what_nobody_expected(caplog: pytest.LogCaptureFixture) -> None:
+    from appliance.engine_process import _log_failure
+    from appliance.errors import HardwareError
+
+    def logged(error: Exception, reason: Exception) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "appliance.engine"):
+            try:
+                raise error
+            except Exception:
+                _log_failure(error, reason)
+        return [record.message for record in caplog.records]
+
+    purposeful, odd = HardwareError("rank 1 was killed"), ValueError("odd")
+    assert logged(odd, purposeful) == [], "it follows from the lost rank, which has its line"
+    assert logged(purposeful, purposeful) == ["engine failed: rank 1 was killed"]
+    (line,) = logged(odd, odd)
+    assert "Traceback" in line and "ValueError: odd" in line

@@ -62,6 +62,7 @@ def test_a_rank_killed_under_a_streaming_client_is_a_pause(server: Server) -> No
     assert server.engine_pid() != engine
     server.until_logged("rank 1 was killed by SIGKILL")
     server.until_logged("the engine is ready again")
+    assert "Traceback" not in server.log, "the reason is a line, not what followed from it"
 
 
 def until_replaced(server: Server, engine: int) -> None:
