@@ -37,7 +37,7 @@ def unavailable() -> str | None:
     return _library() if isinstance(_library(), str) else None
 
 
-def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
+def compile_cubin(source: str, arch: str, macros: Mapping[str, int | str]) -> bytes:
     """CUDA C++ without headers -> machine code for `arch`, "sm_90". Raises RuntimeError with the compiler's log."""
     library, program = _library(), ctypes.c_void_p()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0

@@ -11,10 +11,11 @@ import persistent_ranks
 import pytest
 import torch
 import torch.multiprocessing
+from nvrtc import compile_cubin, spilled_bytes, unavailable
 from persistent_models import SHAPES, Step, check, error, random_model
 
 from appliance.kernels.fp8_linear import FP8
-from appliance.kernels.persistent.kernel import DecodeShape
+from appliance.kernels.persistent.kernel import DecodeShape, kernel_source
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.persistent_decode import refusal, scale_tiles
 
@@ -151,6 +152,41 @@ def test_shapes_that_fit() -> None:
 def test_shapes_that_do_not_fit_say_why(changes: dict[str, object], words: str) -> None:
     refused = shape(**changes).refused()
     assert refused is not None and words in refused
+
+
+LLAMA_70B = {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64}
+
+
+def share(ranks: int, **changes: Any) -> DecodeShape:
+    """Of a rank."""
+    whole = shape(**changes)
+    return dataclasses.replace(
+        whole,
+        ffn=whole.ffn // ranks,
+        heads=whole.heads // ranks,
+        kv_heads=max(1, whole.kv_heads // ranks),
+        vocab=-(-whole.vocab // ranks),
+        ranks=ranks,
+    )
+
+
+def test_shares_of_large_models_fit() -> None:
+    for ranks, rows, weights in itertools.product((1, 2, 4, 8), (1, 2, 4), ("fp8", "bf16", "int4")):
+        head = "fp8" if weights == "int4" else weights
+        for model in ({}, LLAMA_70B):
+            assert share(ranks, rows=rows, weights=weights, head=head, **model).refused() is None
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(("weights", "rows"), [("fp8", 1), ("fp8", 4), ("bf16", 2), ("int4", 1)])
+def test_kernels_compile_and_spill_little(weights: str, rows: int, ranks: int) -> None:
+    head = "bf16" if weights == "bf16" else "fp8"
+    wanted = share(ranks, weights=weights, head=head, rows=rows, **LLAMA_70B)
+    code = compile_cubin(kernel_source(), "sm_90a", wanted.macros())
+    assert code[:4] == b"\x7fELF" and b"decode_step" in code
+    spilled = spilled_bytes(code)
+    assert spilled is None or spilled <= 320
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -222,7 +222,8 @@ def _current_stream() -> Any:
     return device.create_stream(_TorchStream())
 
 
-def _source() -> str:
+def kernel_source() -> str:
+    """All of the kernel, to be compiled with a shape's `macros`."""
     directory = Path(__file__).parent
     return "\n".join((directory / name).read_text() for name in _SOURCES)
 
@@ -245,12 +246,12 @@ def _name(shape: DecodeShape) -> str:
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    key = f"{_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
+    key = f"{kernel_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
     return f"decode-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 def _compile(shape: DecodeShape) -> bytes:
     from cuda.core import Program
 
-    code = Program(_source(), "c++", _options(shape)).compile("cubin").code
+    code = Program(kernel_source(), "c++", _options(shape)).compile("cubin").code
     return bytes(code)
