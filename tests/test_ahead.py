@@ -190,8 +190,8 @@ def test_without_a_rehearsal_the_trial_times(
     assert manifest.build.phases["trial.tactics"] > 0
 
 
-def job_of(checkpoint: Path, cache: Path) -> Job:
-    request = request_of(checkpoint, cache)
+def job_of(checkpoint: Path, cache: Path, **changes: Any) -> Job:
+    request = request_of(checkpoint, cache, **changes)
     opened = Checkpoint(checkpoint)
     return Job.start(request, key_inputs_of(request), read_model_config(checkpoint), opened, registry.load)
 
@@ -211,6 +211,15 @@ def test_a_build_that_ends_early_ends_its_timing(
     found = prepared[0].result()
     assert found.tactics is not None and {tactic.rows for tactic in found.tactics} == {1}
     assert len({tactic.product for tactic in found.tactics}) == 1, "after the first product of the first row count"
+
+
+def test_products_of_a_rank_are_timed_without_the_others(checkpoint: Path, tmp_path: Path, events: Events) -> None:
+    """Layers of a stage have the shapes of any other's; the head, which only the last stage has, is timed as well."""
+    job = job_of(checkpoint, tmp_path, tp_size=2, pp_size=2)
+    found = ahead.prepare_ahead(job, tmp_path, lambda detail: None, rehearse=True).result()
+    shapes = {tactic.product: (tactic.out_features, tactic.in_features) for tactic in found.tactics or ()}
+    assert shapes == {"qkv": (64, 64), "o": (64, 32), "gate_up": (128, 64), "down": (64, 64), "lm_head": (48, 64)}
+    assert set(events.names) == {"timed"}, "steps need the other ranks"
 
 
 def test_calibration_leaves_the_gpu_alone(checkpoint: Path, tmp_path: Path, events: Events) -> None:

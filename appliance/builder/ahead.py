@@ -136,8 +136,8 @@ class _Rehearsal:
                 if self._ranks == 1 and not stop.is_set():
                     with self._timer.phase("steps"):
                         self._take_steps(first_layers(model, min(_STEP_LAYERS, len(model.layers))))
-            compiling.exception()
             self._quiet.set()
+            compiling.exception()
             return Found(None if timing is None else timing.result(), self._timer.seconds)
 
     def _model(self) -> Decoder | None:

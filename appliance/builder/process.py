@@ -22,6 +22,9 @@ from appliance.ipc import Built, ChildEnd, Failed, Progress, Shutdown, ToServer
 RunFn = Callable[[BuildRequest, Callable[[Progress], None]], Path]
 
 _SIGTERM_EXIT = 128 + signal.SIGTERM
+# Seconds that a thread in Python keeps the others waiting. Those that read and write need the interpreter for moments
+# only, but often, and others compile kernels meanwhile; at Python's 5 ms they would mostly wait.
+_SWITCH_SECONDS = 1e-4
 
 
 class _Channel:
@@ -91,6 +94,7 @@ def main(argv: list[str] | None = None, run: RunFn | None = None) -> int:
     parser.add_argument("--request", metavar="FILE|JSON", required=True, help="a BuildRequest as JSON, or its file")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     started = time.monotonic()
     channel = _Channel(args.ipc)
     try:
