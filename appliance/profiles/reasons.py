@@ -308,6 +308,9 @@ def _hint_if_asked(selection: Selection, outcome: Outcome) -> str | None:
     if rejection is None or rejection.field is None:
         return None
     of_field = getattr(asked, rejection.field) not in (None, "auto")
+    if asked.profile is not None and not of_field and (rejection.hint or "").startswith("leave --"):
+        _, elsewhere, where = (rejection.hint or "").partition(", or serve ")
+        return f"leave --profile out, or name another one{elsewhere}{where}"
     by_device = rejection.field == "backend" and (asked.precision is not None or asked.backend is not None)
     by_checkpoint = selection.model.quantization is not None and rejection.field == "precision"
     return rejection.hint if of_field or by_device or by_checkpoint or asked.profile is not None else None
