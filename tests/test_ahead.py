@@ -248,3 +248,36 @@ def test_timing_takes_turns_with_what_else_is_computed(
     assert 0 not in job.turns, "another GPU's turn is another's"
     stop.set()
     assert turns.clock() == float("inf")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_on_a_gpu(checkpoint: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All of it, beside a conversion: nothing is left to the trial."""
+    caplog.set_level("INFO")
+    capability = torch.cuda.get_device_capability()
+    request = request_of(checkpoint, tmp_path, precision=precision, backend="cuda", compute_capability=capability)
+    manifest = read_manifest(build(request))
+    for words in ("not prepared", "not rehearsed", "could not be tried", "is left out"):
+        assert words not in caplog.text
+    assert not any("first start" in note for note in manifest.build.notes)
+    assert {tactic.product for tactic in manifest.tactics} == {"qkv", "o", "gate_up", "down", "lm_head"}
+    phases = manifest.build.phases
+    assert {"beside.steps", "beside.tactics", "trial.load_weights", "trial.steps"} <= phases.keys()
+    assert "trial.tactics" not in phases and manifest.kernels.get("triton")
+
+
+@pytest.mark.gpu
+def test_the_gpus_of_several_ranks_convert_together(checkpoint: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    capability = torch.cuda.get_device_capability()
+    facts: dict[str, Any] = {"precision": "fp8", "backend": "cuda", "compute_capability": capability, "tp_size": 2}
+    engines = [
+        build(request_of(checkpoint, tmp_path / device, device=device, tactics=False, **facts))
+        for device in ("auto", "cuda:1", "cpu")
+    ]
+    assert read_manifest(engines[0]).build.device == "cuda:0, cuda:1"
+    for rank in (0, 1):
+        first, *others = [(engine / f"rank-{rank}.safetensors").read_bytes() for engine in engines]
+        assert all(other == first for other in others)
