@@ -273,6 +273,8 @@ def test_predictions_are_the_selections_own(tmp_path: Path) -> None:
     assert 2 < slow.decode(1, 128) / fast.decode(1, 128) < 4
     assert fast.prefill(8, 4096) < slow.prefill(8, 4096) and fast.output_rate(64, 100, 100) < 64 / fast.decode(64, 150)
     assert predictions_of(four, options, machine=machine("none")) is None
+    full = predictions_of(one, options, machine=here, kv_tokens=32 * 1536)
+    assert full is not None and full.output_rate(256, 1024, 1024) == slow.output_rate(32, 1024, 1024)
 
 
 class Stages:

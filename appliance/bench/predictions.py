@@ -38,6 +38,7 @@ class Predictions:
     ranks: speed.Ranks
     max_num_seqs: int
     max_num_batched_tokens: int
+    kv_tokens: int | None = None  # that the KV cache holds; None: not known, taken for enough
 
     def decode(self, batch: int, context: float) -> float:
         """One token for each of `batch` sequences that hold `context` tokens each; every stage has a part in hand."""
@@ -50,9 +51,12 @@ class Predictions:
 
     def output_rate(self, requests: int, input_len: int, output_len: int) -> float:
         """Output tokens/s, with as many requests running as can."""
+        running = min(requests, self.max_num_seqs)
+        if self.kv_tokens is not None:
+            running = min(running, self.kv_tokens // (input_len + output_len // 2))
         return speed.tokens_per_second(
             self.ranks,
-            min(requests, self.max_num_seqs),
+            max(1, running),
             self.max_num_batched_tokens,
             prompt_tokens=input_len,
             output_tokens=output_len,
@@ -65,6 +69,7 @@ def predictions_of(
     devices: tuple[str, ...] = (),
     machine: Hardware | None = None,
     replicas: int = 1,
+    kv_tokens: int | None = None,
 ) -> Predictions | None:
     """For one of `replicas` engines as they are loaded; None where the GPUs that it is on cannot be told. `devices`:
     indices or UUIDs of its ranks' GPUs, by default the first ones."""
@@ -99,7 +104,7 @@ def predictions_of(
         known, capability = facts_of(gpus[0], load_gpu_facts()), gpus[0].compute_capability
         device = speed.gpu_device(known, manifest.precision, worst_link(gpus), manifest.tp_size, capability)
     shape = speed.Ranks(manifest.model, stored, need.kv_per_token, device, manifest.tp_size, manifest.pp_size)
-    return Predictions(shape, limits.max_num_seqs, limits.max_num_batched_tokens)
+    return Predictions(shape, limits.max_num_seqs, limits.max_num_batched_tokens, kv_tokens)
 
 
 def _plain(manifest: EngineManifest, on_cpu: bool) -> str:

@@ -136,7 +136,7 @@ def _open(options: EngineOptions, what: dict[str, Any], at_close: Callable[[Load
         core=EngineCore(executor, prefix_caching=options.prefix_caching),
         config=loaded.config,
         floors=_floors(loaded, info, manifest, device),
-        predictions=predictions_of(manifest, info, options.devices),
+        predictions=predictions_of(manifest, info, options.devices, kv_tokens=kv_tokens),
         max_num_seqs=info.max_num_seqs,
         device=device,
         description={
