@@ -46,6 +46,9 @@ class Collectives(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, with the same bits on every rank, in x's dtype; may be written over x."""
 
+    def begin_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """The same by the library, beside what is enqueued next: call what is returned to wait for it. Not captured."""
+
     def all_gather(self, x: Tensor) -> Tensor:
         """x [n, k] of every rank, in rank order: [size, n, k]."""
 
@@ -94,6 +97,17 @@ class GroupCollectives:
             return cast(Tensor, self.own.all_reduce(x))
         torch.distributed.all_reduce(x, group=self._group)
         return x
+
+    def begin_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        self._on_call()
+        work = torch.distributed.all_reduce(x, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return x
+
+        return wait
 
     def all_gather(self, x: Tensor) -> Tensor:
         self._on_call()
@@ -157,6 +171,10 @@ class TensorParallel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, with the same bits on every rank; may be written over x."""
         return x if self.size == 1 else self._together.all_reduce(x)
+
+    def begin_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """`Collectives.begin_all_reduce`."""
+        return (lambda: x) if self.size == 1 else self._together.begin_all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Each rank's x [n, k] side by side in rank order: [n, k * size]."""

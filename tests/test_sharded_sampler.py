@@ -3,15 +3,14 @@ has all of them. The ranks are threads that meet in every collective operation."
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_sampler import CASES, LENGTH, SLOTS, SUPPRESSED, VOCAB
+from thread_ranks import Meeting
 from torch import Tensor
 
 from appliance.distributed import TensorParallel
@@ -19,51 +18,6 @@ from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.runtime.sampler import Sampler, SamplerOutput
 from appliance.runtime.sharded_sampler import ShardedSampler
 from appliance.types import SamplingParams
-
-
-class Meeting:
-    """Collective operations of ranks that are threads; counts the numbers that travel to a rank."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.calls: list[str] = []
-        self.numbers = 0
-        self._given: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=20)
-
-    def rank(self, rank: int) -> TensorParallel:
-        return TensorParallel(rank, self.size, _Rank(self, rank))
-
-    def exchange(self, rank: int, name: str, x: Tensor, take: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        self._given[rank] = (name, x)
-        self._barrier.wait()
-        names, given = zip(*self._given, strict=True)
-        assert set(names) == {name} and len({x.shape for x in given}) == 1, "ranks do different things"
-        found = take(list(given)).clone()
-        if rank == 0:
-            self.calls.append(name)
-            self.numbers += found.numel()
-        self._barrier.wait()
-        return found
-
-
-class _Rank:
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting, self._rank = meeting, rank
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return self._meeting.exchange(self._rank, "all_reduce", x, lambda xs: torch.stack(xs).sum(0))
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return self._meeting.exchange(self._rank, "all_gather", x, torch.stack)
-
-    def all_to_all(self, x: Tensor) -> Tensor:
-        take = lambda xs: torch.stack([x[self._rank] for x in xs])  # noqa: E731
-        return self._meeting.exchange(self._rank, "all_to_all", x, take)
-
-    def minimum(self, value: int) -> int:
-        return value
-
 
 Row = tuple[SamplingParams, int]  # parameters and seed of a row; its slot is its number
 
@@ -100,11 +54,7 @@ def compare(size: int, logits: Product, rows: list[Row], positions: list[int], v
     meeting = Meeting(size)
     parts = [columns(logits, rank, size, vocab) for rank in range(size)]
 
-    def sample(rank: int) -> SamplerOutput:
-        return run(lambda: ShardedSampler(*limits, meeting.rank(rank)), parts[rank], rows, positions)[0]
-
-    with ThreadPoolExecutor(size) as pool:
-        found = list(pool.map(sample, range(size)))
+    found = meeting.run(lambda tp: run(lambda: ShardedSampler(*limits, tp), parts[tp.rank], rows, positions)[0])
     expected, batch = run(lambda: Sampler(*limits), logits, rows, positions)
     wanted = torch.tensor([n is not None for n in batch.logprobs])
     for output in found:
@@ -189,10 +139,10 @@ def test_what_travels() -> None:
 def test_slots_that_change_are_described_anew() -> None:
     meeting = Meeting(2)
 
-    def sample(rank: int) -> list[int]:
-        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", meeting.rank(rank))
+    def sample(tp: TensorParallel) -> list[int]:
+        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", tp)
         found = []
-        logits = columns(random_logits(1, 3), rank, 2, VOCAB)
+        logits = columns(random_logits(1, 3), tp.rank, 2, VOCAB)
         for params in (SamplingParams(temperature=0.0), SamplingParams(logit_bias={7: 99.0}), SamplingParams(top_k=1)):
             sampler.set_slot(0, params, 1, (), 5)
             batch = sampler.prepare(np.array([0]))
@@ -200,8 +150,7 @@ def test_slots_that_change_are_described_anew() -> None:
             found.append(int(sampler.sample(logits, one, one + 8, torch.zeros(SLOTS, LENGTH), batch).token_ids))
         return found
 
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(sample, range(2)))
+    found = meeting.run(sample)
     best = int(random_logits(1, 3).argmax())  # type: ignore[union-attr]
     assert found == [[best, 7, best]] * 2
 
@@ -210,15 +159,13 @@ def test_slots_that_change_are_described_anew() -> None:
 def test_prompt_logprobs(rows: int) -> None:
     logits, targets = random_logits(rows, 5), torch.arange(rows) * 3
     expected = Sampler(SLOTS, VOCAB, LENGTH, "cpu").prompt_logprobs(logits, targets, 2)
-    meeting = Meeting(4)
 
-    def sample(rank: int) -> Tensor:
-        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", meeting.rank(rank))
-        return sampler.prompt_logprobs(columns(logits, rank, 4, VOCAB), targets, 2)
+    def sample(tp: TensorParallel) -> Tensor:
+        sampler = ShardedSampler(SLOTS, VOCAB, LENGTH, "cpu", tp)
+        return sampler.prompt_logprobs(columns(logits, tp.rank, 4, VOCAB), targets, 2)
 
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(sample, range(4)):
-            assert torch.equal(found, expected)
+    for found in Meeting(4).run(sample):
+        assert torch.equal(found, expected)
 
 
 def test_wrong_number_of_rows_is_refused() -> None:

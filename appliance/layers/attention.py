@@ -85,6 +85,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Activation, ctx: ForwardContext) -> Product:
         """x: [n, hidden] as the scheme takes it. Returns [n, hidden]; writes this layer's KV cache."""
+        out: Product = self.o(self.attend(self.project(x, ctx), ctx))
+        return out
+
+    def project(self, x: Activation, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
+        """Queries [n, heads, head_dim] of tokens whose positions are `rows` of the pass; writes their keys and values
+        to this layer's KV cache."""
         product: Product = self.qkv(x)
         if self.q_norm is not None and isinstance(product, DeferredScale) and not product.in_place:
             product = product.materialize(product.dtype)  # heads are normalized in place
@@ -95,11 +101,11 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps, v, deferred)
             deferred = None  # applied
+        positions, slots = ctx.positions[rows], ctx.metadata.slot_mapping[rows]
         cache = ctx.kv_caches[self.index]
-        scales = self.kv_scales
-        q = rope_and_write(
-            q, k, v, ctx.positions, self.rotary.cos_sin, cache, ctx.metadata.slot_mapping, scales, deferred
-        )
-        attended = ctx.attention.attend(q, cache, ctx.metadata, self._scale, self.window, scales)
-        out: Product = self.o(attended.flatten(1))
-        return out
+        return rope_and_write(q, k, v, positions, self.rotary.cos_sin, cache, slots, self.kv_scales, deferred)
+
+    def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
+        """What the output product takes, [n, heads * head_dim], of the queries of all tokens of the pass."""
+        cache = ctx.kv_caches[self.index]
+        return ctx.attention.attend(q, cache, ctx.metadata, self._scale, self.window, self.kv_scales).flatten(1)

@@ -8,6 +8,7 @@ takes the residual stream from the stage before and gives it to the next. Knows 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from appliance.distributed import PipelineStage, TensorParallel
 from appliance.errors import CheckpointError, EngineDamagedError
 from appliance.kernels.deferred_scale import Product, materialize
+from appliance.layers import halves
 from appliance.layers.attention import Attention, ForwardContext
 from appliance.layers.embedding import Embedding
 from appliance.layers.linear import ColumnParallelLinear, Linear
@@ -161,13 +163,20 @@ class Decoder(nn.Module):
         assert received is not None
         x: Product = received
         residual: Tensor | None = None
-        for index in self.own_layers:
-            x, residual = self.layers[index](x, residual, ctx)
+        if halves.pays(received, self.tp):
+            x, residual = halves.forward(self._layers(), received, ctx)
+        else:
+            for layer in self._layers():
+                x, residual = layer(x, residual, ctx)
         if self.stage.is_last:
             hidden: Tensor = self.norm(x, residual)
             return hidden
         x = materialize(x, self.dtype)
         return x if residual is None else x + residual
+
+    def _layers(self) -> list[DecoderLayer]:
+        """Of this stage."""
+        return [cast(DecoderLayer, self.layers[index]) for index in self.own_layers]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden] -> float32 [m, vocab], whole on every rank."""

@@ -6,6 +6,8 @@ tensors: the scheme's suffixes, and `bias`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -127,15 +129,22 @@ class RowParallelLinear(Linear):
     def forward(self, x: Activation) -> Product:
         if self._tp.size == 1:
             return self._product(x, self.bias)
+        product = self._summand(x)
+        if self._deferrable:
+            return PartialSum.of(product, self._tp.own_reducer)  # added up by whoever takes it
+        return self._tp.all_reduce(materialize(product, self._dtype))
+
+    def begin(self, x: Activation) -> Callable[[], Tensor]:
+        """The same, added up by the library while what is enqueued next runs; call what is returned to wait for it."""
+        return self._tp.begin_all_reduce(materialize(self._summand(x), self._dtype))
+
+    def _summand(self, x: Activation) -> Product:
+        """This rank's, of several."""
         if self._order is not None:
             assert isinstance(x, Tensor), "only weights whose inputs are not quantized have an order"
             x = self._tp.all_gather(x).index_select(1, self._order)
         # Every rank holds the whole bias; it must count once.
-        bias = self.bias if self._tp.rank == 0 else None
-        product = self._product(x, bias)
-        if self._deferrable:
-            return PartialSum.of(product, self._tp.own_reducer)  # added up by whoever takes it
-        return self._tp.all_reduce(materialize(product, self._dtype))
+        return self._product(x, self.bias if self._tp.rank == 0 else None)
 
     @property
     def _deferrable(self) -> bool:

@@ -42,5 +42,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Activation) -> Product:
         """The result goes to the norm behind it, which takes a deferred product too."""
-        out: Product = self.down(self.down.scheme.silu_mul(self.gate_up(x), self.down.prepared))
+        out: Product = self.down(self.inner(x))
         return out
+
+    def inner(self, x: Activation) -> Activation:
+        """What the down product takes."""
+        return self.down.scheme.silu_mul(self.gate_up(x), self.down.prepared)
