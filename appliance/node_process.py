@@ -82,6 +82,9 @@ class NodeRanks:
         finally:
             for rank in self._ranks:
                 rank.process.kill()
+            for rank in self._ranks:  # until their devices are free
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(_EXIT_SECONDS)
 
     # ------------------------------------------------------------ from rank 0
 

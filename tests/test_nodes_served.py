@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_end_to_end import MODEL, Server, greedy
+from test_end_to_end import MODEL, ROOT, Server, greedy
 
 PROMPT = "one two three"
 
@@ -31,14 +33,20 @@ def node(cache: Path, rank: int, port: int, *flags: str, nnodes: int = 2) -> Ser
     return Server(cache, "--backend", "cpu", *where, "--master-port", str(port), *flags)
 
 
+def ranks_below(pid: int) -> list[psutil.Process]:
+    """The processes of a node's ranks, but for rank 0."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "appliance.worker_process" in " ".join(child.cmdline())]
+
+
 class Group:
     """Node 0 and node 1."""
 
-    def __init__(self, directory: Path, *flags: str, own_caches: bool = False) -> None:
+    def __init__(self, directory: Path, *flags: str) -> None:
         self.port = free_port()
         self.flags = flags
-        self.caches = [directory / (f"cache-{rank}" if own_caches else "cache") for rank in range(2)]
-        self.nodes = [node(cache, rank, self.port, *flags) for rank, cache in enumerate(self.caches)]
+        self.cache = directory / "cache"
+        self.nodes = [node(self.cache, rank, self.port, *flags) for rank in range(2)]
 
     @property
     def leader(self) -> Server:
@@ -50,12 +58,10 @@ class Group:
 
     def replace(self, rank: int) -> None:
         """A node that was lost comes again, as Kubernetes brings it."""
-        self.nodes[rank] = node(self.caches[rank], rank, self.port, *self.flags)
+        self.nodes[rank] = node(self.cache, rank, self.port, *self.flags)
 
     def ranks_of(self, rank: int) -> list[psutil.Process]:
-        """The processes of ranks on another node than 0."""
-        children = psutil.Process(self.nodes[rank].process.pid).children(recursive=True)
-        return [child for child in children if "appliance.worker_process" in " ".join(child.cmdline())]
+        return ranks_below(self.nodes[rank].process.pid)
 
     def kill(self) -> None:
         for each in self.nodes:
@@ -151,3 +157,59 @@ def test_a_group_ends_together(group: Group) -> None:
     assert [each.process.wait(60) for each in group.nodes] == [0, 0]
     for each in group.nodes:
         assert "Traceback" not in each.log.rpartition("SIGTERM")[2]
+
+
+# ---------------------------------------------------------------- torchrun, four ranks, a cache of its own each
+
+
+class UnderTorchrun(Server):
+    """A node that torchrun starts; it says which node it is."""
+
+    def __init__(self, cache: Path, rendezvous: int, *flags: str) -> None:
+        self.port = free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.began = time.monotonic()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self._log = cache.parent / f"log-{self.port}"
+        agent = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{rendezvous}"]
+        serve = [ROOT / "entrypoint.py", "serve", "--host=127.0.0.1", f"--port={self.port}", f"--cache={cache}", *flags]
+        command = [sys.executable, "-m", "torch.distributed.run", *agent, *serve]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen([str(word) for word in command], cwd=cache.parent, stderr=log)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.json("/v1/health/ready").get("phase") == "ready" and self.status("/v1/models") == 200
+
+
+def test_torchrun_starts_two_stages_of_two_ranks(tmp_path: Path) -> None:
+    """Each node builds the engine for itself. A rank of the second stage is lost under a stream."""
+    rendezvous = free_port()
+    flags = ("--backend", "cpu", "--tp-size", "2")
+    nodes = [UnderTorchrun(tmp_path / f"cache-{i}", rendezvous, *flags) for i in range(2)]
+    try:
+        for each in nodes:
+            each.until("/v1/health/ready", 200)
+        nodes.sort(key=lambda each: not each.is_leader)  # torchrun decides
+        leader, other = nodes
+        assert "profile bf16-cpu-tp2-pp2" in leader.log
+        for each in nodes:
+            assert " built in " in each.log
+        expected = greedy(leader.client(), PROMPT, 60)
+        ranks = ranks_below(other.process.pid)
+        assert len(ranks) == 2 and len(ranks_below(leader.process.pid)) == 1
+        chunks = leader.client().completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=60, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        text = ""
+        for i, chunk in enumerate(chunks):
+            text += chunk.choices[0].text if chunk.choices else ""
+            if i == 10:
+                ranks[1].kill()
+        assert text == expected
+        leader.until_logged("on node 1 (127.0.0.1) was killed by SIGKILL")
+    finally:
+        for each in nodes:
+            each.process.terminate()  # torchrun passes it on
+        for each in nodes:
+            each.process.wait(60)

@@ -21,7 +21,7 @@ from appliance.settings import Settings, specs
 from appliance.types import Struct
 
 BEAT_SECONDS = 2.0  # between two words of an end that has nothing else to say
-SILENCE_SECONDS = 15.0  # without a word: the other end is gone
+SILENCE_SECONDS = 30.0  # without a word: the other end is gone; ranks are missed sooner, by their own channel
 _LENGTH = 4  # bytes
 _LARGEST = 64 << 20  # bytes of a message
 

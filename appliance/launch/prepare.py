@@ -52,6 +52,8 @@ def prepare_engine(
             near = nearest(name, [*specs(), *EngineOptions.__struct_fields__])
             raise SettingsError(f"there is no option {name!r}" + (f", did you mean {near!r}?" if near else ""))
     settings = load(flags)
+    if settings.nnodes > 1:
+        raise SettingsError(f"nnodes is {settings.nnodes}: only `serve` runs an engine on several nodes")
     return msgspec.structs.replace(prepare(settings, adapt=adapt), **direct)
 
 
