@@ -1,4 +1,4 @@
-"""Sizes in bytes as text, read and written. Knows nothing else."""
+"""Sizes in bytes as text, read and written; and counts. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def parse_size(value: int | str) -> int:
 def format_size(size: int) -> str:
     """For people: "79.6 GiB", "512 MiB"."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def counted(count: int, noun: str) -> str:
+    """For people: "1 request", "2 requests"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -44,5 +44,17 @@ def test_replicas_of_an_engine_directory(tmp_path: Path) -> None:
     options = options_of_directory(tmp_path, of_two_ranks, settings, machine)
     assert [len(set(part.devices)) for part in split(options)] == [2, 2] and len(set(options.devices)) == 4
     three = load({"cache": str(tmp_path), "replicas": "3"}, {})
-    with pytest.raises(HardwareError, match=r"needs 6 GPU\(s\) of compute capability 9.0 for 3 replicas; here are 4"):
+    with pytest.raises(HardwareError, match=r"needs 6 GPUs of compute capability 9.0 for 3 replicas; here are 4"):
         options_of_directory(tmp_path, of_two_ranks, three, machine)
+    one = msgspec.structs.replace(of_two_ranks, tp_size=1)
+    with pytest.raises(HardwareError, match=r"needs 1 GPU of compute capability 9\.0; here are 0"):
+        options_of_directory(tmp_path, one, load({"cache": str(tmp_path)}, {}), hardware.load(MACHINES / "l4.yaml"))
+
+
+def test_ranks_of_an_engine_directory_go_where_the_links_are(tmp_path: Path) -> None:
+    pairs, mixed = (hardware.load(MACHINES / f"{name}.yaml") for name in ("h100-x4-pairs", "mixed-hopper-ada"))
+    manifest = msgspec.structs.replace(fill(tmp_path), backend="cuda", compute_capability=(9, 0), tp_size=2)
+    settings = load({"cache": str(tmp_path), "replicas": "2"}, {})
+    assert options_of_directory(tmp_path, manifest, settings, pairs).devices == ("GPU-0", "GPU-2", "GPU-1", "GPU-3")
+    alone = options_of_directory(tmp_path, manifest, load({"cache": str(tmp_path)}, {}), mixed)
+    assert alone.devices == tuple(gpu.uuid for gpu in mixed.gpus if gpu.compute_capability == (9, 0))

@@ -46,6 +46,7 @@ from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.runtime.ranks import Member, lead
 from appliance.runtime.timing import time_in_graph
 from appliance.settings import gpus_shared, share_gpu
+from appliance.sizes import counted
 from appliance.types import EngineInfo, EngineOptions, ModelConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _device(options: EngineOptions, member: Member) -> torch.device:
         raise HardwareError("no CUDA device is usable by torch", hint="run `appliance doctor`")
     names = options.devices or tuple(map(str, range(member.size)))
     if len(names) != member.size:
-        raise SettingsError(f"this engine runs on {member.size} GPU(s), {len(names)} were given: {', '.join(names)}")
+        raise SettingsError(f"this engine runs on {counted(member.size, 'GPU')}; given: {', '.join(names)}")
     if len(set(names)) < len(names):
         share_gpu(member.rank)
         log.warning("ranks share a GPU (%s): for tests only, they wait for each other's time slices", ", ".join(names))

@@ -22,6 +22,7 @@ from appliance.builder import calibration_text
 from appliance.builder.quality_text import is_builtin
 from appliance.builder.request import BuildRequest, is_calibrated
 from appliance.errors import CheckpointError, SettingsError
+from appliance.sizes import counted
 from appliance.types import ModelConfig
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ class TextSource(CalibrationSource):
             pieces += [ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
         if len(pieces) < samples:
             fitting = "; at most --calibration-samples " + str(len(pieces)) if pieces else ""
+            have = f"{counted(found, 'token')}, which make {counted(len(pieces), 'sample')} of {length}"
             raise SettingsError(
-                f"the calibration text is too short: {self.name} has {found} tokens, which make {len(pieces)} samples "
-                f"of {length}, and {samples} are needed",
+                f"the calibration text is too short: {self.name} has {have}, and {samples} are needed",
                 hint=f"name a longer text with --calibration-data, or ask for less{fitting}",
             )
         return [start + pieces[i * len(pieces) // samples] for i in range(samples)]

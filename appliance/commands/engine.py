@@ -15,6 +15,7 @@ from appliance.engines import EngineStore, StoredEngine
 from appliance.engines.disk import ensure_writable, free_bytes, full_disk_explained, no_space
 from appliance.errors import EngineBuildError, SettingsError
 from appliance.settings import Settings, add_flags, load
+from appliance.sizes import counted
 from appliance.strict import nearest
 
 _NAMES = [
@@ -157,7 +158,7 @@ def _verify(args: argparse.Namespace, store: EngineStore, stored: StoredEngine) 
     if args.json:
         print(json.dumps({"key": stored.key, "files": files, "bytes": checked.bytes_total}))
     else:
-        print(f"{stored.key}: {files} files, {checked.bytes_total} bytes, all as built")
+        print(f"{stored.key}: {counted(files, 'file')}, {checked.bytes_total} bytes, all as built")
 
 
 def _find(store: EngineStore, beginning: str) -> StoredEngine:

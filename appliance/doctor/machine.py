@@ -14,6 +14,7 @@ from appliance.doctor.check import Check, Status
 from appliance.engines.disk import ensure_writable
 from appliance.errors import ApplianceError
 from appliance.settings import Settings
+from appliance.sizes import counted
 from appliance.types import Gpu, Hardware
 
 _SHM_NEEDED = 1 << 30  # bytes, for several GPUs: NCCL's buffers
@@ -52,7 +53,7 @@ def check_driver(settings: Settings, hardware: Hardware) -> Check:
 def check_gpus(hardware: Hardware) -> Check:
     """Compute capability against the built kernels, health, and memory that others hold."""
     if not hardware.gpus:
-        return Check("gpus", "skipped", f"none; the CPU has {hardware.cpu_cores} cores")
+        return Check("gpus", "skipped", f"none; the CPU has {counted(hardware.cpu_cores, 'core')}")
     lines = []
     busy = False
     for gpu in hardware.gpus:

@@ -7,6 +7,7 @@ UUID prefixes; the first entry that names nothing ends the list, and a repeated 
 
 from __future__ import annotations
 
+from appliance.sizes import counted
 from appliance.types import Gpu
 
 
@@ -56,7 +57,9 @@ def apply_visible(devices: list[Gpu], value: str | None) -> tuple[list[Gpu], lis
             return [], [f"CUDA_VISIBLE_DEVICES={value}: {token} is named twice, so CUDA offers no device at all"]
         chosen.extend(named)
     if devices and not chosen and not notes:
-        notes.append(f"CUDA_VISIBLE_DEVICES={value!r} hides all {len(devices)} devices")
+        notes.append(f"CUDA_VISIBLE_DEVICES={value!r} hides all {counted(len(devices), 'device')}")
     elif len(chosen) < len(devices) and not notes:
-        notes.append(f"{len(devices) - len(chosen)} of {len(devices)} devices hidden by CUDA_VISIBLE_DEVICES={value}")
+        notes.append(
+            f"{len(devices) - len(chosen)} of {counted(len(devices), 'device')} hidden by CUDA_VISIBLE_DEVICES={value}"
+        )
     return chosen, notes

@@ -31,6 +31,7 @@ from appliance.ipc import Phase as ChildPhase
 from appliance.launch.child import Child, error_of
 from appliance.server.lifecycle import Lifecycle
 from appliance.server.lifecycle import Phase as ServerPhase
+from appliance.sizes import counted
 from appliance.types import EngineInfo, EngineOptions, EngineOutput, EngineRequest, EngineStats
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ class EngineSupervisor:
         count = len(self._crashes)
         if count > self._budget:
             raise EngineCrashedError(
-                f"{self._name} failed {count} times within {BUDGET_WINDOW_SECONDS / 60:g} minutes, "
+                f"{self._name} failed {counted(count, 'time')} within {BUDGET_WINDOW_SECONDS / 60:g} minutes, "
                 f"last: {error.message}",
                 hint=error.hint or "see the log above; `doctor` checks this machine",
             )

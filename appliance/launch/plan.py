@@ -19,7 +19,9 @@ from appliance.engines import EngineManifest, scheme_of
 from appliance.errors import HardwareError, SettingsError
 from appliance.launch.node_devices import own_devices, ranks_of_a_node, with_those_elsewhere
 from appliance.profiles import Outcome, Overrides, Selection
+from appliance.profiles.places import Place, places
 from appliance.settings import Settings, export_hub_environment
+from appliance.sizes import counted
 from appliance.types import EngineOptions, Hardware, KvCacheDtype, ModelConfig, Precision
 
 
@@ -245,8 +247,8 @@ def devices_of_node(plan: Plan, machine: Hardware) -> tuple[str, ...]:
 
 
 def devices_of_directory(manifest: EngineManifest, settings: Settings, machine: Hardware) -> tuple[str, ...]:
-    """GPUs of the engine's compute capability, one per rank of each replica that this machine has, those with most free
-    memory. HardwareError; SettingsError if several nodes cannot share the ranks."""
+    """GPUs of the engine's compute capability, one per rank of each replica that this machine has: identical and well
+    linked ones. HardwareError; SettingsError if several nodes cannot share the ranks."""
     on_node = ranks_of_a_node(manifest.tp_size, manifest.pp_size, settings.nnodes)
     if manifest.compute_capability is None:
         return ()
@@ -257,8 +259,10 @@ def devices_of_directory(manifest: EngineManifest, settings: Settings, machine: 
         capability = ".".join(map(str, manifest.compute_capability))
         each = f" for {replicas} replicas" if replicas > 1 else ""
         raise HardwareError(
-            f"the engine needs {needed} GPU(s) of compute capability {capability}{each}; here are {len(fitting)}",
+            f"the engine needs {counted(needed, 'GPU')} of compute capability {capability}{each}; here are "
+            f"{len(fitting)}",
             hint=machine.problem or "build it here, from its checkpoint",
         )
-    fitting.sort(key=lambda gpu: (-gpu.free_memory, gpu.index))
-    return tuple(gpu.uuid for gpu in fitting[:needed])
+    alike = [place for place in places(machine, profiles.load_gpu_facts()) if any(gpu in fitting for gpu in place.gpus)]
+    chosen = next((place for place in alike if len(place.gpus) >= needed), Place(0, tuple(fitting)))
+    return tuple(gpu.uuid for team in chosen.teams(on_node, 0, replicas) for gpu in team)

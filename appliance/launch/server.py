@@ -25,6 +25,7 @@ from appliance.launch.http import SHUTDOWN_SECONDS, HttpServer, leave_at_once, o
 from appliance.launch.scratch import socket_directory
 from appliance.settings import Settings, child_environment, export_otel_environment, otel_exporters, secrets_of
 from appliance.settings_rules import check_place_of_node
+from appliance.sizes import counted
 
 if TYPE_CHECKING:
     from appliance.errors import EngineDamagedError
@@ -237,7 +238,7 @@ class _Process:
         if not drain.done():
             state.journal.fail_all("the engine failed while the server was shutting down")
         left = await drain
-        log.info("drained%s", f", {left} requests cut off" if left else "")
+        log.info("drained%s", f", {counted(left, 'request')} cut off" if left else "")
 
     def _outcome(self, state: ServerState, http: asyncio.Task[None], work: asyncio.Task[None]) -> int:
         ended = next((task for task in (work, http) if task.done()), None)

@@ -9,7 +9,7 @@ import msgspec
 from appliance.profiles.judge import Outcome
 from appliance.profiles.reasons import reasons, require
 from appliance.profiles.select import Selection
-from appliance.sizes import format_size
+from appliance.sizes import counted, format_size
 from appliance.types import Gpu
 
 
@@ -142,9 +142,8 @@ def list_profiles_text(selection: Selection) -> str:
         lines += ["- GPUs that cannot be used:", *(f"  -  {_gpu_line(gpu)}: {gpu.problem}" for gpu in unusable)]
     if hardware.problem:
         lines.append(f"- {hardware.problem}")
-    lines.append(
-        f"- CPU: {hardware.cpu_cores} cores, {format_size(hardware.free_memory)} of {format_size(hardware.memory)} free"
-    )
+    free = f"{format_size(hardware.free_memory)} of {format_size(hardware.memory)} free"
+    lines.append(f"- CPU: {counted(hardware.cpu_cores, 'core')}, {free}")
     lines.append("MODEL PROFILES")
     by_status: dict[str, list[str]] = {"runnable": [], "low_memory": [], "not_built": [], "incompatible": []}
     for outcome in selection.outcomes:

@@ -14,6 +14,7 @@ from appliance.profiles.load import parse_capability
 from appliance.profiles.names import Candidate, Named
 from appliance.profiles.overrides import Overrides
 from appliance.profiles.places import Place
+from appliance.sizes import counted
 from appliance.types import Hardware, ModelConfig, Struct
 
 _ORIGINAL = "serve the original, unquantized checkpoint"
@@ -212,7 +213,7 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     if undivided:
         return Rejection(f"{tp} ranks do not divide the model's {' and '.join(undivided)}", 4, "tp_size", size_hint)
     if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
-        reason = f"{tp} ranks and the model's {model.num_key_value_heads} KV heads do not divide each other"
+        reason = f"{tp} ranks and the model's {counted(model.num_key_value_heads, 'KV head')} do not divide each other"
         return Rejection(reason, 4, "tp_size", size_hint)
     if candidate.pp_size > model.num_hidden_layers:
         reason = f"{candidate.pp_size} pipeline stages are more than the model's {model.num_hidden_layers} layers"

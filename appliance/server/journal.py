@@ -21,6 +21,7 @@ from appliance.server.lifecycle import Lifecycle
 from appliance.server.metrics import ServerMetrics
 from appliance.server.request_group import RequestGroup
 from appliance.server.request_times import Tracer
+from appliance.sizes import counted
 from appliance.types import EngineOutput, EngineRequest, EngineStats, FinishReason, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -96,12 +97,12 @@ class RequestJournal:
             raise UnavailableError(f"the server is {why}", retry_after=life.retry_after)
         if count > self.max_in_flight:
             raise InvalidRequestError(
-                f"this request asks for {count} sequences, at most {self.max_in_flight} are accepted at a time",
+                f"this request asks for {counted(count, 'sequence')}; at most {self.max_in_flight} are taken at once",
                 hint="lower n or send fewer prompts",
             )
         if self.in_flight + count > self.max_in_flight:
             raise OverloadedError(
-                f"{self.in_flight} requests are in the server, at most {self.max_in_flight} are accepted",
+                f"the server has {counted(self.in_flight, 'request')}, at most {self.max_in_flight} are accepted",
                 hint="send it again later",
             )
 
@@ -243,7 +244,7 @@ class RequestJournal:
 
     async def drain(self, timeout_seconds: float) -> int:
         """Accept nothing more, let what runs finish, end the rest after the timeout. Returns how many were ended so."""
-        self._lifecycle.enter("draining", f"shutting down, {self.in_flight} requests in flight")
+        self._lifecycle.enter("draining", f"shutting down, {counted(self.in_flight, 'request')} in flight")
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._idle.wait()

@@ -20,6 +20,7 @@ from appliance.server.journal_entry import Entry
 from appliance.server.journal_lane import Lane
 from appliance.server.metrics import ServerMetrics
 from appliance.server.routing import PrefixRouter
+from appliance.sizes import counted
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Dispatcher:
         resumed = sum(1 for entry in plain if entry.crashes and entry.lane is not None)
         self._metrics.resubmitted += resumed
         if resumed:
-            log.warning("resubmitting %d requests", resumed)
+            log.warning("resubmitting %s", counted(resumed, "request"))
         if self.on_probation is None:
             self.next_suspect()
 
@@ -144,7 +145,7 @@ class Dispatcher:
         while up and self._suspects and self.on_probation is None:
             entry = self._suspects.pop(0)
             if not entry.closed:
-                log.warning("resubmitting request %s, after %d crashes", entry.request.request_id, entry.crashes)
+                log.warning("resubmitting request %s, after crash %d", entry.request.request_id, entry.crashes)
                 self.on_probation = entry
                 min(up, key=lambda lane: lane.tokens).assign(entry)
                 self._metrics.resubmitted += 1

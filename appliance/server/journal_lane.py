@@ -14,6 +14,7 @@ import msgspec
 
 from appliance.server.engine_client import EngineLink
 from appliance.server.journal_entry import Entry
+from appliance.sizes import counted
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +99,15 @@ class Lane:
                     # The supervisor notices the dead engine and the journal is told, or was; then they may be
                     # elsewhere. Those that are still here have no part in this crash.
                     unsent = [entry for entry in unsent if entry.lane is self and entry.link is link]
-                    log.warning("%s; %d requests did not reach it", error, len(unsent))
+                    log.warning("%s; %s did not reach it", error, counted(len(unsent), "request"))
                     for entry in unsent:
                         entry.link = None
                     self._outbox = unsent + self._outbox
                     return
                 except Exception:
-                    log.exception("the engine took no message; %d requests wait for its restart", len(add))
+                    log.exception(
+                        "the engine took no message; waiting for its restart: %s", counted(len(add), "request")
+                    )
                     return
 
     async def _add(self, link: EngineLink, entries: Sequence[Entry]) -> None:
