@@ -180,7 +180,7 @@ decode_step(const Layer* layers, const Model* model, const int64_t* slots, const
       mbarrier_init(shared_address(&s.full[i]), 1);
       mbarrier_init(shared_address(&s.empty[i]), 1);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (tid >= kConsumers) {

@@ -22,7 +22,16 @@ from appliance.kernels.compiled import KERNELS
 SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
 THREADS = 640
 MAX_ROWS = 16
-_SOURCES = ("ring.cuh", "attention.cuh", "tables.cuh", "input.cuh", "exchange.cuh", "product.cuh", "decode.cu")
+_SOURCES = (
+    "primitives.cuh",
+    "ring.cuh",
+    "attention.cuh",
+    "tables.cuh",
+    "input.cuh",
+    "exchange.cuh",
+    "product.cuh",
+    "decode.cu",
+)
 _CHUNK = 2048  # bytes of a weight row per copy, as in ring.cuh
 _WARPS = 16
 _LAYER_BYTES = 160

@@ -98,8 +98,6 @@ struct Shared {
   };
 };
 
-extern __shared__ __align__(128) uint8_t dynamic_shared[];
-
 __device__ __forceinline__ Shared& shared() { return *(Shared*)(dynamic_shared + SLOTS * kSlotBytes); }
 
 // A weight matrix of N rows by K elements as the ring passes it: tiles of 16 rows are dealt to the blocks in turn.
