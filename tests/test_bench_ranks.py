@@ -19,6 +19,7 @@ from appliance.bench.floors import Ceilings, Floors
 from appliance.bench.predictions import predictions_of
 from appliance.bench.random_engine import RandomEngine
 from appliance.bench.shapes import SHAPES, shape_config
+from appliance.builder.made_up import describe_model, make_up
 from appliance.cli import main
 from appliance.distributed import TensorParallel
 from appliance.engines import read_manifest
@@ -343,3 +344,16 @@ def test_kernels_are_added_to_those_of_a_sibling(tmp_path: Path, monkeypatch: py
     kept = {file.name: file.size for file in read_manifest(second).files if file.name.startswith("kernels/")}
     assert kept == {"kernels/native/old": 3, "kernels/native/new": 3}
     assert (second / "kernels" / "native" / "old").read_bytes() == b"old"
+
+
+def test_products_are_timed_as_ranks_with_own_kernels_compute_them() -> None:
+    """Those in front of a sum leave their scales to whoever adds up."""
+    seen = []
+    for ranks in (1, 2):
+        model = describe_model(TINY, "fp8", torch.bfloat16, {}, ranks, 1)
+        make_up(model, torch.device("cpu"))
+        down = next(module for name, module in model.named_modules() if name.endswith("mlp.down"))
+        seen.append((down.in_features, down._deferrable))
+        x = down.scheme.tactic_input(torch.zeros(2, down.in_features, dtype=torch.bfloat16))
+        assert down.multiply(x).shape == (2, TINY.hidden_size)
+    assert seen == [(256, True), (128, True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from appliance.builder.convert import quantize
-from appliance.distributed import TensorParallel
+from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.layers.decoder import Decoder
 from appliance.layers.linear import Linear
 from appliance.quantization.scheme import PrecisionScheme
@@ -25,8 +25,13 @@ _STD = 0.02  # of the weights: activations keep their usual size
 def describe_model(
     config: ModelConfig, scheme: str, dtype: torch.dtype, parameters: Mapping[str, Any], tp_size: int, layers: int
 ) -> Decoder:
-    """The first of `tp_size` ranks' share of `layers` layers and of what surrounds them, on the meta device."""
+    """The first of `tp_size` ranks' share of `layers` layers and of what surrounds them, on the meta device; of several
+    ranks to time products with, not to run."""
     share = TensorParallel(0, tp_size)
+    if tp_size > 1:  # products leave their scales to whoever adds up, as they do where own kernels do that
+        absent = GroupCollectives(tp_size, torch.device("meta"))
+        absent.own = object()
+        share = TensorParallel(0, tp_size, absent)
     return build_model(msgspec.structs.replace(config, num_hidden_layers=layers), scheme, dtype, parameters, share)
 
 
