@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -304,6 +305,9 @@ def test_a_node_that_goes_or_is_silent_has_lost_its_ranks(monkeypatch: pytest.Mo
     error = lost(remote, nodes[0].channel.close)
     assert isinstance(error, EngineCrashedError)
     assert error.message == "rank 1 on node 1 (127.0.0.1): node 1 is lost: its connection was closed"
+    remote, nodes = joined()
+    nodes[0].channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert "node 1 is lost: its connection was closed" in lost(remote, nodes[0].channel.socket.close).message  # a reset
     monkeypatch.setattr(remote_nodes, "SILENCE_SECONDS", 0.5)
     remote, nodes = joined()
     assert "node 1 is lost: nothing was heard of it for" in lost(remote, lambda: None).message

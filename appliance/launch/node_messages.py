@@ -106,7 +106,7 @@ async def read(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[T]
             if length > _LARGEST:
                 raise ConnectionError("it sends what is no message")
             return decoder.decode(await reader.readexactly(length))
-    except asyncio.IncompleteReadError:
+    except (asyncio.IncompleteReadError, ConnectionResetError):
         raise ConnectionError("its connection was closed") from None
     except TimeoutError:
         raise ConnectionError(f"nothing was heard of it for {seconds:.0f} s") from None

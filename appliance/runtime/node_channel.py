@@ -24,6 +24,7 @@ _HEAD = struct.Struct("<IB")  # length of what follows, kind
 _LARGEST = 1 << 30  # bytes of a frame; more is no frame of ours
 _BUFFER = 4 << 20  # bytes that may be on their way before a send waits
 _LOOK_SECONDS = 0.05
+_CLOSED = "its connection was closed"
 
 
 class Kind(IntEnum):
@@ -101,18 +102,26 @@ class Channel:
         with self._sending:
             left = memoryview(_HEAD.pack(len(data), kind) + data)
             while left:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     left = left[self.socket.send(left) :]
                     continue
+                except BlockingIOError:
+                    pass
+                except (ConnectionResetError, BrokenPipeError):
+                    raise ConnectionError(_CLOSED) from None
                 check()
                 select.select([], [self.socket], [], _LOOK_SECONDS)
 
     def receive(self) -> Iterator[tuple[Kind, bytes]]:
-        """Frames that are there, also those that came with what was taken before; does not wait. ConnectionError if the other end is gone, or speaks otherwise."""
+        """Frames that are there, also those that came with what was taken before; does not wait. ConnectionError if the
+        other end is gone, or speaks otherwise."""
         with contextlib.suppress(BlockingIOError):
-            data = self.socket.recv(1 << 20)
+            try:
+                data = self.socket.recv(1 << 20)
+            except ConnectionResetError:  # the same, with something unread
+                data = b""
             if not data:
-                raise ConnectionError("its connection was closed")
+                raise ConnectionError(_CLOSED)
             self._received += data
         while len(self._received) >= _HEAD.size:
             length, kind = _HEAD.unpack_from(self._received)
