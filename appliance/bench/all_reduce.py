@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     backend = best_backend() if args.backend == "auto" else args.backend
     devices_of(backend, args.ranks)  # or they are not there
     found = _measure(args, backend, rows)
-    predicted = {count: _predicted(backend, args, count) for count in rows}
+    device = _device(backend, args.ranks)
     table = Table("rows", "KB", *_WAYS, "predicted", "ratio")
     for row in found["rows"]:
         best = min(row["us"][way] for way in _SUMS if way in row["us"])
-        row["predicted_us"] = round(predicted[row["rows"]] * 1e6, 2)
+        message = row["rows"] * args.hidden * device.element
+        row["predicted_us"] = round(speed.all_reduce_seconds(device, args.ranks, message) * 1e6, 2)
         row["predicted_ratio"] = round(row["predicted_us"] / best, 3)
         cells = [f"{row['us'][way]:,.1f}" if way in row["us"] else "-" for way in _WAYS]
         size = row["rows"] * args.hidden * found["element_bytes"] / 1024
@@ -107,13 +108,11 @@ def _answer(ranks: list[subprocess.Popen[str]], deadline: float) -> dict[str, An
     return answer
 
 
-def _predicted(backend: str, args: argparse.Namespace, rows: int) -> float:
-    """Seconds, by the selection's own function."""
+def _device(backend: str, ranks: int) -> speed.Device:
+    """A rank's, as the selection takes it to be."""
     machine = hardware.detect(cuda_visible_devices())
-    gpus = list(machine.usable_gpus[: args.ranks])
+    gpus = list(machine.usable_gpus[:ranks])
     if backend == "cpu" or not gpus:
-        device = speed.cpu_device(machine.cpu_cores, args.ranks)
-    else:
-        facts = facts_of(gpus[0], load_gpu_facts())
-        device = speed.gpu_device(facts, "bf16", worst_link(gpus), args.ranks, gpus[0].compute_capability)
-    return speed.all_reduce_seconds(device, args.ranks, rows * args.hidden * device.element)
+        return speed.cpu_device(machine.cpu_cores, ranks)
+    facts = facts_of(gpus[0], load_gpu_facts())
+    return speed.gpu_device(facts, "bf16", worst_link(gpus), ranks, gpus[0].compute_capability)
