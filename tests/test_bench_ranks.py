@@ -60,6 +60,14 @@ def test_offline(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not distributed.is_initialized(), "the ranks have parted"
 
 
+def test_a_scheme_by_its_name(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("--batch-sizes", "1", "--isl", "8", "--osl", "8", "--prefill=", "--throughput=")
+    result = bench(capsys, "offline", "--shape", "tiny", "--precision", "int4_gptq", *rows, "--cache", cache)
+    assert (result["precision"], result["scheme"]) == ("int4", "int4_gptq")
+    assert main(["bench", "offline", "--shape", "tiny", "--precision", "int4_nf4"]) == 2
+    assert "--precision is 'int4_nf4'; allowed: " in capsys.readouterr().err
+
+
 def test_trace(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--tp-size", "2", "--batch-sizes", "2", "--steps", "4", "--isl", "8")
     result = bench(capsys, "trace", *SMALL, *sizes, "--cache", cache, "--output", str(tmp_path))
