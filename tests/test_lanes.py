@@ -49,6 +49,17 @@ def test_the_parts_of_one_long_prompt_keep_all_stages_busy() -> None:
     assert alone / together > 1.7 and busy > 0.85
 
 
+def test_a_prompt_that_a_step_could_run_is_run_in_parts() -> None:
+    arrivals = [Arrival(0.0, 8192, 1)]
+    alone, _ = seconds(1, arrivals)
+    together, _ = seconds(2, arrivals)
+    assert alone / together > 1.5
+    short = [Arrival(0.0, 700, 1)]
+    executor = SimulatedExecutor(num_stages=2, **WORK)
+    simulate(executor, short, 0.0)
+    assert len(executor.steps) == 1, "parts that are too small cost more than they bring"
+
+
 def test_one_request_takes_as_long_as_on_one_device_and_the_hand_overs() -> None:
     arrivals = [Arrival(0.0, 16, 200)]
     alone, _ = seconds(1, arrivals, base=4e-3)

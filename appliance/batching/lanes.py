@@ -6,8 +6,9 @@ last stage works on one lane's step, the first works on another's. One lane more
 a result and the next plan, too, but with fewer sequences in each step, which costs more: a step mostly reads weights.
 With one stage there is one lane, which takes part in every step.
 
-Tokens of prompts are known beforehand, so any lane's step may run the next part of a prompt: a long one alone keeps all
-stages busy. The sequence decodes in the lane that ran its last part.
+Tokens of prompts are known beforehand, so any lane's step may run the next part of a prompt, and a prompt that a step
+could run is run in parts where there is nothing else: one alone keeps all stages busy. The sequence decodes in the lane
+that ran its last part.
 
 Knows lanes and how many sequences they have; not what runs in a step. Lanes are kept level: new sequences go where
 there are fewest, and a lane that has two more than another gives some up when its next step is planned, as none that it
@@ -19,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from appliance.batching.request import Sequence
+
+_PARTS = 2  # of the prompts that wait, for each lane: the pipeline fills and drains with one of them
+_SMALLEST_PART = 1024  # tokens that keep a GPU as busy as more would
 
 
 class Lanes:
@@ -64,6 +68,10 @@ class Lanes:
         if self.count == 1:
             return waiting
         return max(0, -(-(running + waiting) // self.count) - self._sizes[lane])
+
+    def share(self, tokens: int) -> int:
+        """How many of so many tokens of prompts a step should run, so that other lanes' steps have some to run."""
+        return max(_SMALLEST_PART, -(-tokens // (_PARTS * self.count)))
 
     def level(self, running: Iterable[Sequence], lane: int) -> None:
         """Move sequences of a free lane that has too many to those that have fewest; the last of `running` first."""

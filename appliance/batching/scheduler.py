@@ -128,11 +128,20 @@ class Scheduler:
     def _prefill_tokens(self, num_decodes: int, prefills: list[Sequence]) -> int:
         """How many the next step may run; `prefills` are running."""
         left = self._max_num_batched_tokens - num_decodes
-        if self._pacer is None or not (prefills or self.waiting):
+        if not (prefills or self.waiting):
             return left
-        context = prefills[0].num_computed if prefills else 0
-        limit = self._pacer.limit(num_decodes, len(prefills) + self._num_admissible(), context)
+        limit = None
+        if self._pacer is not None:
+            context = prefills[0].num_computed if prefills else 0
+            limit = self._pacer.limit(num_decodes, len(prefills) + self._num_admissible(), context)
+        if self._lanes.count > 1:
+            limit = min(left if limit is None else limit, self._lanes.share(self._waiting_tokens(prefills)))
         return left if limit is None else min(left, self._without_padding(num_decodes, limit))
+
+    def _waiting_tokens(self, prefills: list[Sequence]) -> int:
+        """About how many tokens of prompts could be run, as far as they matter."""
+        running = sum(seq.prefill_end - seq.num_computed for seq in prefills)
+        return running + sum(len(seq.token_ids) for seq in self.waiting[:MAX_PASSED_OVER])
 
     def _without_padding(self, num_decodes: int, limit: int) -> int:
         """The most prefill tokens up to `limit` that fill a step's size: padding takes as long as tokens. `limit`
