@@ -2,7 +2,8 @@
 
 `python tests/chart_tools.py helm` brings the pinned helm into .venv (Makefile and tests do so too).
 `python tests/chart_tools.py update` writes again: the settings in values.schema.json (from appliance/settings.py), the
-table of values in the chart's README.md (from values.yaml), and the snapshots in tests/chart/snapshots.
+table of values in the chart's README.md (from values.yaml), the sizes in _build.tpl (from appliance/backends/cuda.py),
+and the snapshots in tests/chart/snapshots.
 
 Knows nothing of what a good manifest is: that is in test_chart*.py.
 """
@@ -23,11 +24,16 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, also where the project is not installed
+
+from appliance import registry  # noqa: E402
+
 CHART = ROOT / "helm" / "appliance"
 MATRIX = ROOT / "tests" / "chart" / "values"
 SNAPSHOTS = ROOT / "tests" / "chart" / "snapshots"
 SCHEMA = CHART / "values.schema.json"
 README = CHART / "README.md"
+BUILD = CHART / "templates" / "_build.tpl"
 TABLE_MARKS = ("<!-- values: made from values.yaml -->", "<!-- end of values -->")
 
 # helm 4 comes in a wheel of the package index; installing that as a package would bring a cloud kit along.
@@ -214,6 +220,16 @@ def values_table() -> str:
     return "\n".join(rows)
 
 
+def build_text() -> str:
+    """What the image does on GPUs, for the chart's words."""
+    facts = registry.plugins("backends")["cuda"].facts
+    return (
+        "{{- /* Made by tests/chart_tools.py from appliance/backends/cuda.py: the largest sizes on GPUs. */}}\n"
+        f'{{{{- define "appliance.maxTensor" -}}}}{facts["max_tp"]}{{{{- end }}}}\n'
+        f'{{{{- define "appliance.maxPipeline" -}}}}{facts["max_pp"]}{{{{- end }}}}\n'
+    )
+
+
 def readme_text() -> str:
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(TABLE_MARKS[0])
@@ -224,6 +240,7 @@ def readme_text() -> str:
 def update() -> None:
     SCHEMA.write_text(schema_text(), encoding="utf-8")
     README.write_text(readme_text(), encoding="utf-8")
+    BUILD.write_text(build_text(), encoding="utf-8")
     SNAPSHOTS.mkdir(exist_ok=True)
     for old in SNAPSHOTS.glob("*.yaml"):
         old.unlink()
