@@ -219,6 +219,9 @@ class Links(Protocol):
     def receive(self, into: Tensor) -> None:
         """What the stage before sent: as many numbers, contiguous."""
 
+    def progress(self) -> None:
+        """The host has begun a layer: a step may take long, and somebody may look whether it gets on."""
+
 
 class NeighbourLinks:
     """torch.distributed's messages between neighbours. They only ever go forward, and a stage takes them in the order
@@ -247,6 +250,9 @@ class NeighbourLinks:
         work = torch.distributed.irecv(into, self._before)
         assert work is not None
         work.wait()
+
+    def progress(self) -> None:
+        self._on_call()
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,11 @@ class PipelineStage:
         assert self.links is not None, "this stage was only described"
         self.links.receive(into)
 
+    def progress(self) -> None:
+        """See `Links`."""
+        if self.links is not None:
+            self.links.progress()
+
     def minimum(self, value: int) -> int:
         """The smallest of the numbers of all ranks of all stages. Waits for the device."""
         if self.size == 1:
@@ -297,6 +308,7 @@ class Rendezvous:
     world_size: int
     master_addr: str = LOOPBACK
     master_port: int = 0  # of rank 0 only: 0 is any free one, see `Meeting.port`
+    local_addr: str = LOOPBACK  # this rank's own address, as ranks on other machines reach it, if there are any
 
 
 class Meeting:
@@ -378,8 +390,11 @@ class Meeting:
                 self._inside.use(group)
 
     def _options(self) -> Any:
-        """Gloo's, where its own guess may be wrong."""
-        return _loopback_options() if self._rendezvous.master_addr == LOOPBACK else None
+        """Gloo's: otherwise it looks the machine's name up, which may stand for none of its addresses."""
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = _TIMEOUT
+        options._devices = [ProcessGroupGloo.create_device(hostname=self._rendezvous.local_addr, lazy_init=False)]
+        return options
 
 
 def leave() -> None:
@@ -391,11 +406,3 @@ def leave() -> None:
         distributed_c10d._abort_process_group()
     else:
         torch.distributed.destroy_process_group()
-
-
-def _loopback_options() -> Any:
-    """Of gloo on one machine: otherwise it looks the machine's name up, which may stand for none of its addresses."""
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = _TIMEOUT
-    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK, lazy_init=False)]
-    return options

@@ -82,8 +82,13 @@ def test_more_stages_than_layers_are_refused(source: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (1, 4)])
 def test_stages_give_the_tokens_of_one_rank(tp: int, pp: int, source: Path, cache: Path, no_group: None) -> None:
-    engine = Engine(build(request_of(source, cache, precision="fp32", tp_size=tp, pp_size=pp)), tp * pp, pp_size=pp)
+    path = build(request_of(source, cache, precision="fp32", tp_size=tp, pp_size=pp))
+    engine = Engine(path, tp * pp, pp_size=pp)
     assert engine.generate(20) == one_rank(source, cache)
+    shared = engine.leader._shared
+    for rank in range(tp * pp):  # whoever watches sees every layer begin, as a step may take long
+        layers = read_manifest(path).model.layers_of_stage(rank // tp, pp)
+        assert shared.get(rank, Word.CALLS) >= (shared.get(rank, Word.TAKEN) - 1) * (len(layers) + 1)
     engine.leader.close()
 
 

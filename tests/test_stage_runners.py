@@ -62,6 +62,9 @@ class Ends:
         assert self._before is not None
         self._before.receive(into)
 
+    def progress(self) -> None:
+        pass
+
     def minimum(self, value: int) -> int:
         return value
 

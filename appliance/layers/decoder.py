@@ -167,6 +167,7 @@ class Decoder(nn.Module):
             x, residual = halves.forward(self._layers(), received, ctx)
         else:
             for layer in self._layers():
+                self.stage.progress()
                 x, residual = layer(x, residual, ctx)
         if self.stage.is_last:
             hidden: Tensor = self.norm(x, residual)
