@@ -61,7 +61,9 @@ class NodeRanks:
         wake: dict[int, int] = {}
         for number in range(begin.num_ranks):
             rank = begin.first_rank + number
-            further = {"engine-dir": engine_dir} | ({"device": devices[number]} if devices else {})
+            further = {"local-addr": channel.here, "engine-dir": engine_dir} | (
+                {"device": devices[number]} if devices else {}
+            )
             inherited = {}
             if rank == begin.results:
                 self._results, inherited["results"] = os.pipe()

@@ -45,6 +45,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True, help="number of ranks")
     parser.add_argument("--master-addr", default="127.0.0.1", help="where rank 0 listens")
+    parser.add_argument("--local-addr", default="127.0.0.1", help="of this machine, as other machines reach it")
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--memory", type=int, required=True, help="file descriptor of the shared memory")
     parser.add_argument("--wake", type=int, required=True, help="file descriptor of the pipe that ends a sleep")
@@ -69,7 +70,9 @@ def _run(args: argparse.Namespace) -> None:
     threading.Thread(target=_beat, args=(shared, args.rank), name="beat", daemon=True).start()
     reader = RingReader(shared, args.rank, args.wake, spin_seconds=0.0)
     results = None if args.results is None else ResultWriter(args.results)
-    member = Follower(Rendezvous(args.rank, args.world_size, args.master_addr, args.master_port), shared, results)
+    member = Follower(
+        Rendezvous(args.rank, args.world_size, args.master_addr, args.master_port, args.local_addr), shared, results
+    )
     executor: LocalExecutor | None = None
     while True:
         try:

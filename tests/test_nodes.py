@@ -34,7 +34,17 @@ from appliance.launch.node_messages import AgentFailed, Hello, Obtain, Obtained,
 from appliance.launch.plan import choose
 from appliance.profiles import Selection
 from appliance.runtime import remote_nodes
-from appliance.runtime.node_channel import Begin, Channel, Counters, Ended, Join, Kind, decode_note
+from appliance.runtime.node_channel import (
+    Begin,
+    Channel,
+    Counters,
+    Ended,
+    Join,
+    Kind,
+    bind_address,
+    decode_note,
+    listen,
+)
 from appliance.runtime.rank_watch import RankWatch
 from appliance.runtime.remote_nodes import NodeListener, RemoteNodes, WaitForNodes
 from appliance.runtime.step_ring import SharedSteps, Word
@@ -324,6 +334,23 @@ def test_only_nodes_of_this_engine_may_join(caplog: pytest.LogCaptureFixture) ->
         stranger.frames(1)
     with pytest.raises(ApplianceError, match="the server is gone"):
         NodeListener("127.0.0.1", 2).accept_all(WaitForNodes(lines.append, 9, lambda: True))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_both_kinds_of_addresses_are_as_others_write_them(address: str) -> None:
+    assert [bind_address(name) for name in (address, "localhost", "node-0.group", None)] == [
+        address,
+        "127.0.0.1",
+        "",
+        "",
+    ]
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    with listen("", 0) as listener:
+        there = socket.create_connection((address, listener.getsockname()[1]))
+        here = Channel(listener.accept()[0])
+        assert here.here == here.there == address
+        there.close()
 
 
 def test_a_slow_node_is_waited_for_until_the_check_gives_up() -> None:

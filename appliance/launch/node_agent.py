@@ -38,6 +38,7 @@ from appliance.launch.node_messages import (
     Welcome,
 )
 from appliance.launch.startup import Startup
+from appliance.runtime.node_channel import plain_address
 from appliance.server.lifecycle import Phase
 from appliance.server.node_app import create_node_app
 from appliance.server.state import ServerState
@@ -210,7 +211,7 @@ class NodeAgent:
         """The ranks of this node in one engine, until it ends."""
         assert self._engine is not None and self._writer is not None
         engine_dir, devices = self._engine
-        host = self._writer.get_extra_info("peername")[0]
+        host = plain_address(self._writer.get_extra_info("peername")[0])
         arguments = {
             "leader": f"{host}:{order.port}",
             "node": str(self._node),

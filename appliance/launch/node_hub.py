@@ -29,7 +29,7 @@ from appliance.launch.node_messages import (
     Welcome,
 )
 from appliance.profiles import Selection
-from appliance.runtime.node_channel import bind_address, listen
+from appliance.runtime.node_channel import bind_address, listen, plain_address
 from appliance.runtime.remote_nodes import name_nodes
 from appliance.server.lifecycle import Lifecycle
 from appliance.settings import Settings
@@ -176,7 +176,7 @@ class NodeHub:
         task.add_done_callback(self._connections.discard)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host = str(writer.get_extra_info("peername")[0])
+        host = plain_address(writer.get_extra_info("peername")[0])
         agent: _Agent | None = None
         try:
             agent = await self._receive(reader, writer, host)

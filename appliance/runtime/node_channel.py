@@ -86,11 +86,11 @@ class Channel:
     @property
     def here(self) -> str:
         """The address of this end, as the other reaches it."""
-        return str(self.socket.getsockname()[0])
+        return plain_address(self.socket.getsockname()[0])
 
     @property
     def there(self) -> str:
-        return str(self.socket.getpeername()[0])
+        return plain_address(self.socket.getpeername()[0])
 
     def note(self, message: Note, check: Callable[[], None] = lambda: None) -> None:
         """`send` of a note."""
@@ -158,6 +158,11 @@ def decode_note(data: bytes) -> Note:
         return _decode(data)
     except msgspec.DecodeError as error:
         raise ConnectionError(f"it sends what is no message: {error}") from None
+
+
+def plain_address(address: str) -> str:
+    """As others write it: a socket for both families has IPv4 addresses inside of IPv6 ones."""
+    return address.removeprefix("::ffff:")
 
 
 def listen(address: str, port: int) -> socket.socket:

@@ -155,7 +155,7 @@ class Leader:
         self._tp = TensorParallel()
         self._nodes = nodes
         self._address = LOOPBACK if nodes is None else nodes.address
-        self._meeting = Meeting(rendezvous or Rendezvous(0, size, self._address))
+        self._meeting = Meeting(rendezvous or Rendezvous(0, size, self._address, local_addr=self._address))
         self._shared = SharedSteps.create(size)
         self._wake: dict[int, int] = {}
         self._ranks: list[RankProcess] = []
@@ -203,7 +203,8 @@ class Leader:
             reads, inherited["results"] = os.pipe()
             self._results = ResultReader(reads)
         try:
-            process, wake = start_rank(rank, self._shared, self._address, self._meeting.port, inherited)
+            here = {"local-addr": self._address}
+            process, wake = start_rank(rank, self._shared, self._address, self._meeting.port, inherited, here)
         finally:
             for fd in inherited.values():
                 os.close(fd)

@@ -34,6 +34,7 @@ from appliance.runtime.node_channel import (
     Note,
     decode_note,
     listen,
+    plain_address,
 )
 from appliance.runtime.rank_watch import RankProcess
 from appliance.runtime.step_ring import SharedSteps, Word
@@ -133,7 +134,7 @@ class NodeListener:
             reason = "it belongs to another engine"
         except OSError as error:
             reason = str(error)
-        log.warning("a connection from %s was refused: %s", address[0], reason)
+        log.warning("a connection from %s was refused: %s", plain_address(address[0]), reason)
         channel.close()
         return None
 
