@@ -13,7 +13,7 @@ from test_all_reduce_push import spaces_of
 from torch import Tensor
 
 from appliance.distributed import GroupCollectives, TensorParallel
-from appliance.kernels import norm
+from appliance.kernels import all_reduce_group, norm
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce_group import (
     LIBRARY,
@@ -85,8 +85,9 @@ def test_batch_invariant_sums_are_never_the_librarys() -> None:
     assert torch.equal(own.all_reduce(x[:3].clone()), x[:3]) and group.calls == []
 
 
-def test_choices_are_those_of_the_slowest_rank_and_used() -> None:
+def test_choices_are_those_of_the_slowest_rank_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank takes twice as long, whatever it is."""
+    monkeypatch.setattr(all_reduce_group, "ROW_BUCKETS", (1, 8, 512))
     own, group = made()
     microseconds = {"library": 9.0, ONE_SHOT: 5.0, TWO_SHOT: 6.0, SEPARATE: 12.0, "norm one-shot": 8.0}
     order: list[str] = []
@@ -105,8 +106,13 @@ def test_choices_are_those_of_the_slowest_rank_and_used() -> None:
     assert chosen[1].product == "all_reduce_norm" and chosen[1].tactic == ONE_SHOT
     assert order[:6] == [LIBRARY, ONE_SHOT, TWO_SHOT, SEPARATE, ONE_SHOT, TWO_SHOT]
     assert own.known(HIDDEN, torch.float32) and not own.known(2 * HIDDEN, torch.float32)
-    last = chosen[-1]  # fits no workspace
-    assert (last.product, last.rows, last.tactic) == ("all_reduce", 8192, LIBRARY)
+    last = chosen[-1]  # fits no workspace, so there are as many kernels as it takes
+    assert (last.product, last.rows, last.tactic, last.runner_up) == ("all_reduce", 512, TWO_SHOT, LIBRARY)
+    x, launched = torch.ones(512, HIDDEN), len(group.calls)
+    own.all_reduce(x)
+    assert len(group.calls) == launched and x[0].all()
+    own.all_reduce(torch.ones(513, HIDDEN))  # more than was timed
+    assert len(group.calls) == launched + 1
 
 
 @pytest.mark.parametrize("tactic", [ONE_SHOT, TWO_SHOT, SEPARATE])

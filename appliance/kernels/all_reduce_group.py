@@ -54,7 +54,7 @@ _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 12
 _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
 _CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
 _PUSH_SHAPE = (200, 1024)  # several rows a slot
-_MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's, which needs no timing
+_MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
 
@@ -120,10 +120,10 @@ class AllReduce:
     def all_reduce(self, x: Tensor) -> Tensor:
         """x [n, k]: the sum, perhaps over x. Own kernels round once, the library after each summand."""
         tactic = self._tactic(x)
-        if tactic == LIBRARY and TABLE.batch_invariant and x.is_contiguous():
-            return self._in_pieces(x)
         if tactic == LIBRARY or not x.is_contiguous():
             return self._group.all_reduce(x)
+        if not self._workspace.fits(x):
+            return self._in_pieces(x)
         return all_reduce_(x, self._workspace, two_shot=tactic == TWO_SHOT)
 
     def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,16 +147,17 @@ class AllReduce:
         return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
-        """With own kernels whatever the size, so that a row's sum does not depend on how many there are."""
+        """Two-shot, as many rows at a time as fit."""
         rows = max(1, self._workspace.capacity // (x.shape[1] * x.dtype.itemsize))
         for part in x.split(rows):
             all_reduce_(part, self._workspace, two_shot=True)
         return x
 
     def _tactic(self, x: Tensor) -> str:
-        if not self._workspace.fits(x):
-            return LIBRARY
         chosen = self._forced if self._forced in (ONE_SHOT, TWO_SHOT) else self._chosen("all_reduce", x)
+        if not self._workspace.fits(x):
+            # Not the library's, where a row's sum must not depend on how many rows there are.
+            return TWO_SHOT if chosen == TWO_SHOT or TABLE.batch_invariant else LIBRARY
         if chosen in (ONE_SHOT, TWO_SHOT):
             return chosen
         return self._default(x) if chosen != LIBRARY or TABLE.batch_invariant else LIBRARY
@@ -240,9 +241,8 @@ class AllReduce:
             residual = torch.zeros_like(x)
             launches = 24 if rows <= 256 else 6
             times = {LIBRARY: self._time(timer, partial(self._group.all_reduce, x), launches)}
-            if self._workspace.fits(x):
-                for way in (ONE_SHOT, TWO_SHOT):
-                    times[way] = self._time(timer, partial(self.all_reduce, x), launches, way)
+            for way in (ONE_SHOT, TWO_SHOT) if self._workspace.fits(x) else (TWO_SHOT,):
+                times[way] = self._time(timer, partial(self.all_reduce, x), launches, way)
             chosen.append(self._choose("all_reduce", x, times))
             if self._workspace.fits_fused(x):
                 times = {}
