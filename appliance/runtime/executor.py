@@ -10,6 +10,8 @@ import threading
 from collections import deque
 from queue import SimpleQueue
 
+import torch
+
 from appliance.batching.step import StepPlan, StepResult
 from appliance.runtime.model_runner import ModelRunner, RunnerLimits
 from appliance.runtime.ranks import Follower, Leader, Member, PrepareMore, RunStep
@@ -106,7 +108,8 @@ class ReportingExecutor(LocalExecutor):
         self._results = results
         self._unsent: SimpleQueue[PendingStep] = SimpleQueue()
         self._failed: Exception | None = None
-        threading.Thread(target=self._send, name="results", daemon=True).start()
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        threading.Thread(target=self._send, args=(gpu,), name="results", daemon=True).start()
 
     def submit(self, plan: StepPlan) -> None:
         super().submit(plan)
@@ -118,8 +121,10 @@ class ReportingExecutor(LocalExecutor):
             raise self._failed
         return super().drop(wait=wait)
 
-    def _send(self) -> None:
+    def _send(self, gpu: int | None) -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a thread's own; else waiting would open a context on the first GPU
             while True:
                 self._results.send(self._unsent.get().result())
         except Exception as error:
