@@ -358,7 +358,9 @@ def test_notes_warn_of_sizes_that_the_image_does_not_have() -> None:
     refusal = f"refuses tensor-parallel sizes over {tensor} and pipeline-parallel sizes over {pipeline}: the pods will"
     assert (refusal in notes_of("multi-gpu")) is (tensor < 4)
     assert (refusal in notes_of("multi-node")) is (pipeline < 4)
-    assert refusal in notes_of("multi-gpu", "--set", f"parallel.tensor={2 * tensor}")
+    gpus = f"nvidia\\.com/gpu={2 * tensor}"
+    of_twice = [f"parallel.tensor={2 * tensor}", f"resources.limits.{gpus}", f"resources.requests.{gpus}"]
+    assert refusal in notes_of("multi-gpu", *(word for value in of_twice for word in ("--set", value)))
     assert refusal not in notes_of("multi-gpu", "--set", "parallel.tensor=1")
     left_open = notes_of("multi-gpu", "--set", "parallel.tensor=0")
     assert ("serves a copy of the model on one GPU" in left_open) is (tensor == 1)

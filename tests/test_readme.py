@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import readme_sizes
 from server_fakes import ready_state
 
 from appliance import errors
@@ -51,6 +52,15 @@ def settings_table() -> str:
 
 def test_settings_table() -> None:
     assert settings_table() in README, f"README's table of settings should be:\n\n{settings_table()}"
+
+
+def test_what_is_said_of_several_gpus_is_what_the_backend_says() -> None:
+    now = readme_sizes.built()
+    for path, sentence in readme_sizes.SENTENCES:
+        text, wanted = path.read_text(encoding="utf-8"), sentence(*now)
+        others = {sentence(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8)} - {wanted, ""}
+        said = wanted in text and not any(other in text for other in others if other not in wanted)
+        assert said, "run: .venv/bin/python tests/readme_sizes.py update"
 
 
 def test_commands_are_all_there() -> None:
