@@ -28,9 +28,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def node(cache: Path, rank: int, port: int, *flags: str, nnodes: int = 2) -> Server:
-    where = ("--nnodes", str(nnodes), "--node-rank", str(rank), "--master-addr", "127.0.0.1")
-    return Server(cache, "--backend", "cpu", *where, "--master-port", str(port), *flags)
+def node(cache: Path, rank: int, port: int, *flags: str, backend: str = "cpu") -> Server:
+    where = ("--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port))
+    return Server(cache, "--backend", backend, *where, *flags)
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
@@ -46,7 +46,10 @@ class Group:
         self.port = free_port()
         self.flags = flags
         self.cache = directory / "cache"
-        self.nodes = [node(self.cache, rank, self.port, *flags) for rank in range(2)]
+        self.nodes = [self.start(rank) for rank in range(2)]
+
+    def start(self, rank: int) -> Server:
+        return node(self.cache, rank, self.port, *self.flags)
 
     @property
     def leader(self) -> Server:
@@ -58,7 +61,7 @@ class Group:
 
     def replace(self, rank: int) -> None:
         """A node that was lost comes again, as Kubernetes brings it."""
-        self.nodes[rank] = node(self.cache, rank, self.port, *self.flags)
+        self.nodes[rank] = self.start(rank)
 
     def ranks_of(self, rank: int) -> list[psutil.Process]:
         return ranks_below(self.nodes[rank].process.pid)
