@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from selection_cases import FACTS, LLAMA_8B, PROFILES, machine
+from selection_cases import FACTS, FULL, LLAMA_8B, PROFILES, choose, machine
 from test_triton_compile import SHARED_KIB
 
 from appliance.profiles import capabilities, explain_json, kernels, reasons, select
@@ -58,6 +58,18 @@ def test_where_it_ran_and_where_nobody_knows() -> None:
     assert "nobody has compiled or run it for compute capability 10.0" in kernels_line(chosen("b200-x8"))
     cpu = chosen("none-small", precision="bf16", backend="cpu")
     assert not any(line.startswith("kernels: ") for line in reasons(cpu))
+
+
+def test_sums_over_ranks_and_what_stages_do_without() -> None:
+    def said(name: str, **asked: object) -> str:
+        return kernels_line(choose(name, LLAMA_8B, build=FULL, **asked))
+
+    assert "sums over ranks" not in said("h200-x4") and "one persistent kernel" in said("h200-x4")
+    joined = said("h200-x4", tp_size=2)
+    assert "sums over ranks by own kernels and NCCL" in joined and "one persistent kernel" in joined
+    assert "sums over ranks by NCCL" in said("rtx-4090-x2", tp_size=2)
+    stages = said("h200-x4", tp_size=1, pp_size=2)
+    assert "sums over ranks" not in stages and "one persistent kernel" not in stages
 
 
 def test_its_claims_are_those_of_tests_and_code() -> None:

@@ -56,12 +56,24 @@ def tried(capability: Capability) -> str:
     return f"nobody has compiled or run it for compute capability {dotted} yet: it only ran on {measured}"
 
 
-def described(precision: str, activations: str, capability: Capability, head: str | None) -> str:
-    """One line. `head`: the precision of lm_head where it is not that of the other layers."""
+def described(
+    precision: str,
+    activations: str,
+    capability: Capability,
+    head: str | None,
+    *,
+    sums: str | None = None,
+    whole: bool = True,
+) -> str:
+    """One line. `head`: the precision of lm_head where it is not that of the other layers. `sums`: how several ranks
+    add up, "peers" (they read each other's memory) or "host". `whole`: each rank has a part of every layer, and not a
+    pipeline's stage."""
     parts = [products(precision, activations, capability)]
     if head is not None:
         parts.append(f"lm_head in {'FP8' if head == 'fp8' else _NAMES[activations]}")
     parts.append(attention(activations, capability))
-    if persistent_decode(precision, capability):
+    if sums is not None:
+        parts.append("sums over ranks by " + ("own kernels and NCCL" if sums == "peers" else "NCCL"))
+    if persistent_decode(precision, capability) and whole and sums != "host":
         parts.append("decode steps of few sequences in one persistent kernel where that is faster")
     return f"{', '.join(parts)}; {tried(capability)}"

@@ -164,7 +164,10 @@ def _kernels(selection: Selection, chosen: Outcome) -> Iterator[str]:
     capability = selection.places[chosen.order].compute_capability
     if chosen.backend == "cuda" and capability is not None:
         head = chosen.head if selection.model.quantization is None else None  # of a published engine: as it came
-        yield f"kernels: {kernels.described(chosen.precision, chosen.activations, capability, head)}"
+        sums = None if chosen.tp_size == 1 else "host" if chosen.through_host else "peers"
+        whole = chosen.pp_size == 1
+        line = kernels.described(chosen.precision, chosen.activations, capability, head, sums=sums, whole=whole)
+        yield f"kernels: {line}"
 
 
 def _gpu_list(selection: Selection, chosen: Outcome) -> str:
