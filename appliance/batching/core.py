@@ -120,20 +120,29 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """Submits the next step if anything can run, then waits for the oldest in flight if `pipeline_depth` are or if
-        nothing was submitted. Returns at most one output per request and may return none."""
+        nothing was submitted; of several stages, then submits the step that this makes possible. Returns at most one
+        output per request and may return none."""
         outputs, self._ready = self._ready, []
-        step = self._next_step()
-        if step is not None:
-            if step.plan.new:
-                self._note_first_steps(step)
-            begin = self._clock()
-            self._executor.submit(step.plan)
-            step.submitted_at = self._clock()
-            step.submit_seconds = step.submitted_at - begin
-            self._in_flight.append(step)
-        if self._in_flight and (step is None or len(self._in_flight) >= self._pipeline_depth):
+        submitted = self._submit_next()
+        if self._in_flight and (not submitted or len(self._in_flight) >= self._pipeline_depth):
             self._collect(outputs)
+            if self._lanes.count > 1:
+                self._submit_next()  # the first stage may be waiting for it, before outputs go to whoever wants them
         return outputs
+
+    def _submit_next(self) -> bool:
+        """False if nothing can run now."""
+        step = self._next_step()
+        if step is None:
+            return False
+        if step.plan.new:
+            self._note_first_steps(step)
+        begin = self._clock()
+        self._executor.submit(step.plan)
+        step.submitted_at = self._clock()
+        step.submit_seconds = step.submitted_at - begin
+        self._in_flight.append(step)
+        return True
 
     def _next_step(self) -> ScheduledStep | None:
         """Of the lane that has waited longest among those that have something to run and no step in flight."""
