@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from selection_cases import ALL, BUILTIN, FACTS, FIRST, FULL, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
 
-from appliance.profiles import Overrides, select
+from appliance.profiles import Overrides, explain_text, reasons, select
 from appliance.types import Gpu, Hardware
 
 MODELS = [LLAMA_8B, LLAMA_70B, BUILTIN, QWEN_2KV]
@@ -30,6 +30,7 @@ def gpus(draw) -> tuple[Gpu, ...]:
                 utilization=draw(st.integers(0, 100)),
                 healthy=draw(st.booleans()) or draw(st.booleans()),
                 links={other: draw(st.sampled_from(["nvlink", "pcie", "none"])) for other in range(count)},
+                paths={other: draw(st.sampled_from(["switch", "numa", "system"])) for other in range(count)},
             )
         )
     return tuple(found)
@@ -48,17 +49,22 @@ asked_for = st.builds(
     max_num_seqs=st.sampled_from([None, 1, 512]),
     tp_size=st.sampled_from([None, 1, 2]),
     replicas=st.sampled_from([None, None, 1, 2]),
+    nodes=st.sampled_from([1, 1, 2]),
+)
+STAGES = msgspec.structs.replace(
+    ALL, backends={**ALL.backends, "cuda": msgspec.structs.replace(ALL.backends["cuda"], max_pp=8)}
 )
 drawn = {
     "hardware": machines(),
     "model": st.sampled_from(MODELS),
-    "objective": st.sampled_from(["throughput", "latency"]),
-    "build": st.sampled_from([FIRST, FULL, ALL]),
+    "objective": st.sampled_from(["throughput", "latency", "auto"]),
+    "build": st.sampled_from([FIRST, FULL, ALL, STAGES]),
     "overrides": asked_for,
 }
 
 
 def chosen(hardware, model, objective, build, overrides, profiles=PROFILES):
+    assume(overrides.nodes == 1 or overrides.replicas in (None, 1))
     return select(hardware, model, profiles, objective, overrides, capabilities=build, gpu_facts=FACTS)
 
 
@@ -79,7 +85,8 @@ def test_what_is_runnable_fits_free_memory_and_is_built(hardware, model, objecti
             continue
         taken = [uuid for group in outcome.device_groups for uuid in group]
         assert len(outcome.device_groups) == outcome.replicas and outcome.device_groups[0] == outcome.devices
-        assert {len(group) for group in outcome.device_groups} == {outcome.tp_size * outcome.pp_size}
+        assert outcome.pp_size <= backend.max_pp and outcome.pp_size % overrides.nodes == 0
+        assert {len(group) for group in outcome.device_groups} == {outcome.ranks // overrides.nodes}
         assert len(set(taken)) == len(taken) <= len(usable), "a GPU serves one rank of one replica"
         team = [usable[uuid] for uuid in taken]
         assert [gpu.index for gpu in team] == [index for group in outcome.gpu_groups for index in group]
@@ -90,12 +97,19 @@ def test_what_is_runnable_fits_free_memory_and_is_built(hardware, model, objecti
             assert max(stored, outcome.bytes_per_rank) <= gpu.free_memory * overrides.memory_fraction + 1
         assert outcome.replicas == 1 or build.replicas
         assert overrides.replicas in (None, outcome.replicas)
-        assert objective == "throughput" or outcome.replicas == (overrides.replicas or 1)
+        assert objective != "latency" or outcome.replicas == (overrides.replicas or 1)
+        assert overrides.nodes == 1 or outcome.replicas == 1
         assert outcome.decode_ms > 0 and outcome.tokens_per_second_per_gpu > 0 and outcome.full_batch >= 1
         assert outcome.full_batch <= outcome.max_num_seqs
-    runnable = [outcome.id for outcome in selection.outcomes if outcome.status == "runnable"]
-    assert (selection.selected.id in runnable) if runnable else selection.selected is None
+    runnable = [outcome for outcome in selection.outcomes if outcome.status == "runnable"]
+    assert (selection.selected in runnable) if runnable else selection.selected is None
     assert selection.wanted in selection.outcomes
+    if selection.selected is not None:  # nothing else would do
+        assert not selection.selected.through_host or all(outcome.through_host for outcome in runnable)
+        staged = selection.selected.pp_size > overrides.nodes
+        assert not staged or all(outcome.pp_size > overrides.nodes for outcome in runnable)
+    assert len({outcome.id for outcome in selection.outcomes}) == len(selection.outcomes)
+    assert reasons(selection) and explain_text(selection), "whatever it is can be said"
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,7 +126,9 @@ def test_selection_does_not_depend_on_the_order_of_profiles(hardware, model, obj
 @given(**drawn, more=st.lists(st.floats(0, 1), min_size=5, max_size=5))
 def test_more_free_memory_never_makes_less_runnable(hardware, model, objective, build, overrides, more):
     def runnable(machine: Hardware) -> set[str]:
-        return {o.id for o in chosen(machine, model, objective, build, overrides).outcomes if o.status == "runnable"}
+        """Without stages that nobody needs where more memory is free."""
+        outcomes = chosen(machine, model, objective, build, overrides).outcomes
+        return {o.id for o in outcomes if o.status == "runnable" and o.pp_size == overrides.nodes}
 
     grown = tuple(
         msgspec.structs.replace(g, free_memory=g.free_memory + int((g.total_memory - g.free_memory) * share))
