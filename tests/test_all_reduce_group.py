@@ -85,6 +85,21 @@ def test_batch_invariant_sums_are_never_the_librarys() -> None:
     assert torch.equal(own.all_reduce(x[:3].clone()), x[:3]) and group.calls == []
 
 
+def test_what_is_no_sum_goes_by_own_kernels_if_it_fits() -> None:
+    """The other rank's memory holds zeros; what does not fit is for the library."""
+    own, _ = made(region_bytes=1 << 10)
+    x = torch.arange(1.0, 65.0).view(2, 4, 8)
+    gathered, for_me = own.all_gather(x[0]), own.all_to_all(x)
+    assert gathered is not None and torch.equal(gathered, torch.stack([x[0], torch.zeros(4, 8)]))
+    assert for_me is not None and torch.equal(for_me, torch.stack([x[0], torch.zeros(4, 8)]))
+    assert own.all_gather(torch.zeros(2, 1000)) is None and own.all_to_all(torch.zeros(2, 2, 1000)) is None
+    scores, tokens = torch.tensor([[1.0, 2.0], [5.0, 2.0]]), torch.tensor([[3, 9], [3, 9]])
+    own, _ = made(region_bytes=1 << 10)  # zeros are a key below those of scores
+    found = own.best_tokens(scores, tokens)
+    assert found is not None and found.tolist() == [9, 3]
+    assert own.best_tokens(torch.zeros(257, 1), torch.zeros(257, 1, dtype=torch.int64)) is None
+
+
 def test_choices_are_those_of_the_slowest_rank_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank takes twice as long, whatever it is."""
     monkeypatch.setattr(all_reduce_group, "ROW_BUCKETS", (1, 8, 512))

@@ -12,7 +12,7 @@ from appliance.kernels import exchange as ex
 from appliance.kernels import sharded_draw as sd
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import GATHER, PUBLISH, REDUCE, all_reduce_, all_reduce_reference
-from appliance.kernels.sampling import argmax_reference, score_blocks
+from appliance.kernels.sampling import argmax_reference, draw_triton, score_blocks
 
 interpreted = pytest.mark.skipif(not HAS_TRITON or DEVICE == "cuda", reason="only in Triton's interpreter")
 INFINITY = float("inf")
@@ -94,6 +94,27 @@ def test_best_of_blocks_of_shares() -> None:
     assert want.tolist()[1:] == [0, 700]
     for (scores, tokens), space in zip(blocks, spaces, strict=True):
         assert torch.equal(sd.best_tokens(scores, tokens, space, steps=GATHER), want)
+
+
+@interpreted
+def test_draws_of_shares() -> None:
+    """Noise is that of the tokens, wherever their logits are: greedy rows and random ones side by side."""
+    rows, vocab, share = 6, 4500, 1125
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2))
+    temperature = torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 9.0])
+    seeds = torch.arange(2 * rows, dtype=torch.int32).view(rows, 2)
+    positions, spaces = torch.arange(rows) + 40, workspaces(4)
+    given = temperature, seeds, positions
+    want = draw_triton(logits, *given, None)
+    assert want.unique().numel() > 3
+    for space in spaces:
+        first = space.rank * share
+        blocks = score_blocks(logits[:, first : first + share], *given, None, first)
+        sd.best_tokens(*blocks, space, steps=PUBLISH)
+    for space in spaces:
+        first = space.rank * share
+        blocks = score_blocks(logits[:, first : first + share], *given, None, first)
+        assert torch.equal(sd.best_tokens(*blocks, space, steps=GATHER), want)
 
 
 def test_what_fits() -> None:

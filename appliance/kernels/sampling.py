@@ -189,15 +189,15 @@ def draw_reference(
 def draw_scores(
     logits: Product,
     temperature: Tensor | None,
-    seeds: Tensor,
-    positions: Tensor,
+    seeds: Tensor | None,
+    positions: Tensor | None,
     thresholds: Tensor | None,
     first_token: int = 0,
 ) -> Tensor:
     """float32 [m, columns], in plain torch: what the largest is drawn of. The logits are those of tokens from
     `first_token` on; no temperature: all rows are greedy; the rest as in `draw`."""
     logits = _numbers(logits)
-    if temperature is None:
+    if temperature is None or seeds is None or positions is None:
         return logits
     random = (temperature >= GREEDY_TEMPERATURE)[:, None]
     scaled = scale_logits(logits, temperature)

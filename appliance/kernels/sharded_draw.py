@@ -21,27 +21,28 @@ from appliance.kernels.sampling import draw_scores, score_blocks
 _LOWEST_TOKEN = 0x7FFFFFFF  # of a key: the lower 31 bits of a token, reversed
 _KEY_BYTES = 8
 
+Randomness = tuple[Tensor, Tensor, Tensor]  # temperature, seeds and positions, as `sampling.draw` takes them
 
-def shard_scores(
-    logits: Product, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first_token: int, count: int
-) -> tuple[Tensor, Tensor]:
+
+def shard_scores(logits: Product, randomness: Randomness | None, first_token: int, count: int) -> tuple[Tensor, Tensor]:
     """What a rank's logits [m, columns] have to offer: scores float32 [m, b] and their tokens, int64 [m, b], ascending;
     the best of all ranks' is the token that `sampling.draw` gives for the whole rows. The first `count` columns are
-    those of tokens from `first_token` on, the others padding. temperature None: all rows are greedy; the rest as in
-    `sampling.draw`."""
+    those of tokens from `first_token` on, the others padding. randomness None: all rows are greedy."""
     if logits.is_cuda:
+        temperature, seeds, positions = randomness if randomness is not None else (None, None, None)
         return score_blocks(logits, temperature, seeds, positions, None, first_token, count)
-    return shard_scores_reference(logits, temperature, seeds, positions, first_token, count)
+    return shard_scores_reference(logits, randomness, first_token, count)
 
 
 def shard_scores_reference(
-    logits: Product, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first_token: int, count: int
+    logits: Product, randomness: Randomness | None, first_token: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """`shard_scores` in plain torch, any device, b = 1."""
     if count == 0:
         scores = torch.full((logits.shape[0], 1), float("-inf"), device=logits.device)
         return scores, torch.full_like(scores, first_token, dtype=torch.int64)
     columns = logits.first_columns(count) if isinstance(logits, DeferredScale) else logits[:, :count]
+    temperature, seeds, positions = randomness if randomness is not None else (None, None, None)
     scores = draw_scores(columns, temperature, seeds, positions, None, first_token)
     at = scores.argmax(1, keepdim=True)
     return scores.gather(1, at), at + first_token

@@ -145,10 +145,8 @@ class ShardedSampler:
         return self._gather(packed)[:n]
 
     def _best(self, logits: Product, slots: Tensor, positions: Tensor, all_greedy: bool) -> Tensor:
-        temperature, seeds = self._sampler.randomness(slots)
-        scores, tokens = shard_scores(
-            logits, None if all_greedy else temperature, seeds, positions, self._first, self._count
-        )
+        randomness = None if all_greedy else (*self._sampler.randomness(slots), positions)
+        scores, tokens = shard_scores(logits, randomness, self._first, self._count)
         own = self._tp.own_reducer
         if own is not None and (best := own.best_tokens(scores, tokens)) is not None:
             found: Tensor = best
