@@ -183,7 +183,10 @@ class NodeAgent:
             return
         if leader.phase == "ready" and (self._ranks is None or self._ranks.done()):
             return
-        self._show(leader.phase, leader.reason)
+        if leader.phase in ("draining", "failed"):  # that is node 0's end, not this one's
+            self._show("restarting", f"node 0 is {leader.phase}: {leader.reason}")
+        else:
+            self._show(leader.phase, leader.reason)
 
     def _show(self, phase: str, detail: str) -> None:
         if self._life.phase == phase:

@@ -118,8 +118,10 @@ class Startup:
         """The engine process found a damaged file: check all, move the engine aside, obtain it anew."""
         if self._plan is None:
             raise error  # an engine directory that the user gave: nothing to build it from
-        await self._supply.discard(self._plan)
-        if self._nodes is not None:  # it may be one of theirs that is damaged
+        if self._nodes is None:
+            await self._supply.discard(self._plan)
+        else:  # it may be one of theirs that is damaged, and this one whole
+            await self._supply.set_aside_if_damaged(self._plan)
             self._nodes.select(self._plan.selection, repair=True)
         engine_dir = await self._supply.obtain(self._plan)
         await self._others_have(engine_dir)
