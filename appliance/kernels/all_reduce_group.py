@@ -53,7 +53,7 @@ _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 12
 # at 128 KB: 7.9 and 7.4 of two ranks, 8.9 and 9.0 of four; at 512 KB 9.9 and 7.9, 13.1 and 9.7).
 _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
 _CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
-_PUSH_SHAPE = (200, 1024)  # several rows a slot
+_PUSH_COLUMNS = 1024
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
@@ -367,10 +367,11 @@ def _check_push(found: AllReduce, device: torch.device) -> str | None:
     """Likewise the kernels that push; more calls than there are buffers."""
     space, push = found.workspace, found.push
     assert push is not None
+    shape = (space.slots + 3, _PUSH_COLUMNS)  # two rows of some slots
+    weight = torch.ones(_PUSH_COLUMNS, dtype=torch.bfloat16)
     for turn in range(4):
         generator = torch.Generator().manual_seed(turn)
-        partials = [torch.randn(_PUSH_SHAPE, generator=generator).bfloat16() for _ in range(space.size)]
-        weight = torch.ones(_PUSH_SHAPE[1], dtype=torch.bfloat16)
+        partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
         _, expected = all_reduce_rms_norm_reference(partials, torch.zeros_like(partials[0]), weight, 1e-5)
         for two_shot in (False, True):
             x = partials[space.rank].to(device)
