@@ -174,7 +174,9 @@ def test_several_nodes_have_a_stage_each() -> None:
     assert (chosen.name, chosen.gpu_groups, chosen.replicas) == ("fp8-tp4-pp2", ((0, 1, 2, 3),), 1)
     assert reasons(selection)[0].startswith("fp8-tp4-pp2 on GPUs 0, 1, 2, 3 (NVIDIA H100 80GB HBM3) of each of 2 nodes")
     assert {o.pp_size for o in selection.outcomes} == {2}
-    assert explain_json(selection)["selected"]["pp_size"] == 2
+    data = explain_json(selection)
+    assert data["selected"]["pp_size"] == data["nodes"] == 2
+    assert {entry["name"]: entry["link"] for entry in data["profiles"]}["fp8-tp4-pp2"] == "nvlink"
     assert choose("h100-x4", LLAMA_405B, build=STAGES, precision="fp8").selected is None, "one node is not enough"
     four = choose("h100-x4", LLAMA_405B, build=STAGES, nodes=2, pp_size=4)
     assert (names(four)[0], groups(four)) == ("fp8-tp2-pp4", "0+1+2+3")

@@ -34,6 +34,9 @@ SIZES = [
     ("a100-80gb-x8", LLAMA_70B, ("int4-tp1", "0 1 2 3 4 5 6 7"), ("int4-tp8", "0+1+2+3+4+5+6+7")),
     ("l40s-x2", LLAMA_8B, ("int4-tp1", "0 1"), ("int4-tp2", "0+1")),
     ("l40s-x2", LLAMA_70B, ("int4-tp2", "0+1"), ("int4-tp2", "0+1")),
+    ("l40s-x4", LLAMA_8B, ("int4-tp1", "0 1 2 3"), ("int4-tp4", "0+1+2+3")),
+    ("l40s-x4", LLAMA_70B, ("int4-tp2", "0+2 1+3"), ("int4-tp4", "0+1+2+3")),
+    ("rtx-4090-x4", LLAMA_70B, ("int4-tp4", "0+1+2+3"), ("int4-tp4", "0+1+2+3")),
     ("rtx-4090-x2", LLAMA_8B, ("int4-tp1", "0 1"), ("int4-tp1", "0")),  # without peer access TP2 gains next to nothing
     ("rtx-4090-x2", LLAMA_70B, (None, ""), (None, "")),
     ("mixed-hopper-ada", LLAMA_8B, ("fp8-tp1", "0 1"), ("fp8-tp1", "0")),
@@ -45,6 +48,48 @@ SIZES = [
     ("h100-mig-3g.40gb", LLAMA_8B, ("fp8-tp1", "0 0"), ("fp8-tp1", "0")),  # two slices of GPU 0
     ("h100-mig-3g.40gb", LLAMA_70B, (None, ""), (None, "")),
 ]
+
+
+# machine, model, objective: words of the first reason, and of another line
+WHY = [
+    (
+        "h200-x2",
+        LLAMA_8B,
+        "throughput",
+        "2 replicas of fp8-tp1 on GPUs 0, 1 ",
+        "tokens/s per GPU at full load, against",
+    ),
+    ("h200-x2", LLAMA_70B, "latency", "whose time per token is within 10% of the best", "over NVLink"),
+    (
+        "h200-x4",
+        LLAMA_70B,
+        "auto",
+        "quickest size for one request whose output is within 20% of the best",
+        "TP4: predicted",
+    ),
+    ("h200-x8", LLAMA_70B, "throughput", "smallest group of GPUs that fits", "8 replicas of TP1: predicted"),
+    ("a100-80gb-x8", LLAMA_70B, "latency", "int4-tp8 on GPUs 0, 1, 2, 3, 4, 5, 6, 7", "over NVLink"),
+    ("l40s-x4", LLAMA_70B, "throughput", "2 replicas of int4-tp2 on GPUs 0+2, 1+3 ", "PCIe, inside one NUMA node"),
+    ("l40s-x4", LLAMA_70B, "latency", "int4-tp4 on GPUs 0, 1, 2, 3", "PCIe, from socket to socket"),
+    ("rtx-4090-x2", LLAMA_8B, "latency", "no larger group that can run is 10% faster", "1 of 2 GPUs stays idle (1)"),
+    ("rtx-4090-x4", LLAMA_70B, "throughput", "smallest group of GPUs that fits", "NCCL adds up through host memory"),
+    ("mixed-hopper-ada", LLAMA_70B, "throughput", "fp8-tp2 on GPUs 0, 1 ", "idle: 1 × NVIDIA L4"),
+    (
+        "busy-node",
+        LLAMA_8B,
+        "throughput",
+        "3 replicas of fp8-tp1 on GPUs 1, 2, 3 ",
+        "GPU 0 is busy: 2.1 GiB of 79.6 GiB are",
+    ),
+    ("h100-mig-3g.40gb", LLAMA_8B, "throughput", "2 replicas of fp8-tp1 on 2 slices of GPU 0 ", "MIG slices cannot"),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "objective", "first", "other"), WHY)
+def test_why(name: str, model, objective, first: str, other: str) -> None:
+    lines = reasons(choose(name, model, objective, ALL))
+    assert first in lines[0], lines[0]
+    assert any(other in line for line in lines[1:]), lines
 
 
 def groups(selection: Selection) -> str:

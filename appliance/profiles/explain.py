@@ -53,6 +53,7 @@ def _profile_json(outcome: Outcome) -> dict[str, Any]:
     values["max_num_batched_tokens"] = outcome.max_num_batched_tokens
     values["scheme"] = outcome.scheme  # None: the first that serves the precision
     values["gpus"] = list(outcome.gpu_indices)
+    values["link"] = outcome.link if len(outcome.gpu_indices) > 1 else None  # the slowest between them
     values["predicted"] = _predicted_json(outcome)
     values["memory"] = None if outcome.memory is None else msgspec.to_builtins(outcome.memory)
     if outcome.suggested_max_model_len:
@@ -76,8 +77,8 @@ def _predicted_json(outcome: Outcome) -> dict[str, Any] | None:
 def explain_json(selection: Selection) -> dict[str, Any]:
     """Keys: selected, wanted (each {name, id, precision, kv_cache, tp_size, pp_size, backend}; selected is null where
     nothing can serve, and the first of the reasons says why), profiles (every candidate with its score or reason, and
-    what is predicted of it), objective, devices (of the first replica), replicas, device_groups (of each replica),
-    predicted (of the selected), reasons, hardware, model. Plain values, ready for JSON."""
+    what is predicted of it), objective, devices (of the first replica), replicas, nodes, device_groups (of each
+    replica), predicted (of the selected), reasons, hardware, model. Plain values, ready for JSON."""
     selected = selection.selected
     return {
         "selected": None if selected is None else _choice(selected),
@@ -85,6 +86,7 @@ def explain_json(selection: Selection) -> dict[str, Any]:
         "objective": selection.objective,
         "devices": [] if selected is None else list(selected.devices),
         "replicas": 0 if selected is None else selected.replicas,
+        "nodes": selection.overrides.nodes,
         "device_groups": [] if selected is None else [list(group) for group in selected.device_groups],
         "predicted": None if selected is None else _predicted_json(selected),
         "max_model_len": None if selected is None else selected.max_model_len,

@@ -2,7 +2,8 @@
 
 A pass through the model is, layer by layer: four products, each as long as the root of the sum of squares of the time
 of its weight bytes and that of its operations (they overlap, but not wholly); K/V and activations at the bandwidth; the
-fixed costs of kernels; and with several ranks two all-reduces. Then the head and sampling, each rank of its part of the vocabulary.
+fixed costs of kernels; and with several ranks two all-reduces. Then the head and sampling, each rank of its part of the
+vocabulary.
 
 The constants are fitted to what was measured on one H200, all under 11% of error there (tests/test_select_speed.py
 has the measurements); bandwidths, rates and links are facts of the GPU (`load.GpuFacts`).
