@@ -242,6 +242,6 @@ def _on(device: torch.device) -> Iterator[None]:
             yield
             return
         with torch.cuda.device(device):
-            stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 yield
