@@ -231,10 +231,10 @@ def _current_stream() -> Any:
     return device.create_stream(_TorchStream())
 
 
-def kernel_source() -> str:
-    """All of the kernel, to be compiled with a shape's `macros`."""
+def kernel_source(*, emulated: bool = False) -> str:
+    """All of the kernel, to be compiled with a shape's `macros`; `emulated`: without what needs a GPU's assembly."""
     directory = Path(__file__).parent
-    return "\n".join((directory / name).read_text() for name in _SOURCES)
+    return "\n".join((directory / name).read_text() for name in _SOURCES[1 if emulated else 0 :])
 
 
 def _options(shape: DecodeShape) -> Any:
