@@ -198,8 +198,7 @@ def _gpu_lane(fd: int, draw: Callable[[], _Piece | None], allocated_on: torch.cu
     """Read into one page-locked buffer while the other is on its way to the GPU."""
     # Inference mode is a thread's own; without it, tensors that were made in it cannot be filled.
     with torch.inference_mode(), torch.cuda.device(allocated_on.device):
-        # Of another pool than streams that graphs are captured on, beside which weights are read: torch's pool has 32 and
-        # begins again.
+        # Of another pool than the streams that graphs are captured on meanwhile: torch's pool of 32 begins again.
         stream = torch.cuda.Stream(priority=-1)
         stream.wait_stream(allocated_on)  # which may still be using this memory for what was freed before
         buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
