@@ -127,8 +127,13 @@ async def test_agents_are_told_what_to_obtain_and_when_to_run() -> None:
     second.tell(Obtained(1, "k"))
     assert await second.hear(RunRanks) == RunRanks(4711, "secret")
     await waiting
+    first.tell(wire.AgentState("loading", "2 ranks"))
     second.leave()  # and comes again
     await until(lambda: hub.missing == [2])
+    assert life.as_dict()["nodes"] == [
+        {"node": 1, "host": "127.0.0.1", "phase": "loading", "reason": "2 ranks"},
+        {"node": 2, "host": None, "phase": "missing", "reason": "it is not connected"},
+    ]
     again = await Agent(settings).say(hello(settings, node=2))
     assert await again.hear(Obtain) == Obtain(1, chosen)
     again.tell(Obtained(1, "other"))

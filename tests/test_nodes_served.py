@@ -143,8 +143,7 @@ def test_an_agent_outlives_the_engine_and_the_server(group: Group) -> None:
     while group.leader.log.count("the engine is ready again") < 3:
         assert time.monotonic() < deadline, group.leader.log
         time.sleep(0.1)
-    group.leader.process.kill()
-    group.leader.process.wait()
+    assert group.leader.stop() == 0
     group.nodes[1].until_logged("node 0 is gone")
     group.nodes[1].until_logged("waiting for node 0 at 127.0.0.1")
     assert group.nodes[1].status("/v1/health/live") == 200 and group.nodes[1].status("/v1/health/ready") == 503
@@ -185,6 +184,27 @@ class UnderTorchrun(Server):
         return self.json("/v1/health/ready").get("phase") == "ready" and self.status("/v1/models") == 200
 
 
+def until_repaired(leader: Server, other: Server, directory: Path) -> None:
+    """What was damaged on one node only is made anew there."""
+    cache = directory / ("cache-0" if "cache-0" in " ".join(psutil.Process(other.process.pid).cmdline()) else "cache-1")
+    (file,) = cache.glob("engines/*/rank-3.safetensors")
+    os.truncate(file, 5000)
+    (engine,) = [
+        child
+        for child in psutil.Process(leader.process.pid).children(recursive=True)
+        if "appliance.engine_process" in " ".join(child.cmdline())
+    ]
+    built = leader.log.count(" built in ")
+    engine.kill()
+    leader.until_logged("rank 3 on node 1 (127.0.0.1): ")
+    deadline = time.monotonic() + 90
+    while leader.log.count("the engine is ready again") < 2:
+        assert time.monotonic() < deadline, leader.log + other.log
+        time.sleep(0.1)
+    assert file.stat().st_size > 5000 and "is damaged: 5000 bytes" in other.log
+    assert leader.log.count(" built in ") == built
+
+
 def test_torchrun_starts_two_stages_of_two_ranks(tmp_path: Path) -> None:
     """Each node builds the engine for itself. A rank of the second stage is lost under a stream."""
     rendezvous = free_port()
@@ -211,6 +231,7 @@ def test_torchrun_starts_two_stages_of_two_ranks(tmp_path: Path) -> None:
                 ranks[1].kill()
         assert text == expected
         leader.until_logged("on node 1 (127.0.0.1) was killed by SIGKILL")
+        until_repaired(leader, other, tmp_path)
     finally:
         for each in nodes:
             each.process.terminate()  # torchrun passes it on

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from appliance import errors
 from appliance.errors import ApplianceError, NodeError, SettingsError
@@ -59,6 +60,7 @@ class NodeHub:
     def __init__(self, settings: Settings, lifecycle: Lifecycle) -> None:
         self._settings = settings
         self._life = lifecycle
+        lifecycle.nodes = self._list
         self._own = wire.common_settings(settings)
         self._address = bind_address(settings.master_addr)
         self._agents: dict[int, _Agent] = {}
@@ -146,6 +148,18 @@ class NodeHub:
 
     def _has_engine(self, node: int) -> bool:
         return node in self._agents and self._job is not None and self._agents[node].job == self._job.job
+
+    def _list(self) -> list[dict[str, Any]]:
+        """For the health endpoints: the nodes other than this one."""
+        found = []
+        for node in range(1, self._settings.nnodes):
+            agent = self._agents.get(node)
+            if agent is None:
+                found.append({"node": node, "host": None, "phase": "missing", "reason": "it is not connected"})
+            else:
+                state = agent.state
+                found.append({"node": node, "host": agent.host, "phase": state.phase, "reason": state.detail})
+        return found
 
     def _describe(self, node: int) -> str:
         agent = self._agents.get(node)

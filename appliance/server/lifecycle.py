@@ -48,6 +48,7 @@ class Lifecycle:
         self.draining = False
         self.time_to_ready: float | None = None  # seconds from process start to the first "ready"
         self.replicas: Callable[[], list[dict[str, Any]]] = list  # for `as_dict`, where there are several
+        self.nodes: Callable[[], list[dict[str, Any]]] = list  # likewise
 
     def enter(self, phase: Phase, detail: str = "") -> None:
         """Begin a phase. After "draining" only "failed" is taken: nothing makes a leaving server ready again."""
@@ -135,7 +136,7 @@ class Lifecycle:
 
     def as_dict(self) -> dict[str, Any]:
         """The body of the health endpoints."""
-        replicas = self.replicas()
+        several = {"replicas": self.replicas(), "nodes": self.nodes()}
         return {
             "phase": self.phase,
             "percent": None if self.percent is None else round(self.percent, 1),
@@ -146,4 +147,4 @@ class Lifecycle:
             "phase_seconds": {name: round(value, 3) for name, value in self.phase_seconds.items()},
             "uptime_seconds": round(self.uptime_seconds, 3),
             "time_to_ready": None if self.time_to_ready is None else round(self.time_to_ready, 3),
-        } | ({"replicas": replicas} if replicas else {})
+        } | {name: each for name, each in several.items() if each}
