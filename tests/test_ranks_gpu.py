@@ -91,12 +91,12 @@ class Engine:
         self.executor, self.info = backend.assemble(loaded, options, lambda *_: None, timer)
         self.core = EngineCore(self.executor)
 
-    def generate(self, tokens: int) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
-        """Tokens of each prompt, and the log probabilities of the first one's five best."""
+    def generate(self, tokens: int) -> tuple[dict[str, list[int]], dict[str, dict[int, float]]]:
+        """Tokens of each prompt, and the first one's five best with their log probabilities."""
         requests = [greedy(f"r{i}", prompt, tokens, logprobs=5) for i, prompt in enumerate(PROMPTS)]
         outputs = run_all(self.core, requests)
         found = {name: [token for o in given for token in o.token_ids] for name, given in outputs.items()}
-        best = {name: [value for _, value in given[0].logprobs[0].top] for name, given in outputs.items()}  # type: ignore[index]
+        best = {name: dict(given[0].logprobs[0].top) for name, given in outputs.items()}  # type: ignore[index]
         return found, best
 
 
@@ -125,8 +125,14 @@ def test_ranks_give_what_one_gpu_does(precision: str, size: int, source: Path, c
     assert manifest.kernels and manifest.tactics, manifest.build.notes  # the trial ran on all ranks
     eager, _ = in_own_process(answers, engine_dir, size, False)
     replayed, best = in_own_process(answers, engine_dir, size, True)
-    for name, values in expected.items():
-        assert best[name] == pytest.approx(values, abs=0.25), (precision, name)
+    # Ranks scale their own halves of 8-bit activations, which this model of random numbers answers by up to 0.7, on the
+    # CPU too; tokens that share nothing with the right ones are what a wrong share gives.
+    both = [
+        (one, best[name][token]) for name in expected for token, one in expected[name].items() if token in best[name]
+    ]
+    assert len(both) >= 3 * len(PROMPTS), (precision, expected, best)
+    apart = [abs(one - other) for one, other in both]
+    assert sum(apart) / len(apart) < (0.05 if precision == "bf16" else 0.35), (precision, expected, best)
     same = sum(eager[name][:8] == replayed[name][:8] for name in eager)
     assert same >= len(PROMPTS) - 1, "graphs and eager steps differ by rounding at most"
 
