@@ -232,7 +232,7 @@ def test_a_stuck_event_loop_fails_liveness_and_then_ends_the_server(tmp_path: Pa
 def test_an_engine_that_keeps_crashing_ends_the_server(tmp_path: Path) -> None:
     with server(tmp_path, "ok", "crash-in-load", restart_budget=0) as running:
         code, log = running.end()
-    assert code == 8 and "failed 1 times within 10 minutes" in log
+    assert code == 8 and "failed 1 time within 10 minutes" in log
 
 
 def test_the_server_goes_on_without_a_replica_and_ends_with_the_last(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_server_goes_on_without_a_replica_and_ends_with_the_last(tmp_path: P
         assert running.process.poll() is None and alive(first) and not alive(second)
         os.kill(first, signal.SIGKILL)
         code, log = running.end()
-    assert code == 8 and "replica 1 is given up, 1 of 2 remain: replica 1 failed 1 times within 10 minutes" in log
+    assert code == 8 and "replica 1 is given up, 1 of 2 remain: replica 1 failed 1 time within 10 minutes" in log
 
 
 def test_second_signal_leaves_at_once(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_selection_says_why_another_precision_serves() -> None:
         machine("h200-x1"), LLAMA_8B, PROFILES, capabilities=capabilities(), gpu_facts=FACTS, refused=bad
     )
     assert selection.selected is not None and selection.selected.name == "bf16-tp1"
-    assert "not fp8-tp1: was refused: the fp8 engine of m differs too much" in reasons(selection)
+    assert "not fp8-tp1, fp8-kv8-tp1: was refused: the fp8 engine of m differs too much" in reasons(selection)
 
 
 @pytest.mark.parametrize("hardware", ["a100-80gb-x1", "l40s", "t4"])

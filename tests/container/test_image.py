@@ -275,7 +275,7 @@ def test_engine_that_crashes_too_often(run: Run, warm: Path) -> None:
         assert len(engine) == 1
         engine[0].kill()
         assert container.wait(20) == 8
-    assert container.reason[0].startswith("the engine failed 1 times")
+    assert container.reason[0].startswith("the engine failed 1 time")
 
 
 # ---------------------------------------------------------------- no compiler is missed
