@@ -37,6 +37,9 @@ class FakeDecode:
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = list(sizes)
 
+    def serves(self, rows: int) -> bool:
+        return rows in self.sizes
+
     def keep_below(self, rows: int) -> None:
         self.sizes = [size for size in self.sizes if size < rows]
 
@@ -47,6 +50,7 @@ def run(
     refuses: Callable[[int], str | None] = lambda rank: None,
     fails: Callable[[int], bool] = lambda rank: False,
     times: Callable[[int, int], tuple[float, float]] = lambda rank, rows: (1.0, 2.0),
+    room_for: Callable[[int], int] = lambda rank: 4,
     no_memory: bool = False,
 ) -> tuple[list[Any], list[list[Any]]]:
     """What each rank chose, and what its all-reduce is to let go."""
@@ -61,7 +65,7 @@ def run(
     def make(*args: Any) -> FakeDecode:
         if fails(local.rank):
             raise ValueError("the compiler says no")
-        return FakeDecode(args[3])
+        return FakeDecode(tuple(rows for rows in args[3] if rows <= room_for(local.rank)))
 
     monkeypatch.setattr(persistent_choice, "refusal", lambda *_: refuses(local.rank))
     monkeypatch.setattr(persistent_choice.exchange, "connect", connect)
@@ -104,6 +108,11 @@ def test_a_kernel_that_one_rank_cannot_make(monkeypatch: pytest.MonkeyPatch) -> 
 def test_no_memory_between_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = run(monkeypatch, no_memory=True)
     assert found == ["torch gives no memory that GPUs share: cannot map"] * SIZE
+
+
+def test_what_has_no_room_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = run(monkeypatch, room_for=lambda rank: 2 if rank == 1 else 4)
+    assert [decode.sizes for decode in found] == [[1, 2]] * SIZE
 
 
 def test_slower_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,8 @@ def choose(
         return made
     for rows in made.sizes:
         mine, layers = (_slowest(model.tp, microseconds) for microseconds in timer(made, rows))
-        log.info("decode steps of %d: persistent kernel %.0f µs, layer by layer %.0f µs", rows, mine, layers)
+        if model.tp.rank == 0:
+            log.info("decode steps of %d: persistent kernel %.0f µs, layer by layer %.0f µs", rows, mine, layers)
         if mine >= layers:
             made.keep_below(rows)
             break
@@ -62,6 +63,11 @@ def _make(
     reason = _agreed(tp, failure)
     if reason is not None or made is None:
         return reason or ""
+    # What a GPU with fewer multiprocessors has no room for.
+    for rows in sizes:
+        if tp.minimum(int(made.serves(rows))) == 0:
+            made.keep_below(rows)
+            break
     tp.own_reducer.on_abort.append(shared.abort)
     return made
 

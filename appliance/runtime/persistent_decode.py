@@ -54,7 +54,7 @@ def refusal(model: Decoder, kv_caches: Sequence[Tensor]) -> str | None:
     reason = unavailable()
     if reason is not None:
         return reason
-    if len(kv_caches) != model.config.num_hidden_layers:
+    if model.stage.size > 1:
         return "this is a stage of a pipeline; the kernel takes whole models"
     if type(model).forward is not Decoder.forward or not all(type(layer) is DecoderLayer for layer in model.layers):
         return "the architecture has layers of its own"
