@@ -3,8 +3,9 @@
 A stage would idle while another one works on the only step. So there are as many *lanes* as stages: every running
 sequence belongs to one, a step decodes sequences of one lane, and each lane has at most one step in flight; while the
 last stage works on one lane's step, the first works on another's. One lane more would keep the first stage busy between
-a result and the next plan, too, but with fewer sequences in each step, which costs more: a step mostly reads weights.
-With one stage there is one lane, which takes part in every step.
+a result and the next plan, too, but with fewer sequences in each step, which costs more, since a step mostly reads
+weights: 64 requests to a 70B model on two stages, simulated, take 7.9 s with two lanes and 11.0 s with three. With one
+stage there is one lane, which takes part in every step.
 
 Tokens of prompts are known beforehand, so any lane's step may run the next part of a prompt, and a prompt that a step
 could run is run in parts where there is nothing else: one alone keeps all stages busy. The sequence decodes in the lane
