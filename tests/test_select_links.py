@@ -197,6 +197,11 @@ def test_nodes_are_no_replicas_and_have_whole_stages() -> None:
         require(choose("h200-x4", build=STAGES, nodes=2, tp_size=8))
 
 
+def test_nodes_that_are_not_built_are_refused_with_what_to_leave_out() -> None:
+    with pytest.raises(ProfileError, match=r"pipeline parallelism over 3 is not built yet \(leave --nnodes out\)"):
+        require(choose("h200-x4", LLAMA_8B, build=FULL, nodes=3))
+
+
 def test_a_network_costs_more_than_a_link() -> None:
     inside = by_name(choose("h100-x8", LLAMA_70B, build=STAGES, tp_size=4, pp_size=2), "fp8-tp4-pp2")
     across = by_name(choose("h100-x8", LLAMA_70B, build=STAGES, tp_size=4, nodes=2), "fp8-tp4-pp2")

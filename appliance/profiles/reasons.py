@@ -278,7 +278,8 @@ def _failure(selection: Selection) -> tuple[str, str | None]:
         return f"{best.name} {best.reason}", f"try --max-model-len={best.suggested_max_model_len}"
     wanted = selection.wanted
     if wanted.status == "not_built":
-        hint = _hint_if_asked(selection, wanted) or "choose a smaller model, or a GPU with more free memory"
+        alone = "leave --nnodes out" if wanted.nodes > 1 else None
+        hint = _hint_if_asked(selection, wanted) or alone or "choose a smaller model, or a GPU with more free memory"
         return f"{wanted.name} would fit, but {wanted.reason}", hint
     measured = [o for o in selection.outcomes if o.requires_bytes_per_gpu is not None]
     if measured:
