@@ -32,6 +32,7 @@ from appliance.launch.node_devices import own_devices, ranks_of_a_node, with_tho
 from appliance.launch.node_hub import NodeHub
 from appliance.launch.node_messages import AgentFailed, Hello, Obtain, Obtained, Refused, RunRanks, Welcome
 from appliance.launch.plan import choose
+from appliance.launch.prepare import prepare_engine
 from appliance.profiles import Selection
 from appliance.runtime import remote_nodes
 from appliance.runtime.node_channel import (
@@ -426,6 +427,11 @@ def test_torchrun_says_which_node_this_is() -> None:
 def test_settings_of_nodes_that_do_not_go_together(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         check_place_of_node(load(flags, {}))
+
+
+def test_an_engine_in_this_process_is_on_one_node() -> None:
+    with pytest.raises(SettingsError, match="only `serve` runs an engine on several nodes"):
+        prepare_engine("builtin", overrides={"nnodes": 2})
 
 
 def test_processes_of_a_node_do_without_torch() -> None:
