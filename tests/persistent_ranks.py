@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def run(rank: int, size: int, address: str) -> None:
         agrees(tp, *case)
     replays(tp, 20 if gpus < size else _REPLAYS)  # ranks that share a GPU take turns, some milliseconds each
     chosen(tp)
+    lets_go(tp)
     distributed.destroy_process_group()
 
 
@@ -104,3 +106,24 @@ def chosen(tp: TensorParallel) -> None:
     assert not isinstance(found, str) and found.sizes == [1]
     first = found.logits(step.inputs(1))
     assert torch.isfinite(first).all()
+
+
+@torch.inference_mode()
+def lets_go(tp: TensorParallel) -> None:
+    """A kernel that waits for ranks that never come ends once the host says so, though it fills the GPU."""
+    _, model = rank_model(tp, "fp8", None, "wide-heads")
+    step = Step(model, [20])
+    shared = exchange.connect(tp, tp.rank, tp.size, model.config.hidden_size, [1], step.caches[0].device)
+    decode, inputs = step.persistent(1, shared), step.inputs(1)
+    if tp.rank == 0:
+        ended = torch.cuda.Event()
+        decode.logits(inputs)
+        ended.record()
+        time.sleep(0.3)
+        assert not ended.query(), "it did not wait for the others"
+        shared.abort()
+        limit = time.monotonic() + 20
+        while not ended.query():
+            assert time.monotonic() < limit, "it does not end"
+            time.sleep(0.01)
+    tp.minimum(0)
