@@ -5,7 +5,8 @@
 Every layer is there, but only four different ones, which take turns: the caches of a GPU do not hold as much. For each
 number of rows and context: a step; the same share of the model on each GPU without the other ranks, and the difference
 for each sum of ranks (two a layer), µs; layer by layer, with all-reduces tuned and products not. First, on four layers,
-how far the kernel is from the layers. Times are those of the slowest rank. The last line is JSON.
+how far the kernel is from the layers. Times are those of the slowest rank. The last line is JSON. With one process it
+is the whole model on one GPU.
 """
 
 from __future__ import annotations
@@ -92,6 +93,11 @@ def _fill(module: torch.nn.Module, prefix: str, tp: TensorParallel, seed: int, m
             made[at + key] = (1 + 0.1 * value if "norm" in at else value).bfloat16()
 
 
+def connected(tp: TensorParallel, shape: dict[str, Any], sizes: list[int]) -> exchange.Exchange | None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return exchange.connect(tp, tp.rank, tp.size, shape["hidden_size"], sizes, device) if tp.size > 1 else None
+
+
 def slowest(tp: TensorParallel, call: Callable[[], object]) -> float:
     """ms"""
     call()
@@ -105,25 +111,25 @@ def difference(
     """Between the kernel and the layers, relative, over four layers."""
     model = random_share(*scheme, tp, shape | {"num_hidden_layers": DIFFERENT})
     step = Step(model, [100 + 50 * row for row in range(rows)])
-    shared = exchange.connect(tp, tp.rank, tp.size, model.config.hidden_size, [rows], step.caches[0].device)
+    shared = connected(tp, shape, [rows])
     expected = step.by_layers(rows)
     columns = step.persistent(rows, shared).logits(step.inputs(rows))
     return error(tp.all_gather(columns)[:, : expected.shape[1]], expected)
 
 
 @torch.inference_mode()
-def times(model: Decoder, rows: int, context: int, shared: exchange.Exchange) -> dict[str, float]:
+def times(model: Decoder, rows: int, context: int, shared: exchange.Exchange | None) -> dict[str, float]:
     step = Step(model, [context] * rows)
     inputs = step.inputs(rows)
-    ways = {
-        "kernel": step.persistent(rows, shared).logits,
-        "alone": step.persistent(rows).logits,
-    }
+    ways = {"kernel": step.persistent(rows, shared).logits}
+    if shared is not None:
+        ways["alone"] = step.persistent(rows).logits
     found = {name: slowest(model.tp, lambda way=way: way(inputs)) for name, way in ways.items()}  # type: ignore[misc]
     step.runner._attention.plan(inputs.metadata)
     found["layers"] = slowest(model.tp, lambda: model.raw_logits(step.runner._hidden(inputs)))
-    sums = 2 * model.config.num_hidden_layers
-    found["us_per_sum"] = round((found["kernel"] - found["alone"]) * 1000 / sums, 2)
+    if shared is not None:
+        sums = 2 * model.config.num_hidden_layers
+        found["us_per_sum"] = round((found["kernel"] - found["alone"]) * 1000 / sums, 2)
     return found
 
 
@@ -140,12 +146,15 @@ def main() -> int:
     torch.cuda.set_device(device)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.distributed.init_process_group("nccl", device_id=device)
-    group = GroupCollectives(size, device)
-    group.own = connect(group.library(), rank, size, device)
-    if group.own is None:
-        print(f"rank {rank}: no own kernels here", flush=True)
-        return 1
-    tp, shape, scheme = TensorParallel(rank, size, group), MODELS[arguments.model], SCHEMES[arguments.scheme]
+    tp = TensorParallel()
+    if size > 1:
+        group = GroupCollectives(size, device)
+        group.own = connect(group.library(), rank, size, device)
+        if group.own is None:
+            print(f"rank {rank}: no own kernels here", flush=True)
+            return 1
+        tp = TensorParallel(rank, size, group)
+    shape, scheme = MODELS[arguments.model], SCHEMES[arguments.scheme]
 
     def say(*words: object) -> None:
         if rank == 0:
@@ -154,13 +163,14 @@ def main() -> int:
     sizes = [int(rows) for rows in arguments.rows.split(",")]
     apart = difference(tp, scheme, shape, sizes[-1])
     say(f"four layers: the kernel is {apart:.4f} from the layers")
-    group.own.tune(shape["hidden_size"], torch.bfloat16, time_in_graph)
+    if size > 1:
+        tp.own_reducer.tune(shape["hidden_size"], torch.bfloat16, time_in_graph)
     model = random_share(*scheme, tp, shape)
     say("model")
     probe = Step(model, [1])
-    compile_all(shape_of(model, probe.caches[0], rows, ranks) for rows in sizes for ranks in (1, size))
+    compile_all(shape_of(model, probe.caches[0], rows, ranks) for rows in sizes for ranks in {1, size})
     say("kernels")
-    shared = exchange.connect(tp, rank, size, shape["hidden_size"], sizes, device)
+    shared = connected(tp, shape, sizes)
     result = {}
     for rows in sizes:
         for context in map(int, arguments.context.split(",")):
