@@ -1,21 +1,17 @@
-"""Several nodes: who is let in and who is refused, what is said of those that are missing, ranks of other nodes as rank
-0 sees them, devices, settings. Whole groups are in test_nodes_served.py."""
+"""Several nodes: who is let in and who is refused, what is said of those that are missing, what an agent does, devices,
+settings. Ranks of other nodes are in test_remote_ranks.py, whole groups in test_nodes_served.py."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import logging
-import os
-import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -25,30 +21,23 @@ from test_nodes_served import free_port, node
 from appliance import hardware
 from appliance.builtin import checkpoint_dir
 from appliance.checkpoint import read_model_config
-from appliance.errors import ApplianceError, EngineCrashedError, HardwareError, NodeError, SettingsError
-from appliance.ipc import Failed, NodesWanted
+from appliance.errors import (
+    ApplianceError,
+    EngineQualityError,
+    HardwareError,
+    NodeError,
+    SettingsError,
+)
+from appliance.ipc import NodesWanted
 from appliance.launch import node_messages as wire
+from appliance.launch.http import open_sockets
+from appliance.launch.node_agent import NodeAgent
 from appliance.launch.node_devices import own_devices, ranks_of_a_node, with_those_elsewhere
 from appliance.launch.node_hub import NodeHub
 from appliance.launch.node_messages import AgentFailed, Hello, Obtain, Obtained, Refused, RunRanks, Welcome
 from appliance.launch.plan import choose
 from appliance.launch.prepare import prepare_engine
 from appliance.profiles import Selection
-from appliance.runtime import remote_nodes
-from appliance.runtime.node_channel import (
-    Begin,
-    Channel,
-    Counters,
-    Ended,
-    Join,
-    Kind,
-    bind_address,
-    decode_note,
-    listen,
-)
-from appliance.runtime.rank_watch import RankWatch
-from appliance.runtime.remote_nodes import NodeListener, RemoteNodes, WaitForNodes
-from appliance.runtime.step_ring import SharedSteps, Word
 from appliance.server.lifecycle import Lifecycle
 from appliance.settings import Settings, load
 from appliance.settings_rules import check_place_of_node
@@ -223,6 +212,54 @@ async def test_what_an_agent_fails_with_ends_a_start_and_no_server_that_was_read
     await hub.stop()
 
 
+class Supply:
+    """What an agent finds of each engine that it is to obtain: an error, or the engine's key."""
+
+    def __init__(self, directory: Path, *found: str | ApplianceError) -> None:
+        self._directory = directory
+        self._found = list(found)
+
+    async def obtain_as_told(
+        self, selection: Selection | None, *, repair: bool = False
+    ) -> tuple[Path, tuple[str, ...]]:
+        found = self._found.pop(0)
+        if isinstance(found, ApplianceError):
+            raise found
+        return self._directory / found, ()
+
+
+async def agent_of(hub: NodeHub, settings: Settings, supply: Supply, directory: Path) -> asyncio.Task[int]:
+    """A real agent of this hub, connected."""
+    own = dataclasses.replace(settings, node_rank=1, host="127.0.0.1", port=free_port())
+    agent = asyncio.create_task(NodeAgent(own, open_sockets(own), directory, supply).run())
+    await until(lambda: not hub.missing)
+    return agent
+
+
+async def test_an_agent_obtains_what_it_is_told_and_another_if_that_is_no_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.launch.node_agent.read_manifest", lambda path: SimpleNamespace(key=path.name))
+    settings, life = settings_of(), Lifecycle()
+    hub = NodeHub(settings, life)
+    await hub.start()
+    run = asyncio.create_task(hub.run())
+    supply = Supply(tmp_path, EngineQualityError("fp8 answers otherwise"), "k1", HardwareError("no GPU"))
+    agent = await agent_of(hub, settings, supply, tmp_path)
+    hub.select(selection())
+    refused = asyncio.create_task(hub.obtained("k0"))
+    await until(lambda: "fp8 answers otherwise" in life.detail)  # node 0 finds the same, and chooses another
+    refused.cancel()
+    hub.select(selection())
+    await asyncio.wait_for(hub.obtained("k1"), 5)
+    assert not run.done() and not agent.done()
+    hub.select(selection())
+    with pytest.raises(HardwareError, match=r"node 1 \(127.0.0.1\): no GPU"):
+        await asyncio.wait_for(run, 5)
+    assert await asyncio.wait_for(agent, 10) == 3
+    await hub.stop()
+
+
 def test_a_node_that_is_refused_or_alone_ends_with_9(tmp_path: Path) -> None:
     port = free_port()
     leader = node(tmp_path / "cache", 0, port, "--node-timeout", "6")
@@ -239,138 +276,6 @@ def test_a_node_that_is_refused_or_alone_ends_with_9(tmp_path: Path) -> None:
         for each in (leader, other, alone):
             each.process.kill()
             each.process.wait()
-
-
-# ---------------------------------------------------------------- ranks of other nodes
-
-
-class FakeNode:
-    """The process that holds another node's ranks, without any."""
-
-    def __init__(self, listener: NodeListener, number: int, token: str | None = None) -> None:
-        self.channel = Channel(socket.create_connection(("127.0.0.1", listener.port)))
-        self.channel.note(Join(number, listener.token if token is None else token))
-
-    def frames(self, count: int) -> list[tuple[Kind, bytes]]:
-        found: list[tuple[Kind, bytes]] = []
-        deadline = time.monotonic() + 5
-        while len(found) < count:
-            assert time.monotonic() < deadline
-            found += self.channel.receive()
-        return found
-
-
-def never() -> bool:
-    return False
-
-
-def joined(nnodes: int = 2) -> tuple[RemoteNodes, list[FakeNode]]:
-    listener = NodeListener("127.0.0.1", nnodes)
-    nodes = [FakeNode(listener, number) for number in range(1, nnodes)]
-    return listener.accept_all(WaitForNodes(lambda line: None, 5, never)), nodes
-
-
-def test_steps_results_and_counters_travel() -> None:
-    remote, (other,) = joined()
-    shared = SharedSteps.create(4)
-    ranks = remote.begin(shared, 29500, results=2)
-    (kind, data), *_ = other.frames(1)
-    assert kind == Kind.NOTE and decode_note(data) == Begin(2, 2, 4, 29500, 2)
-    assert [rank.name for rank in ranks] == ["rank 2 on node 1 (127.0.0.1)", "rank 3 on node 1 (127.0.0.1)"]
-    messages = [b"", b"x" * 3_000_000, b"y"]
-    sender = threading.Thread(target=lambda: [remote.send(message) for message in messages])
-    sender.start()
-    assert other.frames(3) == [(Kind.STEP, message) for message in messages]
-    sender.join()
-    other.channel.note(Counters([[5, 4, 3, 2], [6, 5, 4, 3]]))
-    other.channel.send(Kind.RESULT, b"tokens")
-    assert os.read(remote.results, 100) == b"tokens"
-    assert [shared.get(3, word) for word in (Word.TAKEN, Word.FINISHED, Word.CALLS, Word.BEAT)] == [6, 5, 4, 3]
-    remote.kill()
-    with pytest.raises(ConnectionError):
-        other.frames(1)
-
-
-def lost(remote: RemoteNodes, act: Callable[[], None]) -> ApplianceError:
-    """What the watch says of ranks of which something becomes."""
-    shared = SharedSteps.create(remote.nnodes)
-    reasons: list[ApplianceError] = []
-    watch = RankWatch(remote.begin(shared, 1, -1), shared, reasons.append)
-    watch.start()
-    act()
-    deadline = time.monotonic() + 5
-    while not reasons:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    remote.kill()
-    return reasons[0]
-
-
-def test_a_rank_that_ends_on_another_node_is_named_with_it() -> None:
-    remote, nodes = joined(3)
-    error = lost(remote, lambda: nodes[1].channel.note(Ended(2, -signal.SIGKILL, b"")))
-    assert error.message.startswith("rank 2 on node 2 (127.0.0.1) was killed by SIGKILL")
-    remote, nodes = joined()
-    said = msgspec.msgpack.encode(Failed(error="HardwareError", message="out of memory"))
-    error = lost(remote, lambda: nodes[0].channel.note(Ended(1, 3, said)))
-    assert isinstance(error, HardwareError) and error.message == "rank 1 on node 1 (127.0.0.1): out of memory"
-
-
-def test_a_node_that_goes_or_is_silent_has_lost_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    remote, nodes = joined()
-    error = lost(remote, nodes[0].channel.close)
-    assert isinstance(error, EngineCrashedError)
-    assert error.message == "rank 1 on node 1 (127.0.0.1): node 1 is lost: its connection was closed"
-    remote, nodes = joined()
-    nodes[0].channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert "node 1 is lost: its connection was closed" in lost(remote, nodes[0].channel.socket.close).message  # a reset
-    monkeypatch.setattr(remote_nodes, "SILENCE_SECONDS", 0.5)
-    remote, nodes = joined()
-    assert "node 1 is lost: nothing was heard of it for" in lost(remote, lambda: None).message
-
-
-def test_only_nodes_of_this_engine_may_join(caplog: pytest.LogCaptureFixture) -> None:
-    listener = NodeListener("127.0.0.1", 2)
-    stranger = FakeNode(listener, 1, token="of the engine before")
-    lines: list[str] = []
-    with pytest.raises(NodeError, match="node 1 did not join the engine within 1 s"):
-        listener.accept_all(WaitForNodes(lines.append, 1, never))
-    assert "was refused: it belongs to another engine" in caplog.text
-    with pytest.raises(ConnectionError):
-        stranger.frames(1)
-    with pytest.raises(ApplianceError, match="the server is gone"):
-        NodeListener("127.0.0.1", 2).accept_all(WaitForNodes(lines.append, 9, lambda: True))
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_both_kinds_of_addresses_are_as_others_write_them(address: str) -> None:
-    assert [bind_address(name) for name in (address, "localhost", "node-0.group", None)] == [
-        address,
-        "127.0.0.1",
-        "",
-        "",
-    ]
-    if address == "::1" and not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6")
-    with listen("", 0) as listener:
-        there = socket.create_connection((address, listener.getsockname()[1]))
-        here = Channel(listener.accept()[0])
-        assert here.here == here.there == address
-        there.close()
-
-
-def test_a_slow_node_is_waited_for_until_the_check_gives_up() -> None:
-    remote, nodes = joined()
-    remote.begin(SharedSteps.create(2), 1, -1)
-
-    def give_up() -> None:
-        raise EngineCrashedError("lost meanwhile")
-
-    with pytest.raises(EngineCrashedError, match="lost meanwhile"):
-        for _ in range(100):
-            remote.send(bytes(10_000_000), give_up)
-    nodes[0].channel.close()
-    remote.kill()
 
 
 # ---------------------------------------------------------------- devices and settings

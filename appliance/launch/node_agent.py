@@ -14,11 +14,11 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 from appliance import __version__, termination
 from appliance.engines import read_manifest
-from appliance.errors import ApplianceError, NodeError
+from appliance.errors import ApplianceError, EngineQualityError, NodeError
 from appliance.ipc import Failed, ToServer
 from appliance.launch import node_messages as wire
 from appliance.launch import report
@@ -38,6 +38,7 @@ from appliance.launch.node_messages import (
     Welcome,
 )
 from appliance.launch.startup import Startup
+from appliance.profiles import Selection
 from appliance.runtime.node_channel import plain_address
 from appliance.server.lifecycle import Phase
 from appliance.server.node_app import create_node_app
@@ -52,10 +53,21 @@ _CONNECT_SECONDS = 5.0
 _LATER: tuple[str, ...] = get_args(Phase)[get_args(Phase).index("loading") :]  # phases in which node 0 has an engine
 
 
-class NodeAgent:
-    """One run of the process on another node than 0. `directory` is for the sockets of its children."""
+class Supply(Protocol):
+    """What obtains engines: `startup.Startup`, or a test's."""
 
-    def __init__(self, settings: Settings, sockets: list[socket.socket], directory: Path) -> None:
+    async def obtain_as_told(
+        self, selection: Selection | None, *, repair: bool = False
+    ) -> tuple[Path, tuple[str, ...]]: ...
+
+
+class NodeAgent:
+    """One run of the process on another node than 0. `directory` is for the sockets of its children; `supply` is a seam
+    for tests."""
+
+    def __init__(
+        self, settings: Settings, sockets: list[socket.socket], directory: Path, supply: Supply | None = None
+    ) -> None:
         assert settings.node_rank and settings.master_addr
         self._settings = settings
         self._directory = directory
@@ -63,7 +75,7 @@ class NodeAgent:
         self._http = HttpServer(settings, sockets, directory)
         self._state = ServerState((settings.model,), version=__version__)
         self._life = self._state.lifecycle
-        self._startup = Startup(settings, self._state, directory)
+        self._supply = supply or Startup(settings, self._state, directory)
         self._stop = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None  # to node 0, while connected
         self._obtaining: asyncio.Task[None] | None = None
@@ -115,6 +127,7 @@ class NodeAgent:
             finally:
                 writer.close()
                 await self._forget()
+                self._writer = None
             lost_at = time.monotonic()
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -198,7 +211,13 @@ class NodeAgent:
 
     async def _obtain(self, order: Obtain) -> None:
         try:
-            self._engine = await self._startup.obtain_as_told(order.selection, repair=order.repair)
+            self._engine = await self._supply.obtain_as_told(order.selection, repair=order.repair)
+        except EngineQualityError as error:
+            if self._settings.on_quality_failure == "fallback":  # node 0 finds the same, and orders another
+                self._show(self._life.phase, error.message)
+                await asyncio.sleep(self._settings.node_timeout)
+            self._fail(error)
+            return
         except Exception as error:
             if not isinstance(error, ApplianceError):
                 log.error("unexpected failure", exc_info=error)
