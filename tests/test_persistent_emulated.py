@@ -16,7 +16,7 @@ from appliance.kernels.persistent.exchange import Exchange, inbox_bytes
 from appliance.runtime.persistent_decode import PersistentDecode
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BLOCKS = 2
+BLOCKS = 3  # with which products begin at different ones
 SMALL: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,

@@ -165,7 +165,7 @@ template <class P>
 __device__ __forceinline__ void fetch_for_epilogues(const Output& out) {
   Shared& s = shared();
   for (int i = threadIdx.x; i < P::kTilesPerBlock * 16; i += kConsumers) {
-    const int row = min(P::first_row(blockIdx.x + i / 16 * GRID, i / 8 % 2) + i % 8, P::N - 1);
+    const int row = min(P::first_row(P::first_tile() + i / 16 * GRID, i / 8 % 2) + i % 8, P::N - 1);
     if (P::kFormat == kFp8) s.weight_scale[i] = out.scale[row];
     s.bias[i] = out.bias == nullptr ? 0.f : bf16_value(out.bias[row]);
   }
@@ -278,7 +278,7 @@ __device__ __forceinline__ Ring product(Ring ring, const Input<P>& in, const Out
   constexpr int kAtOnce = P::kTwoTiles ? 2 : 1;
   int turn = 0;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < P::kTiles; tile += kAtOnce * GRID, turn += kAtOnce) {
+  for (int tile = P::first_tile(); tile < P::kTiles; tile += kAtOnce * GRID, turn += kAtOnce) {
     float sums[kColumnTiles][4] = {};
     Ring held;
     multiply_tile<P>(ring, held, in, 0, tile + GRID < P::kTiles, sums);

@@ -66,7 +66,8 @@ struct Model {  // as runtime/persistent_decode.py writes it
 
 enum Kind { kQkv, kO, kGateUp, kDown, kHead };
 
-__host__ __device__ constexpr int tiles_per_block(int rows) { return ((rows + 15) / 16 + GRID - 1) / GRID; }
+__host__ __device__ constexpr int tiles_of(int rows) { return (rows + 15) / 16; }
+__host__ __device__ constexpr int tiles_per_block(int rows) { return (tiles_of(rows) + GRID - 1) / GRID; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int kMostResidualTiles = tiles_per_block(HIDDEN);
 constexpr int kMostTiles = larger(larger(tiles_per_block(VOCAB), kMostResidualTiles), larger(tiles_per_block(2 * FFN), tiles_per_block(kQkvRows)));
@@ -109,7 +110,7 @@ struct Product : Sizes<F> {
   static constexpr int kPassChunks = KIND == kO || KIND == kDown ? Sizes<F>::kPlainPassChunks : Sizes<F>::kWholePassChunks;
   static constexpr int kPasses = (kChunks + kPassChunks - 1) / kPassChunks;
   static constexpr int kChunksPerPass = (kChunks + kPasses - 1) / kPasses;
-  static constexpr int kTiles = (N + 15) / 16;
+  static constexpr int kTiles = tiles_of(N);
   static constexpr int kTilesPerBlock = tiles_per_block(N);
   static_assert(kRowBytes % 64 == 0, "a row is read in pieces of 64 bytes");
   static_assert(kPasses == 1 || kTilesPerBlock <= 8, "sums of every tile are kept between passes");
@@ -119,6 +120,16 @@ struct Product : Sizes<F> {
   static constexpr bool kTwoTiles = F == kInt4 && kChunks == 1;
   // Pieces of 64 bytes of a weight row that a thread has registers of x for.
   static constexpr int kWindows = F == kInt4 ? (kChunksPerPass + 1) / 2 * 4 : kChunksPerPass * 2;
+
+  // Tiles are dealt to the blocks in turn, and a layer's products go on where the last one stopped, as a layer takes as long as
+  // the block with the most to read; output and down products both begin with the first block (see exchange.cuh).
+  static constexpr int kFirstBlock = KIND == kGateUp ? tiles_of(HIDDEN) % GRID : KIND == kQkv ? (tiles_of(HIDDEN) + tiles_of(2 * FFN)) % GRID : 0;
+
+  // The first tile of this block; the others follow GRID apart.
+  static __device__ __forceinline__ int first_tile() {
+    const int block = blockIdx.x;
+    return block >= kFirstBlock ? block - kFirstBlock : block + GRID - kFirstBlock;
+  }
 
   // The first weight row of a half tile. Gate and up rows of the same index share a tile.
   static __device__ __forceinline__ int first_row(int tile, int half) {
@@ -152,7 +163,7 @@ __device__ __forceinline__ void pass_weight(To& to, const uint8_t* weight, const
   const int lane = threadIdx.x % 32;
   to.template begin<P>(scale, norm);
   for (int pass = 0; pass < P::kPasses; pass++)
-    for (int tile = blockIdx.x; tile < P::kTiles; tile += GRID) {
+    for (int tile = P::first_tile(); tile < P::kTiles; tile += GRID) {
       const int row = min(P::first_row(tile, lane / 8 % 2) + lane % 8, P::N - 1);
       const int last = min((pass + 1) * P::kChunksPerPass, P::kChunks);
       for (int chunk = pass * P::kChunksPerPass; chunk < last; chunk++) {
@@ -193,7 +204,7 @@ struct Producer {
     if (norm != nullptr && lane == 16 && blockIdx.x * 64 < HIDDEN) prefetch_l2(norm + blockIdx.x * 64);
     if (P::kFormat == kFp8)
       for (int i = lane; i < P::kTilesPerBlock * 2; i += 32)
-        prefetch_l2(scale + min(P::first_row(blockIdx.x + i / 2 * GRID, i % 2), P::N - 1));
+        prefetch_l2(scale + min(P::first_row(P::first_tile() + i / 2 * GRID, i % 2), P::N - 1));
   }
 
   // By the whole warp. A row of the slot is one copy, each by a lane of its own; scales are one more.
