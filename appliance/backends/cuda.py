@@ -62,8 +62,8 @@ PLUGIN = {
     "attention": ["auto", "flashinfer", "triton", "reference"],
     "batch_invariant": True,
     "min_compute_capability": [7, 5],
-    "max_tp": 1,
-    "max_pp": 1,
+    "max_tp": 8,
+    "max_pp": 8,
 }
 
 log = logging.getLogger(__name__)
