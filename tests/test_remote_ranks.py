@@ -153,6 +153,61 @@ def test_both_kinds_of_addresses_are_as_others_write_them(address: str) -> None:
         there.close()
 
 
+def test_results_that_nobody_reads_do_not_hold_the_end_up() -> None:
+    remote, (other,) = joined()
+    (rank,) = remote.begin(SharedSteps.create(2), 1, results=1)
+    other.channel.send(Kind.RESULT, bytes(1 << 20))  # more than the pipe takes
+    assert len(os.read(remote.results, 1)) == 1
+    remote.kill()
+    assert rank.process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [(b"", 0.5), (b"\x32\x00\x00\x00\x00" + bytes(30), 0.5), (b"\x01\x00\x00\x00\x01x", 5)],
+    ids=["silent", "slow", "a step"],
+)
+def test_a_stranger_keeps_nobody_waiting(said: bytes, seconds: float) -> None:
+    """Whether it says nothing, part of a frame again and again, or something else than a note."""
+    with listen("127.0.0.1", 0) as listener:
+        stranger = socket.create_connection(listener.getsockname())
+        channel = Channel(listener.accept()[0])
+    stop = threading.Event()
+
+    def talk() -> None:
+        for at in range(len(said)):
+            if stop.wait(0.1):
+                return
+            stranger.send(said[at : at + 1])
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(ConnectionError, match="not expected|nothing that was expected"):
+        channel.wait_for_note(seconds)
+    assert time.monotonic() - begin < 2
+    stop.set()
+    thread.join()
+    stranger.close()
+    channel.close()
+
+
+def test_a_channel_that_is_closed_while_it_waits_is_gone() -> None:
+    remote, nodes = joined()
+    remote.begin(SharedSteps.create(2), 1, -1)
+    closed: list[bool] = []
+
+    def close_once() -> None:
+        if not closed:
+            closed.append(True)
+            remote._nodes[0].channel.close()
+
+    with pytest.raises(OSError):
+        remote._nodes[0].channel.send(Kind.STEP, bytes(100_000_000), close_once)
+    assert closed
+    remote.kill()
+
+
 def test_a_slow_node_is_waited_for_until_the_check_gives_up() -> None:
     remote, nodes = joined()
     remote.begin(SharedSteps.create(2), 1, -1)

@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 
@@ -110,7 +111,15 @@ class Channel:
                 except (ConnectionResetError, BrokenPipeError):
                     raise ConnectionError(_CLOSED) from None
                 check()
-                select.select([], [self.socket], [], _LOOK_SECONDS)
+                self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        fd = self.socket.fileno()
+        if fd < 0:  # another thread has closed it
+            raise ConnectionError(_CLOSED)
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        poll.poll(1000 * _LOOK_SECONDS)
 
     def receive(self) -> Iterator[tuple[Kind, bytes]]:
         """Frames that are there, also those that came with what was taken before; does not wait. ConnectionError if the
@@ -135,13 +144,14 @@ class Channel:
             yield Kind(kind), data
 
     def wait_for_note(self, seconds: float) -> Note:
-        """The next frame, which must be a note. ConnectionError as `receive`, or if there is none in time."""
+        """The next frame, which must be a note. ConnectionError as `receive`, or if there is no whole one in time."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        while poll.poll(1000 * seconds):
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and poll.poll(1000 * left):
             for kind, data in self.receive():
                 if kind != Kind.NOTE:
-                    break
+                    raise ConnectionError("it sends what was not expected")
                 return decode_note(data)
         raise ConnectionError(f"it has said nothing that was expected within {seconds:g} s")
 

@@ -160,6 +160,7 @@ class RemoteNodes:
         self._thread = threading.Thread(target=self._run, name="remote-nodes", daemon=True)
         # What the rank that gives results says comes out of the first of these.
         self.results, self._results = os.pipe()
+        os.set_blocking(self._results, False)
 
     @property
     def nnodes(self) -> int:
@@ -217,26 +218,37 @@ class RemoteNodes:
                 if fd >= 0:  # else it was closed just now
                     poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(1000 * _LOOK_SECONDS)}
+            now = time.monotonic()  # before one node's results may keep this thread from looking at another
             for fd, node in by_fd.items():
-                self._take(node, fd in ready)
+                self._take(node, fd in ready, now)
         for node in self._nodes:
             self._lose(node, "the engine has ended")
         os.close(self._results)
 
-    def _take(self, node: _Node, ready: bool) -> None:
-        now = time.monotonic()
+    def _take(self, node: _Node, ready: bool, now: float) -> None:
         try:
             if ready:
                 node.heard = now
                 for kind, data in node.channel.receive():
                     if kind == Kind.RESULT:
-                        os.write(self._results, data)  # waits while rank 0 does not read, as the rank would
+                        self._pass_on(data)
                     elif kind == Kind.NOTE:
                         self._on_note(node, decode_note(data))
             elif now - node.heard > SILENCE_SECONDS:
                 raise ConnectionError(f"nothing was heard of it for {now - node.heard:.0f} s")
         except OSError as error:
             self._lose(node, str(error))
+
+    def _pass_on(self, data: bytes) -> None:
+        """Results to whoever reads them. Waits while nobody does, as the rank would, until the engine ends."""
+        poll = select.poll()
+        poll.register(self._results, select.POLLOUT)
+        left = memoryview(data)
+        while left and not self._closed:
+            try:
+                left = left[os.write(self._results, left) :]
+            except BlockingIOError:
+                poll.poll(1000 * _LOOK_SECONDS)
 
     def _on_note(self, node: _Node, note: Note) -> None:
         assert self._shared is not None
