@@ -12,7 +12,7 @@ import pytest
 import torch
 from calibrated_models import SHAPE, make_source, request_of
 from safetensors.torch import load_file
-from test_ranks import BUILDS, Engine, _comparable, lose, no_group, one_rank
+from test_ranks import BUILDS, Engine, _comparable, lose, no_group, one_rank, pipes, pipes_to_ranks
 from transformers import LlamaConfig
 
 from appliance import registry
@@ -89,6 +89,9 @@ def test_stages_give_the_tokens_of_one_rank(tp: int, pp: int, source: Path, cach
     for rank in range(tp * pp):  # whoever watches sees every layer begin, as a step may take long
         layers = read_manifest(path).model.layers_of_stage(rank // tp, pp)
         assert shared.get(rank, Word.CALLS) >= (shared.get(rank, Word.TAKEN) - 1) * (len(layers) + 1)
+    opened = pipes_to_ranks(engine.leader)
+    engine.leader.close()
+    assert len(opened) == 2 * (tp * pp - 1) + 1 and not opened & pipes(), "this process may open other engines"
     engine.leader.close()
 
 

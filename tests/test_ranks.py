@@ -3,6 +3,7 @@ reason named."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -164,6 +165,22 @@ def one_rank(source: Path, cache: Path) -> dict[str, list[int]]:
     return {name: tokens_of(output) for name, output in outputs.items()}
 
 
+def pipes_to_ranks(leader: Leader) -> set[str]:
+    """By their names in /proc. Others are gloo's."""
+    results = [] if leader._results is None else [leader._results._fd]
+    fds = [*leader._wake.values(), *(rank.report for rank in leader._ranks), *results]
+    return {os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
+
+
+def pipes() -> set[str]:
+    """Those that this process has an end of."""
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of this very look
+            found.add(os.readlink(fd))
+    return {name for name in found if name.startswith("pipe:")}
+
+
 def lose(engine: Engine, act: Callable[[], None]) -> tuple[ApplianceError, float]:
     """What the core raises when `act` happens while it works, and after how many seconds."""
     at = [0.0]
@@ -181,6 +198,7 @@ def lose(engine: Engine, act: Callable[[], None]) -> tuple[ApplianceError, float
 
 def test_two_ranks_give_the_tokens_of_one_until_one_is_killed(source: Path, cache: Path, no_group: None) -> None:
     engine = Engine(build(request_of(source, cache, precision="fp32", tp_size=2)), 2)
+    opened = pipes_to_ranks(engine.leader)
     assert "2 ranks" in engine.info.device_name
     assert engine.generate(20) == one_rank(source, cache)
     error, seconds = lose(engine, lambda: os.kill(engine.leader.pids[0], signal.SIGKILL))
@@ -189,6 +207,7 @@ def test_two_ranks_give_the_tokens_of_one_until_one_is_killed(source: Path, cach
     with pytest.raises(EngineCrashedError, match="rank 1 was killed"):
         engine.core.step()
     engine.leader.close()
+    assert len(opened) == 2 and not opened & pipes()
 
 
 def test_four_ranks_and_one_that_freezes(source: Path, cache: Path, no_group: None) -> None:

@@ -183,7 +183,7 @@ def test_a_stranger_keeps_nobody_waiting(said: bytes, seconds: float) -> None:
     thread = threading.Thread(target=talk)
     thread.start()
     begin = time.monotonic()
-    with pytest.raises(ConnectionError, match="not expected|nothing that was expected"):
+    with pytest.raises(ConnectionError, match="was not expected" if seconds > 1 else "nothing that was expected"):
         channel.wait_for_note(seconds)
     assert time.monotonic() - begin < 2
     stop.set()
@@ -193,7 +193,7 @@ def test_a_stranger_keeps_nobody_waiting(said: bytes, seconds: float) -> None:
 
 
 def test_a_channel_that_is_closed_while_it_waits_is_gone() -> None:
-    remote, nodes = joined()
+    remote, _ = joined()
     remote.begin(SharedSteps.create(2), 1, -1)
     closed: list[bool] = []
 

@@ -123,6 +123,11 @@ class RankWatch:
         """Whatever ends from now on is meant to."""
         self._stopping = True
 
+    def join(self, seconds: float) -> bool:
+        """After `stop`: wait until no report is read any more; whether that is so. Not from `on_lost`."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
         reason: ApplianceError | None = None
         while reason is None and not self._stopping:
@@ -132,7 +137,7 @@ class RankWatch:
 
     def _ended(self, seconds: float) -> ApplianceError | None:
         """Wait up to `seconds` for one to end."""
-        if not self._read_reports(seconds):
+        if not self._read_reports(seconds) or self._stopping:
             return None
         while self._read_reports(_SETTLE_SECONDS):
             pass

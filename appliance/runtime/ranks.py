@@ -160,6 +160,7 @@ class Leader:
         self._wake: dict[int, int] = {}
         self._ranks: list[RankProcess] = []
         self._results: ResultReader | None = None
+        self._closed = False
         try:
             for rank in range(1, size // (nodes.nnodes if nodes is not None else 1)):
                 self._start(rank)
@@ -167,6 +168,7 @@ class Leader:
                 self._begin(nodes)
         except BaseException:
             self._kill()
+            self._release()
             raise
         self._ring = RingWriter(self._shared, self._wake)
         self._watch = RankWatch(
@@ -300,6 +302,9 @@ class Leader:
 
     def close(self) -> None:
         """End the other ranks. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._watch.stop()
         atexit.unregister(self.close)
         if self.lost is None:
@@ -313,6 +318,15 @@ class Leader:
                 rank.process.wait()
         if self._nodes is not None:
             self._nodes.kill()
+        if self._watch.join(_STOP_SECONDS):  # else it still reads what would be closed
+            self._release()
+
+    def _release(self) -> None:
+        """Close what this process has of the pipes and the memory, since it may go on without this engine."""
+        for fd in (*self._wake.values(), *(rank.report for rank in self._ranks), self._shared.fd):
+            os.close(fd)
+        if self._results is not None:
+            self._results.close()
 
     def _give_up(self) -> None:
         raise ApplianceError("the ring is full")
