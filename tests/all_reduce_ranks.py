@@ -88,9 +88,9 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
         for at, place in enumerate(places):
             place.copy_(xs[rank])
             all_reduce_(place, own.workspace, two_shot=at == 1)
-        for at, stream in enumerate(streams):
+        for stream in streams:
             stream.zero_()
-            push_rms_norm(xs[rank], stream, weight, 1e-5, own.push, two_shot=at % 2 == 1)
+            push_rms_norm(xs[rank], stream, weight, 1e-5, own.push)
 
     step()
     graph, _ = capture(step)

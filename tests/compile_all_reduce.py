@@ -37,9 +37,9 @@ def cases(arch: int) -> list[tuple[Any, dict[str, Any], int, dict[str, str]]]:
             out = TO_FP8 if arch >= 89 else {"out": "*bf16"}
             found.append((all_reduce._all_reduce_kernel, plain, 16, ADDRESSES))
             found.append((all_reduce_norm._all_reduce_rms_norm_kernel, fused, 16, ADDRESSES | out))
-            pushed = {**fused, "BUFFERS": all_reduce_push.BUFFERS, "MISSING": all_reduce_push.MISSING}
-            own = ADDRESSES | out | {"state": "*i32", "stopped": "*i32"}
-            found.append((all_reduce_push._push_rms_norm_kernel, pushed, 16, own))
+        pushed = {**fused, "BUFFERS": all_reduce_push.BUFFERS, "MISSING": all_reduce_push.MISSING}
+        own = ADDRESSES | out | {"state": "*i32", "stopped": "*i32"}
+        found.append((all_reduce_push._push_rms_norm_kernel, pushed, 16, own))
         common = {**COMMON, "RANKS": ranks, "PDL": arch >= 90, "TWO_SHOT": False}
         moved = ADDRESSES | {"x": "*bf16", "out": "*bf16"}
         for to_each in (False, True):

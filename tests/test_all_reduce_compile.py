@@ -19,7 +19,7 @@ def test_all_reduce_kernels_compile(arch: int, tmp_path: Path) -> None:
     """A wait is: barrier, release, acquire, barrier. Nothing that peers write is read as if it were constant. Best
     tokens are few numbers, so their kernel has no wide loads."""
     compiled = lines_of("compile_all_reduce.py", tmp_path, str(arch))
-    assert len(compiled) == 27
+    assert len(compiled) == 24
     pushed = [line for line in compiled if "push" in line["kernel"]]
     for line in pushed:
         assert line["releases"] == line["acquires"] == line["cached_loads"] == line["single_loads"] == 0, line

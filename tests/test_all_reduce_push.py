@@ -11,7 +11,7 @@ from torch import Tensor
 
 from appliance.kernels import all_reduce_push as push
 from appliance.kernels._triton import HAS_TRITON
-from appliance.kernels.all_reduce import GATHER, PUBLISH
+from appliance.kernels.all_reduce import GATHER, PUBLISH, REDUCE
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.all_reduce_push import PushSpace, launch_push
 from appliance.kernels.deferred_scale import DeferredScale, Product
@@ -35,7 +35,6 @@ def check(
     spaces: list[PushSpace],
     products: list[Tensor] | list[DeferredScale],
     weight: Tensor,
-    two_shot: bool,
     target: torch.dtype | None,
     scale: Tensor | None = None,
 ) -> None:
@@ -50,7 +49,7 @@ def check(
     def run(rank: int, step: int) -> None:
         launch_push(
             inputs[rank], streams[rank], weight, EPS, spaces[rank], results[rank],
-            None if target is None else scales[rank], target or FP8, scale, two_shot=two_shot, steps=step,
+            None if target is None else scales[rank], target or FP8, scale, steps=step,
         )  # fmt: skip
 
     in_steps(len(products), run)
@@ -64,26 +63,24 @@ def check(
 
 @interpreted
 @pytest.mark.parametrize("target", [None, FP8, torch.int8])
-@pytest.mark.parametrize("two_shot", [False, True])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_calls_one_after_the_other(size: int, two_shot: bool, target: torch.dtype | None) -> None:
+def test_calls_one_after_the_other(size: int, target: torch.dtype | None) -> None:
     """Of one and of several rows a slot; what a call used is missing again two calls later."""
     spaces = spaces_of(size)
     for turn, (rows, columns) in enumerate([(1, 128), (9, 192), (3, 64), (1, 64), (1, 64)]):
         weight = torch.randn(columns, generator=torch.Generator().manual_seed(3)).half()
-        check(spaces, partials(size, rows, columns, dtype=torch.float16, seed=turn), weight, two_shot, target)
+        check(spaces, partials(size, rows, columns, dtype=torch.float16, seed=turn), weight, target)
         for space in spaces:
             buffers = space.memory.view(torch.int32).view(push.BUFFERS, space.slots, -1)
             buffer, used = space.state[0].tolist()
-            assert buffer == (turn + 1) % 3 and used == -(-rows // 4) * columns * (2 if two_shot else size)
+            assert buffer == (turn + 1) % 3 and used == -(-rows // 4) * columns * 2
             assert (buffers[buffer, 0, : used // 2] != push.MISSING).any()
             for other in {0, 1, 2} - {buffer}:
                 assert (buffers[other, 0] == push.MISSING).all(), "what comes in the next calls must be told apart"
 
 
 @interpreted
-@pytest.mark.parametrize("two_shot", [False, True])
-def test_deferred_scales_static_scale_and_bfloat16(two_shot: bool) -> None:
+def test_deferred_scales_static_scale_and_bfloat16() -> None:
     size, rows, columns = 4, 5, 64
     weight = torch.randn(columns, generator=torch.Generator().manual_seed(3)).bfloat16()
     spaces = spaces_of(size)
@@ -93,21 +90,20 @@ def test_deferred_scales_static_scale_and_bfloat16(two_shot: bool) -> None:
         )
         for p, bias in zip(partials(size, rows, columns), [torch.ones(columns), None, None, None], strict=True)
     ]
-    check(spaces, products, weight, two_shot, torch.int8)
+    check(spaces, products, weight, torch.int8)
     xs = partials(size, rows, columns, dtype=torch.bfloat16)
-    check(spaces, xs, weight, two_shot, FP8, torch.tensor([0.0625]))
+    check(spaces, xs, weight, FP8, torch.tensor([0.0625]))
 
 
 @interpreted
-@pytest.mark.parametrize("two_shot", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_minus_zero_is_sent_as_zero(dtype: torch.dtype, two_shot: bool) -> None:
+def test_minus_zero_is_sent_as_zero(dtype: torch.dtype) -> None:
     """Also one that only rounding makes, or that a sum of several is."""
     spaces = spaces_of(2)
     xs = [torch.full((1, 32), -0.0, dtype=dtype) for _ in range(2)]
     xs[0][0, :16] = -torch.finfo(dtype).tiny
     xs[1][0, 8:20] = torch.finfo(dtype).tiny
-    check(spaces, xs, torch.ones(32, dtype=dtype), two_shot, None)
+    check(spaces, xs, torch.ones(32, dtype=dtype), None)
     for space in spaces:
         used = space.memory.view(torch.int16).view(push.BUFFERS, space.slots, -1)[1, 0, : int(space.state[0, 1])]
         assert not (used == -32768).any()
@@ -123,15 +119,17 @@ def test_the_next_call_does_not_touch_what_a_slow_rank_still_reads() -> None:
 
     def run(call: int, rank: int, steps: int) -> None:
         x = (first, second)[call][rank]
-        launch_push(x, out[call][rank], weight, EPS, spaces[rank], x.clone(), None, two_shot=False, steps=steps)
+        launch_push(x, out[call][rank], weight, EPS, spaces[rank], x.clone(), None, steps=steps)
 
-    for rank in (0, 1):
-        run(0, rank, PUBLISH)
+    for step in (PUBLISH, REDUCE):
+        for rank in (0, 1):
+            run(0, rank, step)
     run(0, 0, GATHER)
     run(1, 0, PUBLISH)
     run(0, 1, GATHER)
-    run(1, 1, PUBLISH | GATHER)
-    run(1, 0, GATHER)
+    run(1, 1, PUBLISH | REDUCE)
+    run(1, 0, REDUCE | GATHER)
+    run(1, 1, GATHER)
     for call, xs in enumerate((first, second)):
         assert all(torch.equal(stream, xs[0] + xs[1]) for stream in out[call])
 
@@ -145,14 +143,13 @@ def test_once_stopped_nothing_is_missing_again() -> None:
     for space in spaces:
         space.memory.zero_()
     for _ in range(4):
-        check(spaces, partials(2, 3, 64, dtype=torch.float16), weight, True, None)
+        check(spaces, partials(2, 3, 64, dtype=torch.float16), weight, None)
         assert not (spaces[0].memory.view(torch.int32) == push.MISSING).any()
 
 
 def test_what_fits() -> None:
     space = spaces_of(4, slots=4, region_bytes=8192)[0]
-    one_row, two_rows = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.zeros(5, 1024, dtype=torch.bfloat16)
-    assert space.fits(one_row, two_shot=False) and not space.fits(two_rows, two_shot=False)
-    assert space.fits(two_rows, two_shot=True) and not space.fits(one_row[:0], two_shot=True)
-    assert not space.fits(one_row.float()[:, :64], two_shot=False), "numbers of 16 bits only"
-    assert not space.fits(torch.zeros(1, 516, dtype=torch.bfloat16), two_shot=True)
+    two_rows, three_rows = torch.zeros(5, 1024, dtype=torch.bfloat16), torch.zeros(9, 1024, dtype=torch.bfloat16)
+    assert space.fits(two_rows) and not space.fits(three_rows) and not space.fits(two_rows[:0])
+    assert not space.fits(two_rows.float()[:, :64]), "numbers of 16 bits only"
+    assert not space.fits(torch.zeros(1, 516, dtype=torch.bfloat16))

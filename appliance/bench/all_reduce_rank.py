@@ -68,8 +68,8 @@ class Rank:
         for name, two_shot in _SHOTS.items():
             if space.fits_fused(x):
                 found[f"norm {name}"] = partial(all_reduce_rms_norm_quantize, workspace=space, two_shot=two_shot)
-            if push is not None and push.fits(x, two_shot=two_shot):
-                found[f"norm {name} push"] = partial(push_rms_norm_quantize, space=push, two_shot=two_shot)
+        if push is not None and push.fits(x):
+            found["norm two-shot push"] = partial(push_rms_norm_quantize, space=push)
         return found
 
     def _partials(self, rows: int) -> list[Tensor]:

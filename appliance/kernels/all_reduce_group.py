@@ -45,7 +45,7 @@ from appliance.kernels.tactics import ROW_BUCKETS, TABLE
 log = logging.getLogger(__name__)
 
 ONE_SHOT, TWO_SHOT = "one-shot", "two-shot"
-ONE_SHOT_PUSH, TWO_SHOT_PUSH = "one-shot push", "two-shot push"  # as tactics of norms
+TWO_SHOT_PUSH = "two-shot push"  # as a tactic of norms
 LIBRARY = "library"  # as a tactic of all-reduces
 SEPARATE = "separate"  # as a tactic of norms: an all-reduce by its own tactic, then the norm
 _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 128 multiprocessors or more
@@ -130,8 +130,8 @@ class AllReduce:
         way = self._norm_tactic(x, residual)
         if way == SEPARATE:
             return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
-        if self._push is not None and way in (ONE_SHOT_PUSH, TWO_SHOT_PUSH):
-            return push_rms_norm(x, residual, weight, eps, self._push, two_shot=way == TWO_SHOT_PUSH)
+        if self._push is not None and way == TWO_SHOT_PUSH:
+            return push_rms_norm(x, residual, weight, eps, self._push)
         return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
 
     def rms_norm_quantize(
@@ -141,9 +141,8 @@ class AllReduce:
         if way == SEPARATE:
             total = self.all_reduce(materialize(x, x.dtype))
             return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
-        if self._push is not None and way in (ONE_SHOT_PUSH, TWO_SHOT_PUSH):
-            two_shot = way == TWO_SHOT_PUSH
-            return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale, two_shot=two_shot)
+        if self._push is not None and way == TWO_SHOT_PUSH:
+            return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale)
         return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
@@ -173,10 +172,8 @@ class AllReduce:
 
     def _norm_ways(self, x: Product) -> list[str]:
         """Tactics for a norm behind x, which `Workspace.fits_fused`."""
-        push = self._push
-        pushed = ((ONE_SHOT_PUSH, False), (TWO_SHOT_PUSH, True))
-        more = [way for way, two_shot in pushed if push is not None and push.fits(x, two_shot=two_shot)]
-        return [SEPARATE, ONE_SHOT, TWO_SHOT, *more]
+        ways = [SEPARATE, ONE_SHOT, TWO_SHOT]
+        return [*ways, TWO_SHOT_PUSH] if self._push is not None and self._push.fits(x) else ways
 
     def _chosen(self, kind: str, x: Product) -> str | None:
         return TABLE.chosen(key(kind, x.dtype), x.shape[1], self._workspace.size, x.shape[0])
@@ -364,7 +361,7 @@ def _check(found: AllReduce, device: torch.device) -> str | None:
 
 
 def _check_push(found: AllReduce, device: torch.device) -> str | None:
-    """Likewise the kernels that push; more calls than there are buffers."""
+    """Likewise the kernel that pushes; more calls than there are buffers."""
     space, push = found.workspace, found.push
     assert push is not None
     shape = (space.slots + 3, _PUSH_COLUMNS)  # two rows of some slots
@@ -373,11 +370,8 @@ def _check_push(found: AllReduce, device: torch.device) -> str | None:
         generator = torch.Generator().manual_seed(turn)
         partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
         _, expected = all_reduce_rms_norm_reference(partials, torch.zeros_like(partials[0]), weight, 1e-5)
-        for two_shot in (False, True):
-            x = partials[space.rank].to(device)
-            _, got = push_rms_norm(x, torch.zeros_like(x), weight.to(device), 1e-5, push, two_shot=two_shot)
-            if not torch.equal(got.cpu(), expected):
-                return (
-                    f"the {TWO_SHOT_PUSH if two_shot else ONE_SHOT_PUSH} kernel gives wrong sums on rank {space.rank}"
-                )
+        x = partials[space.rank].to(device)
+        _, got = push_rms_norm(x, torch.zeros_like(x), weight.to(device), 1e-5, push)
+        if not torch.equal(got.cpu(), expected):
+            return f"the {TWO_SHOT_PUSH} kernel gives wrong sums on rank {space.rank}"
     return None

@@ -3,8 +3,9 @@ into the peers' memory, and are their own flags.
 
 `all_reduce_norm.py` publishes numbers, tells the others, waits to be told, and reads theirs: a local write, a fence, a
 flag and a remote read one after the other. Here a rank writes its numbers where the others look for them, and these
-look until everything has come: one trip one way (two of them two-shot: a rank gets all ranks' numbers of its share of
-a row, adds them up and writes the sums to all). No fence, no flag. The idea is that of Lamport ("Concurrent Reading and
+look until everything has come, in two shots: a rank gets all ranks' numbers of its share of a row, adds them up and
+writes the sums to all. No fence, no flag. (In one shot, every rank's row to all others, it is slower than reading: with
+1 to 8 rows on two and four H200s, and by far with more.) The idea is that of Lamport ("Concurrent Reading and
 Writing", 1977), as TensorRT-LLM uses it for all-reduces and NCCL, with explicit flags, as its protocol LL.
 
 What has not come yet is a number that nobody sends: minus zero, of 16 bits; a sender's are made zeros, which changes no
@@ -70,12 +71,12 @@ class PushSpace:
                 time.sleep(_CLEARING_SECONDS)
                 self.memory.zero_()
 
-    def fits(self, x: Product, *, two_shot: bool) -> bool:
+    def fits(self, x: Product) -> bool:
         """Whether the kernels here take x."""
         rows, columns = x.shape
         row_bytes = columns * x.dtype.itemsize
         whole = columns % self.size == 0 and (row_bytes // self.size) % _ALIGNMENT == 0
-        used = -(-rows // self.slots) * row_bytes * (2 if two_shot else self.size)
+        used = -(-rows // self.slots) * row_bytes * 2
         return x.dtype in _DTYPES and whole and columns <= MAX_ROW and 0 < used <= self.region_bytes
 
 
@@ -127,7 +128,6 @@ def _push_rms_norm_kernel(
     size,
     share,
     eps,
-    TWO_SHOT: tl.constexpr,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -143,8 +143,8 @@ def _push_rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Program: whole rows, each in registers as [RANKS, PART], a line for the share of a rank; PART holds share = size
-    / RANKS numbers. A region: per row the numbers of all ranks, [RANKS, size], or (TWO_SHOT) those of this rank's
-    share, [RANKS, share], and behind all rows the sums of each row, [size]."""
+    / RANKS numbers. A region: per row all ranks' numbers of this rank's share, [RANKS, share], and behind all rows the
+    sums of each row, [size]."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -168,15 +168,9 @@ def _push_rms_norm_kernel(
                 x = x.to(tl.float32)
                 x = apply_scales(x, tl.load(row_scales_ptr + row), column_scales_ptr, bias_ptr, column, there, BIASED)
             bits = _sendable(x, residual_ptr)
-            if TWO_SHOT:
-                tl.store(everyone + ((row // stride) * RANKS + rank) * share + part[None, :], bits, mask=there)
-            else:
-                at = ((row // stride) * RANKS + rank) * size + column
-                for step in tl.static_range(RANKS):
-                    peer = (rank + step) % RANKS  # ranks write to different ones at a time
-                    tl.store(_buffer(addresses_ptr, peer, buffer, slots, region_bytes) + at, bits, mask=there)
+            tl.store(everyone + ((row // stride) * RANKS + rank) * share + part[None, :], bits, mask=there)
         tl.debug_barrier()  # sent before anything is waited for
-    if TWO_SHOT and (STEPS & 2) != 0:
+    if STEPS & 2:
         for row in range(slot, n, stride):
             at = (row // stride) * size + part
             mine = tl.zeros((PART,), dtype=tl.float32)
@@ -206,20 +200,9 @@ def _push_rms_norm_kernel(
             total = tl.zeros((RANKS, PART), dtype=tl.float32)
             missing = 1
             while missing > 0:
-                total = tl.zeros((RANKS, PART), dtype=tl.float32)
-                absent = tl.zeros((RANKS, PART), dtype=tl.int32)
-                if TWO_SHOT:
-                    at = sums + (row // stride) * size + column
-                    bits = tl.load(own + at, mask=there, other=0, volatile=True)
-                    absent = (bits == -32768).to(tl.int32)
-                    total = _received(bits, residual_ptr)
-                else:
-                    for peer in tl.static_range(RANKS):
-                        at = ((row // stride) * RANKS + peer) * size + column
-                        bits = tl.load(own + at, mask=there, other=0, volatile=True)
-                        absent |= (bits == -32768).to(tl.int32)
-                        total += _received(bits, residual_ptr)
-                missing = tl.max(tl.max(absent, 1), 0)
+                bits = tl.load(own + sums + (row // stride) * size + column, mask=there, other=0, volatile=True)
+                missing = tl.max(tl.max((bits == -32768).to(tl.int32), 1), 0)
+                total = _received(bits, residual_ptr)
             finish_row(
                 total.to(residual_ptr.dtype.element_ty),
                 residual,
@@ -239,16 +222,14 @@ def _push_rms_norm_kernel(
                 STATIC,
             )
         tl.store(state_ptr + 2 * slot, buffer)
-        tl.store(state_ptr + 2 * slot + 1, rows_here * size * (2 if TWO_SHOT else RANKS))
+        tl.store(state_ptr + 2 * slot + 1, rows_here * size * 2)
 
 
-def push_rms_norm(
-    x: Product, residual: Tensor, weight: Tensor, eps: float, space: PushSpace, *, two_shot: bool
-) -> tuple[Tensor, Tensor]:
+def push_rms_norm(x: Product, residual: Tensor, weight: Tensor, eps: float, space: PushSpace) -> tuple[Tensor, Tensor]:
     """`all_reduce_norm.all_reduce_rms_norm`, and its reference is this one's. `PushSpace.fits` x, whose dtype is that
     of the residual stream."""
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_push(x, residual, weight, eps, space, result, None, two_shot=two_shot)
+    launch_push(x, residual, weight, eps, space, result, None)
     return result, residual
 
 
@@ -260,12 +241,10 @@ def push_rms_norm_quantize(
     space: PushSpace,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    *,
-    two_shot: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`all_reduce_norm.all_reduce_rms_norm_quantize`, likewise."""
     values, scales = quantized_rows(x.shape, dtype, x.device)
-    launch_push(x, residual, weight, eps, space, values, scales, dtype, scale, two_shot=two_shot)
+    launch_push(x, residual, weight, eps, space, values, scales, dtype, scale)
     return (values, scales), residual
 
 
@@ -280,13 +259,12 @@ def launch_push(
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
     *,
-    two_shot: bool,
     steps: int = ALL_STEPS,
 ) -> None:
     """Writes `result` [n, size] and, where it is to be quantized, `scales`; of several calls with some of the `steps`
     each, the last does."""
     n, size = x.shape
-    assert space.fits(x, two_shot=two_shot) and space.size in SIZES and x.dtype == residual.dtype
+    assert space.fits(x) and space.size in SIZES and x.dtype == residual.dtype
     deferred = None if isinstance(x, Tensor) else x
     values = x if isinstance(x, Tensor) else x.values
     assert values.stride(-1) == 1 and residual.stride(-1) == 1
@@ -314,7 +292,6 @@ def launch_push(
         size,
         size // space.size,
         eps,
-        TWO_SHOT=two_shot,
         DEFERRED=deferred is not None,
         BIASED=bias is not None,
         QUANTIZE=scales is not None,
