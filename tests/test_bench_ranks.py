@@ -187,6 +187,9 @@ def test_random_weights_fill_a_share(scheme: str, tmp_path: Path) -> None:
     assert torch.equal(first["embedding.weight"], second["embedding.weight"])
     down = [name for name in first if name.startswith("layers.0.mlp.down.")]
     assert down and any(not _equal(first[name], second[name]) for name in down)
+    for name in down:  # made once for all layers, but read from memory like any other
+        other = first[name.replace("layers.0.", "layers.1.")]
+        assert _equal(first[name], other) and first[name].data_ptr() != other.data_ptr()
     norms = [p for p in first.values() if p.dim() == 1 and p.dtype == torch.bfloat16]
     assert norms and all(bool((p == 1).all()) for p in norms)
 

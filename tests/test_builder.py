@@ -181,11 +181,11 @@ def test_tied_embeddings_and_double_build(tmp_path: Path) -> None:
 
 
 def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from appliance.builder import convert as module
+    from appliance.quantization import blocks as module
 
     weight = torch.randn(37, 48)
     whole = fp8.Scheme().quantize(weight)
-    monkeypatch.setattr(module, "_QUANTIZE_AT_ONCE", 10 * 48)
+    monkeypatch.setattr(module, "_AT_ONCE", 10 * 48)
     blocks = module.quantize(fp8.Scheme(), weight)
     assert blocks.keys() == whole.keys()
     for suffix, tensor in whole.items():
@@ -193,7 +193,7 @@ def test_rows_quantized_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     # Two blocks of 48 rows, and an order of 48 inputs, which is not doubled.
     ordered = int4_gptq.Scheme({"group_size": 16, "act_order": True})
     weight = torch.randn(96, 48)
-    monkeypatch.setattr(module, "_QUANTIZE_AT_ONCE", 48 * 48)
+    monkeypatch.setattr(module, "_AT_ONCE", 48 * 48)
     blocks, whole = module.quantize(ordered, weight), ordered.quantize(weight)
     assert {suffix: tensor.tolist() for suffix, tensor in blocks.items()} == {k: t.tolist() for k, t in whole.items()}
 

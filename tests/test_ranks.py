@@ -169,7 +169,7 @@ def pipes_to_ranks(leader: Leader) -> set[str]:
     """By their names in /proc. Others are gloo's."""
     results = [] if leader._results is None else [leader._results._fd]
     fds = [*leader._wake.values(), *(rank.report for rank in leader._ranks), *results]
-    return {os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
+    return {Path(f"/proc/self/fd/{fd}").readlink().name for fd in fds}
 
 
 def pipes() -> set[str]:
@@ -177,7 +177,7 @@ def pipes() -> set[str]:
     found = set()
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # that of this very look
-            found.add(os.readlink(fd))
+            found.add(fd.readlink().name)
     return {name for name in found if name.startswith("pipe:")}
 
 

@@ -22,14 +22,12 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from appliance import registry
 from appliance.bench.report import say
 from appliance.bench.shapes import shape_config, write_config
 from appliance.bench.vocabulary import write_tokenizer
-from appliance.builder.convert import quantize
-from appliance.builder.shards import plan_tensors, rank_shape
+from appliance.builder.shards import plan_tensors
 from appliance.checkpoint.writer import SafetensorsWriter
 from appliance.distributed import TensorParallel
 from appliance.engines.digest import hash_files
@@ -48,7 +46,7 @@ from appliance.errors import ApplianceError, EngineDamagedError, HardwareError, 
 from appliance.kernels.compiled import DIRECTORY as KERNEL_DIRECTORY
 from appliance.kernels.compiled import KERNELS
 from appliance.runtime.loading import LoadedModel, build_model
-from appliance.runtime.random_weights import normal, write_random_file
+from appliance.runtime.random_weights import tensors, write_random_file
 from appliance.types import ModelConfig, Precision, Struct, WeightSpec
 
 _WRITERS = 6  # threads that copy tensors from the device into a file
@@ -269,8 +267,10 @@ def _write_files(
     dtype = getattr(torch, inputs.dtype)
     first, writing = path / rank_file_name(0), deque[Future[None]]()
     plan = plan_tensors(specs, scheme, dtype, engine.tp_size)
+    share = TensorParallel(0, engine.tp_size)
+    model = build_model(config, inputs.scheme, dtype, inputs.scheme_parameters, share)
     with torch.no_grad(), SafetensorsWriter(first, plan) as writer, ThreadPoolExecutor(_WRITERS) as pool:
-        for name, tensor in engine_tensors(config, inputs, device):
+        for name, tensor in tensors(model, device, 0):
             writing.append(pool.submit(writer.write, name, tensor))
             if len(writing) > 2 * _WRITERS:
                 writing.popleft().result()
@@ -289,22 +289,6 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
     module = registry.load("models", registry.architectures()[config.architecture].name)
     specs: list[WeightSpec] = module.weight_specs(config)
     return specs
-
-
-def engine_tensors(config: ModelConfig, inputs: KeyInputs, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a rank's share, random, in the order of its file; norms are ones."""
-    scheme = registry.load("quantization", inputs.scheme).Scheme(inputs.scheme_parameters)
-    dtype, generator = getattr(torch, inputs.dtype), torch.Generator(device).manual_seed(0)
-    for spec in weight_specs(config):
-        shape = rank_shape(spec, inputs.tp_size)
-        if spec.kind == "plain":
-            ones = len(shape) == 1
-            yield spec.name, torch.ones(shape, dtype=dtype) if ones else normal(shape, dtype, generator)
-            continue
-        for suffix, tensor in quantize(scheme.of(spec.name), normal(shape, dtype, generator)).items():
-            yield f"{spec.name}.{suffix}", tensor
-        if spec.bias_sources:
-            yield f"{spec.name}.bias", torch.zeros(shape[:1], dtype=dtype)
 
 
 # ---------------------------------------------------------------- tuning

@@ -33,7 +33,7 @@ from appliance.builder.calibration_blocks import (
 )
 from appliance.builder.calibration_data import CalibrationTokens
 from appliance.builder.calibration_store import BlockReport, CalibrationStore
-from appliance.builder.convert import join, quantize, source_bytes
+from appliance.builder.convert import join, source_bytes
 from appliance.builder.job import Job
 from appliance.builder.shards import joined_shape, plan_tensors
 from appliance.engines.disk import gib, tree_bytes
@@ -42,6 +42,7 @@ from appliance.engines.manifest import CalibrationSummary, SelfCheck
 from appliance.engines.meter import ByteMeter, ProgressFn
 from appliance.errors import EngineBuildError, SettingsError
 from appliance.hardware.host import host
+from appliance.quantization.blocks import quantize
 from appliance.quantization.calibration.block import NORMS, PRODUCTS, QuantizedBlock
 from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.types import WeightSpec

@@ -30,14 +30,12 @@ from appliance.checkpoint import Checkpoint, SafetensorsWriter
 from appliance.engines.disk import gib
 from appliance.engines.manifest import SelfCheck
 from appliance.engines.meter import ByteMeter
-from appliance.quantization.scheme import PrecisionScheme
 from appliance.runtime.weights import read_tensors
 from appliance.types import WeightSpec
 
 log = logging.getLogger(__name__)
 
 _WAITING = 2  # specs of a source in order that wait to be written
-_QUANTIZE_AT_ONCE = 64 << 20  # weights; a scheme's float32 intermediates take some 12 bytes for each
 _LARGE = 256 << 20  # bytes of a source; those come first, so that no thread is left alone with one at the end
 
 Tensors = dict[str, Tensor]
@@ -100,26 +98,6 @@ def join(checkpoint: Checkpoint, names: Iterable[str], device: torch.device, dty
         parts = [read.pop(name) for name in names]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return whole.to(dtype, copy=len(parts) == 1 and device.type == "cpu")
-
-
-def quantize(scheme: PrecisionScheme, weight: Tensor) -> Tensors:
-    """`scheme.quantize` over blocks of rows, which are independent, to bound what it needs in between."""
-    rows = max(1, _QUANTIZE_AT_ONCE // weight.shape[1])
-    if weight.shape[0] <= rows:
-        return scheme.quantize(weight)
-    blocks = [scheme.quantize(block) for block in torch.split(weight, rows)]
-    announced = scheme.tensors(weight.shape[0], weight.shape[1], weight.dtype)
-    stacked = {}
-    for suffix, (shape, _) in announced.items():
-        parts = [block[suffix] for block in blocks]
-        # What does not belong to rows, such as an order of the inputs, is the same in every block.
-        stacked[suffix] = torch.cat(parts) if sum(map(len, parts)) == shape[0] else parts[0]
-    return stacked
-
-
-def quantizing_bytes(numel: int) -> int:
-    """Of memory that `quantize` needs in between, at most."""
-    return 12 * min(numel, _QUANTIZE_AT_ONCE)
 
 
 def convert(

@@ -9,17 +9,14 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from appliance.builder.convert import quantize
 from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.layers.decoder import Decoder
 from appliance.layers.linear import Linear
-from appliance.quantization.scheme import PrecisionScheme
+from appliance.runtime import random_weights
 from appliance.runtime.loading import build_model
 from appliance.types import ModelConfig
-
-_STD = 0.02  # of the weights: activations keep their usual size
 
 
 def describe_model(
@@ -39,40 +36,11 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-@torch.no_grad()
 def make_up(model: Decoder, device: torch.device) -> None:
-    """Give a model on the meta device random weights, stored as its schemes store them and prepared; norms are ones.
-    Layers of one shape have the same numbers in memory of their own. EngineBuildError for a scheme that cannot round a
-    weight alone."""
-    model.load(_tensors(model, device), device)
+    """Give a model on the meta device random weights (`random_weights.fill`), prepared. EngineBuildError for a scheme
+    that cannot round a weight alone."""
+    random_weights.fill(model, device, 0)
     model.prepare(model.config.max_position_embeddings)
-
-
-def _tensors(model: Decoder, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator(device).manual_seed(0)
-    quantized: dict[tuple[int, int, PrecisionScheme], Mapping[str, Tensor]] = {}
-    given: set[str] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear):
-            continue
-        key = (module.out_features, module.in_features, module.scheme)
-        if key not in quantized:
-            quantized[key] = quantize(module.scheme, _normal(key[:2], model.dtype, generator))
-        for suffix, tensor in quantized[key].items():
-            given.add(f"{name}.{suffix}")
-            yield f"{name}.{suffix}", tensor.clone()
-    for name, parameter in list(model.named_parameters()):
-        if name in given:
-            continue
-        if parameter.dim() > 1:
-            yield name, _normal(tuple(parameter.shape), parameter.dtype, generator)
-        else:
-            make = torch.zeros if name.endswith(".bias") else torch.ones
-            yield name, make(parameter.shape, dtype=parameter.dtype, device=device)
-
-
-def _normal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator) * _STD
 
 
 def first_layers(model: Decoder, layers: int) -> Decoder:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from appliance.builder.convert import Tensors, join, quantize, quantizing_bytes, source_bytes
+from appliance.builder.convert import Tensors, join, source_bytes
 from appliance.builder.job import Job
 from appliance.builder.shards import joined_shape, plan_tensors
 from appliance.engines.manifest import SelfCheck
+from appliance.quantization.blocks import quantize, quantizing_bytes
 from appliance.types import WeightSpec
 
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from appliance.builder.convert import Tensors, join, quantizing_bytes, source_bytes
+from appliance.builder.convert import Tensors, join, source_bytes
 from appliance.builder.job import Job
 from appliance.builder.shards import joined_shape, plan_tensors
 from appliance.checkpoint import Checkpoint
 from appliance.checkpoint.quantized.source import QuantizedTensors
 from appliance.engines.manifest import SelfCheck
 from appliance.errors import EngineBuildError
+from appliance.quantization.blocks import quantizing_bytes
 from appliance.types import ModelConfig, WeightSpec
 
 
