@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from appliance.kernels.compiled import KERNELS
+from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
 
 
 def read_sources(*names: str) -> str:
@@ -27,11 +28,9 @@ class Kernel:
 
     def __init__(self, name: str, code: bytes, entry: str, threads: int, shared: int, index: int) -> None:
         """`name`: of its cubin, as `KERNELS` calls it."""
-        from cuda.bindings import driver
-        from cuda.core import ObjectCode
-
+        driver = cuda_bindings("driver")
         self._name, self._code, self._record = name, code, KERNELS.record
-        self._kernel = ObjectCode.from_cubin(code).get_kernel(entry)
+        self._kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(entry)
         self._threads, self._shared = threads, shared
         self._configs: dict[tuple[int, bool], Any] = {}
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -42,35 +41,18 @@ class Kernel:
             raise RuntimeError(f"an int4 kernel cannot have {shared} bytes of shared memory: {error}")
 
     def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
-        from cuda.core import LaunchConfig, launch
-
         if self._record != KERNELS.record:
             self._record = KERNELS.record
             KERNELS.used_native(self._name, self._code)
         config = self._configs.get((blocks, dependent))
         if config is None:
-            config = self._configs[blocks, dependent] = LaunchConfig(
+            config = self._configs[blocks, dependent] = cuda_core().LaunchConfig(
                 grid=blocks,
                 block=self._threads,
                 shmem_size=self._shared,
                 programmatic_stream_serialization=dependent,
             )
-        launch(_current_stream(), config, self._kernel, *arguments)
-
-
-class _TorchStream:
-    """Torch's current stream, in the protocol that cuda.core takes streams by."""
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
-
-
-def _current_stream() -> Any:
-    from cuda.core import Device
-
-    device = Device(torch.cuda.current_device())
-    device.set_current()
-    return device.create_stream(_TorchStream())
+        cuda_core().launch(current_stream(), config, self._kernel, *arguments)
 
 
 def load(
@@ -92,21 +74,17 @@ def load(
 
 def _name(source: str, macros: Mapping[str, int]) -> str:
     """Of the cubin: a digest of all that it depends on but the architecture."""
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
+    _, major, minor = cuda_bindings("nvrtc").nvrtcVersion()
     key = f"{source}\n{sorted(macros.items())}\nNVRTC {major}.{minor}"
     return f"int4-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 def _compile(source: str, macros: Mapping[str, int], features: str) -> bytes:
-    from cuda.core import Program, ProgramOptions
-
     major, minor = torch.cuda.get_device_capability()
-    options = ProgramOptions(
+    options = cuda_core().ProgramOptions(
         std="c++17",
         arch=f"sm_{major}{minor}{features}",
         define_macro=[(name, str(value)) for name, value in macros.items()],
         use_fast_math=False,
     )
-    return bytes(Program(source, "c++", options).compile("cubin").code)
+    return bytes(cuda_core().Program(source, "c++", options).compile("cubin").code)

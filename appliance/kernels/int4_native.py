@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from appliance.kernels.cuda_core import cuda_core
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
@@ -136,7 +137,7 @@ def unavailable(index: int) -> str | None:
     if torch.cuda.get_device_capability(index) < (8, 0):
         return "the kernel is made for compute capability 8.0 and newer"
     try:
-        import cuda.core  # noqa: F401
+        cuda_core()
     except ImportError:
         return "cuda-core is not installed"
     return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from appliance.kernels.compiled import KERNELS
+from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
 
 SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
 THREADS = 640
@@ -173,7 +174,7 @@ def unavailable() -> str | None:
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         return "the kernel is made for compute capability 9.0 and 10.x"
     try:
-        import cuda.core  # noqa: F401
+        cuda_core()
     except ImportError:
         return "cuda-core is not installed"
     return None
@@ -184,11 +185,9 @@ class DecodeKernel:
     wait for each other, so the launch is cooperative."""
 
     def __init__(self, shape: DecodeShape) -> None:
-        from cuda.bindings import driver
-        from cuda.core import LaunchConfig, ObjectCode
-
+        core, driver = cuda_core(), cuda_bindings("driver")
         self.shape = shape
-        module = ObjectCode.from_cubin(_cubin(shape))
+        module = core.ObjectCode.from_cubin(_cubin(shape))
         self._kernel = module.get_kernel("decode_step")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = driver.CUdevice(torch.cuda.current_device())
@@ -197,13 +196,11 @@ class DecodeKernel:
         )
         if error != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the decode kernel cannot have {SHARED_BYTES} bytes of shared memory: {error}")
-        self._config = LaunchConfig(grid=shape.blocks, block=THREADS, shmem_size=SHARED_BYTES, is_cooperative=True)
+        self._config = core.LaunchConfig(grid=shape.blocks, block=THREADS, shmem_size=SHARED_BYTES, is_cooperative=True)
 
     def launch(self, *tensors: torch.Tensor) -> None:
         """The kernel's arguments in order, all of them pointers, on torch's current stream; can be captured."""
-        from cuda.core import launch
-
-        launch(_current_stream(), self._config, self._kernel, *(tensor.data_ptr() for tensor in tensors))
+        cuda_core().launch(current_stream(), self._config, self._kernel, *(tensor.data_ptr() for tensor in tensors))
 
 
 def compile_all(shapes: Iterable[DecodeShape]) -> None:
@@ -216,21 +213,6 @@ def _cubin(shape: DecodeShape) -> bytes:
     return KERNELS.native(_name(shape), lambda: _compile(shape))
 
 
-class _TorchStream:
-    """Torch's current stream, in the protocol that cuda.core takes streams by."""
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
-
-
-def _current_stream() -> Any:
-    from cuda.core import Device
-
-    device = Device(torch.cuda.current_device())
-    device.set_current()
-    return device.create_stream(_TorchStream())
-
-
 def kernel_source(*, emulated: bool = False) -> str:
     """All of the kernel, to be compiled with a shape's `macros`; `emulated`: without what needs a GPU's assembly."""
     directory = Path(__file__).parent
@@ -238,11 +220,9 @@ def kernel_source(*, emulated: bool = False) -> str:
 
 
 def _options(shape: DecodeShape) -> Any:
-    from cuda.core import ProgramOptions
-
     major, minor = torch.cuda.get_device_capability()
     # The suffix allows instructions of exactly this architecture, here the dealing of registers among warps.
-    return ProgramOptions(
+    return cuda_core().ProgramOptions(
         std="c++17",
         arch=f"sm_{major}{minor}a",
         define_macro=list(shape.macros().items()),
@@ -252,15 +232,11 @@ def _options(shape: DecodeShape) -> Any:
 
 def _name(shape: DecodeShape) -> str:
     """Of the cubin: a digest of all that it depends on but the architecture."""
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
+    _, major, minor = cuda_bindings("nvrtc").nvrtcVersion()
     key = f"{kernel_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
     return f"decode-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 def _compile(shape: DecodeShape) -> bytes:
-    from cuda.core import Program
-
-    code = Program(kernel_source(), "c++", _options(shape)).compile("cubin").code
+    code = cuda_core().Program(kernel_source(), "c++", _options(shape)).compile("cubin").code
     return bytes(code)

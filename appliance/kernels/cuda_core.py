@@ -1,0 +1,41 @@
+"""cuda.core and cuda.bindings, imported under a lock: their modules import each other, so of two threads that import
+them at once one can meet a half of them. Torch's stream, for launches. Knows no kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from typing import Any
+
+import torch
+
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def cuda_core() -> Any:
+    """The module. ImportError if it is not installed."""
+    with _LOCK:
+        return importlib.import_module("cuda.core")
+
+
+@functools.cache
+def cuda_bindings(name: str) -> Any:
+    """`driver` or `nvrtc`. ImportError if they are not installed."""
+    with _LOCK:
+        return importlib.import_module(f"cuda.bindings.{name}")
+
+
+class _TorchStream:
+    """Torch's current stream, in the protocol that cuda.core takes streams by."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
+def current_stream() -> Any:
+    """Torch's current stream as cuda.core's, of the current device."""
+    device = cuda_core().Device(torch.cuda.current_device())
+    device.set_current()
+    return device.create_stream(_TorchStream())
