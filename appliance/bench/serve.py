@@ -224,8 +224,9 @@ def _target(args: argparse.Namespace, main: Flow) -> Iterator[tuple[Target, OwnS
     """The server that is measured, the process if it is ours, and what the JSON line says of it."""
     options = engine_options(args)
     if args.url:
-        if args.model or args.shape:
-            raise SettingsError("--url is of a server that runs: --model and --shape are for one that is started")
+        own = ("model", "shape", "precision", "tp_size", "pp_size", "replicas")
+        for flag in (name.replace("_", "-") for name in own if getattr(args, name) is not None):
+            raise SettingsError(f"--url is of a server that runs; --{flag} is for one that is started")
         yield _look_up(args.url, args.served_model, args.api_key), None, {"url": args.url}
         return
     _check_weights(args)
@@ -245,11 +246,7 @@ def _target(args: argparse.Namespace, main: Flow) -> Iterator[tuple[Target, OwnS
         flags += ["--backend", args.backend] if args.backend != "auto" else []
         flags += ["--max-waiting-requests", str(max(_WAITING, main.concurrency, len(main.arrivals)))]
         flags += ["--replicas", str(args.replicas)] if args.replicas else []
-        flags += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
-        flags += ["--no-persistent-decode"] if args.no_persistent_decode else []
-        flags += ["--batch-invariant"] if args.batch_invariant else []
-        flags += ["--no-tactics"] if args.no_tactics else []
-        flags += shlex.split(args.serve_flags)
+        flags += [*_switches(args), *shlex.split(args.serve_flags)]
         with OwnServer(model, cache, flags=flags, log=work / "server.log") as server:
             about["ready_seconds"] = round(server.until("/v1/health/ready", args.start_timeout), 2)
             server.until_replicas(args.start_timeout)
@@ -287,6 +284,12 @@ def _model(args: argparse.Namespace, work: Path, cache: str | None) -> tuple[str
     return args.model or str(shape_checkpoint(args.shape or DEFAULT_SHAPE, work)), flags
 
 
+def _switches(args: argparse.Namespace) -> list[str]:
+    """Those of the engine that were given, which `serve` and `bench offline` have under the same names."""
+    names = ("no_cuda_graphs", "no_persistent_decode", "batch_invariant", "no_tactics")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+
+
 def _look_up(url: str, model: str | None, api_key: str | None) -> Target:
     """Name and vocabulary, as far as the server tells. UnavailableError if it does not answer."""
     target = Target(url.rstrip("/"), model, api_key, _UNKNOWN_VOCABULARY)
@@ -313,9 +316,7 @@ def _offline(args: argparse.Namespace, model: str, cache: str | None, main: Flow
     command += ["--max-num-seqs", str(running), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
     command += ["--backend", args.backend, "--attention", args.attention]
     command += ["--kv-cache-dtype", args.kv_cache_dtype, *built]
-    command += ["--no-cuda-graphs"] if args.no_cuda_graphs else []
-    command += ["--no-tactics"] if args.no_tactics else []
-    command += ["--cache", cache] if cache else []
+    command += [*_switches(args), *(["--cache", cache] if cache else [])]
     say("without HTTP:")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="", flush=True)

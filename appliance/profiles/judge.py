@@ -81,32 +81,8 @@ class Outcome(Struct, frozen=True):
 
 def judge(candidate: Candidate, place: Place, question: Question, objective: Objective) -> Outcome:
     """The verdict, with the first rule that rejects it as its reason."""
-    asked, profile = question.overrides, candidate.profile
-    on_cpu = profile.backend == "cpu"
-    kv_cache = _kv_cache(candidate, place, asked)
-    rejection = reject(candidate, place, question, kv_cache)
-    draft = Outcome(
-        name=candidate.name,
-        id=candidate.id,
-        profile=profile.name,
-        precision=profile.precision,
-        scheme=profile.scheme,
-        kv_cache=kv_cache,
-        tp_size=candidate.tp_size,
-        pp_size=candidate.pp_size,
-        backend=profile.backend,
-        status="incompatible",
-        reason=None if rejection is None else rejection.reason,
-        rejection=rejection,
-        order=place.order,
-        priority=profile.priority_on(None if on_cpu else place.compute_capability),
-        max_num_seqs=asked.max_num_seqs or profile.limits(objective).max_num_seqs,
-        max_num_batched_tokens=asked.max_num_batched_tokens or profile.limits(objective).max_num_batched_tokens,
-        nodes=asked.nodes,
-        activations=activations(candidate, place),
-        head=_head(candidate, place, question),
-        max_kl=profile.quality.max_kl if profile.quality is not None else None,
-    )
+    asked, on_cpu = question.overrides, candidate.profile.backend == "cpu"
+    draft = _draft(candidate, place, question, objective)
     if draft.reason is not None:
         return draft
     stored = _stored(candidate, place, question)
@@ -151,6 +127,36 @@ def judge(candidate: Candidate, place: Place, question: Question, objective: Obj
         path=worst_path(teams[0]),
     )
     return _with_speed(draft, need, stored, place, question, objective)
+
+
+def _draft(candidate: Candidate, place: Place, question: Question, objective: Objective) -> Outcome:
+    """What is known of it without looking at memory; rejected, if a rule does that."""
+    asked, profile = question.overrides, candidate.profile
+    on_cpu = profile.backend == "cpu"
+    kv_cache = _kv_cache(candidate, place, asked)
+    rejection = reject(candidate, place, question, kv_cache)
+    return Outcome(
+        name=candidate.name,
+        id=candidate.id,
+        profile=profile.name,
+        precision=profile.precision,
+        scheme=profile.scheme,
+        kv_cache=kv_cache,
+        tp_size=candidate.tp_size,
+        pp_size=candidate.pp_size,
+        backend=profile.backend,
+        status="incompatible",
+        reason=None if rejection is None else rejection.reason,
+        rejection=rejection,
+        order=place.order,
+        priority=profile.priority_on(None if on_cpu else place.compute_capability),
+        max_num_seqs=asked.max_num_seqs or profile.limits(objective).max_num_seqs,
+        max_num_batched_tokens=asked.max_num_batched_tokens or profile.limits(objective).max_num_batched_tokens,
+        nodes=asked.nodes,
+        activations=activations(candidate, place),
+        head=_head(candidate, place, question),
+        max_kl=profile.quality.max_kl if profile.quality is not None else None,
+    )
 
 
 def _longest(question: Question, tokens: int) -> int:

@@ -1,6 +1,6 @@
 """The choice: which profile serves a model on a machine, and why every other does not. Pure; does no I/O.
 
-Policy (design.md §6), the numbers of which are the profiles' priorities:
+Policy, the numbers of which are the profiles' priorities:
 
 1. The precision with the highest priority on this GPU that GPU, model and build allow and that fits free memory.
 2. Objective throughput: the smallest tensor-parallel size that has room for 32768 tokens of KV cache, or that fits at
