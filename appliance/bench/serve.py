@@ -224,8 +224,8 @@ def _target(args: argparse.Namespace, main: Flow) -> Iterator[tuple[Target, OwnS
     """The server that is measured, the process if it is ours, and what the JSON line says of it."""
     options = engine_options(args)
     if args.url:
-        own = ("model", "shape", "precision", "tp_size", "pp_size", "replicas")
-        for flag in (name.replace("_", "-") for name in own if getattr(args, name) is not None):
+        started = ("model", "shape", "precision", "tp_size", "pp_size", "replicas")
+        for flag in (name.replace("_", "-") for name in started if getattr(args, name) is not None):
             raise SettingsError(f"--url is of a server that runs; --{flag} is for one that is started")
         yield _look_up(args.url, args.served_model, args.api_key), None, {"url": args.url}
         return
