@@ -1,11 +1,12 @@
-"""The speed model against measurements: steps, prompts and full load of an 8B on one H200, all-reduces on two and four,
-and, for plausibility only, another engine's 70B. A figure that is measured later and missed by 20% fails here."""
+"""The speed model against measurements on one, two and four H200s: steps, prompts, full load, all-reduces; and, for
+plausibility only, against what others published. A figure that is measured later and missed by 20% fails here."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from selection_cases import BUILTIN, FACTS, LLAMA_8B, LLAMA_70B, machine
 
@@ -26,7 +27,7 @@ def ranks(
     facts=H200,
     capability: tuple[int, int] = (9, 0),
 ) -> speed.Ranks:
-    stored = predict.stored_as(precision, on_cpu=False)
+    stored = predict.stored_as(precision, on_cpu=False, head="fp8" if precision == "int4" else None)
     memory = predict.memory(
         model,
         stored=stored,
@@ -57,32 +58,51 @@ class Engine(NamedTuple):
 
 
 FP8, FP8_KV8, BF16 = Engine(), Engine(kv="fp8"), Engine(precision="bf16")
-# Own measurements on H200s: appliance/bench/RESULTS.md, "The CUDA engine, second round" ("now"; bf16 at 32, 128 and 256
-# from "The baseline of issue 2"). Each figure stands in a row of `bench offline`, beside "predicted".
-# Engine, sequences, prompt tokens, ms of a decode step. The bench gives each 128 tokens, so contexts are 64 longer than
-# prompts on average.
-STEPS = [
-    *((FP8, n, 128, ms) for n, ms in ((1, 1e3 / 432), (2, 2.62), (4, 2.74), (8, 2.99), (32, 3.25), (64, 3.85))),
-    *((FP8, n, 128, ms) for n, ms in ((128, 4.65), (256, 7.13))),
-    *((FP8, n, 1024, ms) for n, ms in ((64, 5.53), (256, 13.88))),
-    *((FP8_KV8, n, 1024, ms) for n, ms in ((64, 4.55), (256, 9.64))),
-    *((BF16, n, 128, ms) for n, ms in ((1, 3.89), (2, 3.97), (4, 4.07), (8, 4.48), (32, 5.31), (64, 5.60))),
-    *((BF16, n, 128, ms) for n, ms in ((128, 6.83), (256, 10.20))),
+INT8, INT4 = Engine(precision="int8"), Engine(precision="int4")
+TP2, TP4, TP4_70B, PP2 = Engine(tp=2), Engine(tp=4), Engine("70b", tp=4), Engine(pp=2)
+# Own measurements on H200s, appliance/bench/RESULTS.md: "Several GPUs", "Precisions"; "The CUDA engine, second round"
+# (FP8 at 2 and 4 sequences, FP8 K/V, full load, short prompts), "The baseline of issue 2" (full load in bf16). Each
+# stands in a row of `bench offline`, beside "predicted".
+# Engine, prompt tokens, ms of a decode step by sequences. The bench gives each 128 tokens, so contexts are 64 longer
+# than prompts on average.
+MEASURED = [
+    (FP8, 128, {1: 2.25, 2: 2.62, 4: 2.74, 8: 3.05, 32: 3.31, 64: 3.80, 128: 4.61, 256: 6.96}),
+    (FP8, 1024, {1: 2.34, 8: 3.29, 32: 4.15, 64: 5.44, 128: 7.89, 256: 13.36}),
+    (FP8_KV8, 1024, {64: 4.55, 256: 9.64}),
+    (BF16, 128, {1: 3.84, 2: 3.97, 4: 4.07, 8: 4.49, 32: 4.88, 64: 5.44, 128: 6.65, 256: 10.06}),
+    (INT8, 128, {1: 2.67, 8: 2.86, 32: 3.20, 64: 3.93, 128: 5.33, 256: 7.88}),
+    (INT4, 128, {1: 1.52, 8: 2.55, 32: 4.56, 64: 4.71, 128: 6.74, 256: 11.30}),
+    (TP2, 128, {1: 1.472, 8: 2.353, 64: 2.819, 256: 5.009}),
+    (TP4, 128, {1: 1.046, 8: 1.906, 64: 2.421, 256: 3.884}),
+    (TP4_70B, 128, {1: 5.658, 4: 7.042, 8: 8.125, 64: 9.835, 256: 16.667}),
+    (TP4_70B, 1024, {1: 5.778, 4: 7.397, 8: 8.428, 64: 11.050, 256: 21.138}),
+    (PP2, 128, {1: 3.782, 64: 4.282, 256: 5.810}),
 ]
-# Engine, prompts, tokens of each, prompt tokens/s.
-PROMPTS = [(FP8, 8, 4096, 67643), (FP8, 64, 512, 71524), (BF16, 8, 4096, 40830), (BF16, 64, 512, 44044)]
+STEPS = [(engine, n, prompt, ms) for engine, prompt, rows in MEASURED for n, ms in rows.items()]
+# Engine, prompts that come at once, tokens of each, ms until all have their first tokens.
+PROMPTS = [
+    *((FP8, 8, 4096, 480.1), (FP8, 64, 512, 458.1), (FP8, 1, 512, 9.9)),
+    *((BF16, 8, 4096, 799.9), (BF16, 64, 512, 744.0), (BF16, 1, 512, 14.6)),
+    *((INT8, 8, 4096, 523.3), (INT8, 1, 512, 11.5), (INT4, 8, 4096, 813.0), (INT4, 1, 512, 18.4)),
+    *((TP2, 8, 4096, 294.9), (TP4, 8, 4096, 193.9), (PP2, 8, 4096, 304.2)),
+    *((TP4_70B, 8, 4096, 1336.1), (TP4_70B, 1, 512, 28.6)),
+]
 # Engine, requests at once, prompt and output tokens of each, output tokens/s.
 LOADS = [
     (FP8, 256, 1024, 1024, 12315),
     (BF16, 256, 1024, 1024, 9912),
     (FP8_KV8, 1024, 1000, 1000, 17403),
     (FP8, 1024, 128, 128, 24802),
+    (TP4_70B, 256, 1024, 1024, 7664),
 ]
-# All-reduces of rows × 8192 in bf16 on H200s (NV18), the best of NCCL, one-shot and two-shot: ranks, rows, µs.
-ALL_REDUCES = [
-    *((2, n, us) for n, us in ((1, 6.5), (8, 7.4), (32, 7.9), (64, 10.0), (256, 20.3), (1024, 58.5), (4096, 212.1))),
-    *((4, n, us) for n, us in ((1, 6.8), (8, 8.9), (32, 9.7), (64, 13.0), (256, 28.3), (1024, 91.5), (4096, 326.3))),
+# All-reduces in bf16, the best of NCCL and of own one-shot and two-shot kernels: ranks, numbers of a row, µs by rows.
+SUMS = [
+    (2, 8192, {1: 3.94, 8: 4.64, 64: 7.32, 256: 17.96, 1024: 62.18, 4096: 246.47}),
+    (4, 8192, {1: 4.96, 8: 6.07, 64: 14.70, 256: 31.93, 1024: 94.47, 4096: 318.81}),
+    (2, 4096, {1: 3.90, 8: 4.10, 32: 5.89, 64: 6.33, 256: 11.25, 512: 18.61, 1024: 33.14, 4096: 139.39, 8192: 249.0}),
+    (4, 4096, {1: 4.83, 8: 5.37, 32: 8.17, 64: 11.15, 256: 19.69, 512: 32.97, 1024: 52.78, 4096: 172.72, 8192: 318.27}),
 ]
+ALL_REDUCES = [(tp, width, n, us) for tp, width, rows in SUMS for n, us in rows.items()]
 
 
 @pytest.mark.parametrize(("engine", "num_seqs", "prompt", "measured"), STEPS)
@@ -93,7 +113,7 @@ def test_decode_steps_on_h200s(engine: Engine, num_seqs: int, prompt: int, measu
 
 @pytest.mark.parametrize(("engine", "count", "length", "measured"), PROMPTS)
 def test_prompts_on_h200s(engine: Engine, count: int, length: int, measured: float) -> None:
-    predicted = speed.prompt_tokens_per_second(engine.ranks, min(count * length, 8192), length)
+    predicted = 1e3 * speed.prompt_seconds(engine.ranks, count, length, 8192)
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 
@@ -103,27 +123,30 @@ def test_full_load_on_h200s(engine: Engine, num_seqs: int, prompt: int, output: 
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 
-@pytest.mark.parametrize(("tp", "rows", "measured"), ALL_REDUCES)
-def test_all_reduces_over_nvlink(tp: int, rows: int, measured: float) -> None:
+@pytest.mark.parametrize(("tp", "width", "rows", "measured"), ALL_REDUCES)
+def test_all_reduces_over_nvlink(tp: int, width: int, rows: int, measured: float) -> None:
     device = speed.gpu_device(H200, "fp8", "nvlink", tp)
-    predicted = 1e6 * speed.all_reduce_seconds(device, tp, rows * 8192 * 2)
+    predicted = 1e6 * speed.all_reduce_seconds(device, tp, rows * width * 2)
     assert abs(predicted / measured - 1) < MAX_ERROR, predicted
 
 
-# vLLM 0.26 with a 70B in FP8 on four H200s: not this engine, so only a range; issue 6 asks for about 0.7 of each step.
-@pytest.mark.parametrize(
-    ("num_seqs", "prompt", "theirs"),
-    [(1, 128, 8.97), (8, 128, 9.30), (64, 128, 11.17), (256, 128, 20.28), (64, 1024, 12.37), (256, 1024, 23.55)],
-)
-def test_a_70b_on_four_h200s_is_plausible(num_seqs: int, prompt: int, theirs: float) -> None:
-    predicted = 1e3 * speed.decode_seconds(ranks(LLAMA_70B, tp=4), num_seqs, prompt + 64)
-    assert 0.6 * theirs < predicted < 1.1 * theirs, predicted
+@pytest.mark.parametrize(("model", "ranks_of"), [("8b", (1, 2, 4)), ("70b", (2, 4, 8))])
+def test_a_request_alone_gains_most_from_ranks_in_the_persistent_kernel(model: str, ranks_of: tuple[int, ...]) -> None:
+    """Five sequences are too many for it; without NVLink, and of hidden sizes beyond 8192, nobody has seen it."""
+    few, many = ([speed.decode_seconds(Engine(model, tp=tp).ranks, n, 192) for tp in ranks_of] for n in (1, 5))
+    assert all(few[i] / few[i + 1] > many[i] / many[i + 1] > 1 for i in range(2)), (few, many)
+
+    def gain(model: ModelConfig, link: str) -> float:
+        one, five = (speed.decode_seconds(ranks(model, tp=2, link=link), n, 192) for n in (1, 5))
+        return five / one
+
+    large = msgspec.structs.replace(LLAMA_70B, hidden_size=16384)
+    assert gain(LLAMA_70B, "nvlink") > 1.1 > 1.05 > max(gain(LLAMA_70B, "pcie"), gain(large, "nvlink"))
 
 
-def test_full_load_of_a_70b_on_four_h200s_is_plausible() -> None:
-    many = ranks(LLAMA_70B, tp=4)
-    assert 0.9 * 6732 < speed.tokens_per_second(many, 256, 8192) < 1.5 * 6732
-    assert 0.9 * 21243 < speed.prompt_tokens_per_second(many, 8192, 4096) < 1.5 * 21243
+def test_the_kernel_for_the_next_larger_number_of_rows_serves() -> None:
+    ms = [1e3 * speed.decode_seconds(TP4.ranks, n, 0) for n in (1, 2, 3, 4, 5)]
+    assert ms[0] < ms[1] < ms[2] == pytest.approx(ms[3], rel=0.01) and ms[3] < ms[4]
 
 
 # Published for TensorRT-LLM, FP8 weights and K/V where the GPU has them: not this engine, but GPUs and numbers of ranks
@@ -154,7 +177,7 @@ BATCHES = [
     ("a100-80gb-x8", "fp16", 2, 64, 2048, 2048, 2 * 782),
     *(("l40s", "fp8", 1, *case) for case in ((64, 128, 128, 3240), (64, 128, 2048, 1622), (32, 2048, 128, 581))),
 ]
-MAX_DISTANCE = 0.27  # a plausibility
+MAX_DISTANCE = 0.28  # a plausibility
 
 
 @pytest.mark.parametrize(("name", "gib", "model", "tp", "published"), LOADED)
@@ -197,7 +220,7 @@ def test_eight_ranks_are_extrapolated_from_what_two_and_four_show() -> None:
     two, four, eight = (
         speed.all_reduce_seconds(speed.gpu_device(H200, "fp8", "nvlink", n), n, 16384) for n in (2, 4, 8)
     )
-    assert two < four < eight < 1.2 * four
+    assert two < four < eight < 1.25 * four
     assert speed.all_reduce_seconds(speed.gpu_device(H200, "fp8", "nvlink", 1), 1, 16384) == 0
 
 
@@ -216,6 +239,7 @@ def test_a_gpu_that_nobody_measured_has_the_h200s_share_of_its_data_sheet() -> N
 def test_pipeline_stages_add_up_for_one_request_and_overlap_for_many() -> None:
     whole, staged = ranks(LLAMA_70B), ranks(LLAMA_70B, pp=2)
     assert speed.decode_seconds(staged, 1) == pytest.approx(speed.decode_seconds(whole, 1), rel=0.15)
+    assert speed.decode_seconds(staged, 8) > speed.decode_seconds(whole, 8) + 0.5e-3, "tokens come back by the host"
     assert 1.4 < speed.tokens_per_second(staged, 256, 8192) / speed.tokens_per_second(whole, 256, 8192) < 2.1
 
 

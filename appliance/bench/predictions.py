@@ -46,8 +46,7 @@ class Predictions:
 
     def prefill(self, prompts: int, length: int) -> float:
         """All of the prompts."""
-        rows = min(prompts * length, self.max_num_batched_tokens)
-        return prompts * length / speed.prompt_tokens_per_second(self.ranks, rows, length)
+        return speed.prompt_seconds(self.ranks, prompts, length, self.max_num_batched_tokens)
 
     def output_rate(self, requests: int, input_len: int, output_len: int) -> float:
         """Output tokens/s, with as many requests running as can."""

@@ -18,7 +18,7 @@ _NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def persistent_decode(precision: str, capability: Capability) -> bool:
-    """Whether decode steps of few sequences on one GPU may be one persistent kernel."""
+    """Whether decode steps of few sequences may be one persistent kernel."""
     return capability >= _PERSISTENT and capability in MEASURED and precision in ("fp8", "bf16", "int4")
 
 

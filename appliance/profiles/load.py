@@ -86,9 +86,9 @@ class Measured(Struct, frozen=True):
 
 # Measured over data sheet on the H200 (profiles/gpus/h200-sxm.yaml), assumed of GPUs that nobody measured.
 _BANDWIDTH_SHARE = 0.875
-_TFLOPS_SHARE: dict[str, float] = {"fp8": 0.755}
+_TFLOPS_SHARE: dict[str, float] = {"fp8": 0.755, "int8": 0.672}
 _HALF_SHARE = 0.8  # of 16-bit products, and of all others
-_NVLINK_SHARE = 0.7  # of the one-way bandwidth, by all-reduces
+_NVLINK_SHARE = 2 / 3  # of the one-way bandwidth, by all-reduces
 
 
 class GpuFacts(Struct, frozen=True):

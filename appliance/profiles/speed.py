@@ -3,10 +3,11 @@
 A pass through the model is, layer by layer: four products, each as long as the root of the sum of squares of the time
 of its weight bytes and that of its operations (they overlap, but not wholly); K/V and activations at the bandwidth; the
 fixed costs of kernels; and with several ranks two all-reduces. Then the head and sampling, each rank of its part of the
-vocabulary.
+vocabulary. Few sequences go through one persistent kernel where that is quicker. With several stages a sequence's next
+step waits for its token to come back to the first one.
 
-The constants are fitted to what was measured on one H200, all under 11% of error there (tests/test_select_speed.py
-has the measurements); bandwidths, rates and links are facts of the GPU (`load.GpuFacts`).
+The constants are fitted to what was measured on one, two and four H200s (tests/test_select_speed.py has the
+measurements and a limit of error); bandwidths, rates and links are facts of the GPU (`load.GpuFacts`).
 """
 
 from __future__ import annotations
@@ -20,21 +21,30 @@ from appliance.types import ModelConfig, Struct
 
 _PRODUCT_SECONDS = 3e-6  # of a product beyond its bytes and operations: 4 a layer
 _LAYER_SECONDS = 20e-6  # attention, norms, rotary embedding, activation: a dozen graphed kernels of 1 to 2 µs
-_SEQUENCE_SECONDS = 0.1e-6  # of a sequence in a layer's decode attention
-_PERSISTENT_SECONDS = 18e-6  # of a layer in the persistent kernel, all in all
-_PERSISTENT_ROWS = 4
+_SEQUENCE_SECONDS = 0.1e-6  # of a sequence in a layer's decode attention, of all heads
+_INT4_WEIGHTS = (8, 3.6e12)  # products of more rows than that first make 16-bit numbers of so many weights per second
 _STEP_SECONDS = 80e-6  # embedding, last norm, sampling, and the gap between steps
-_PROMPT_PRODUCTS = 0.88  # of the rate of products: at thousands of rows the clock goes down
+_PROMPT_PRODUCTS = 0.88  # of the rate of products: at thousands of rows the clock goes down, unless sums give it rest
 _PROMPT_ATTENTION = 0.5  # of the rate of 16-bit products
+_PROMPT_SECONDS = 1.5e-3  # of the host's, from a prompt to its first token, where no other step hides it
 _HAND_OVER_SECONDS = 10e-6  # of a small message from stage to stage inside a node: an estimate
+_RETURN_SECONDS = 0.9e-3  # of tokens from the last stage by way of the host to the first one's next step
 _NETWORK = (40e-6, 2.5e9)  # from node to node: seconds of a small message, bytes/s; a modest network, likewise
 _LOGIT_BYTES = 12  # per logit: written in float32, read by sampling twice
 _BEST_BYTES = 8  # per sampled row: what ranks tell each other of their best token
-_ACTIVATIONS = (12, 4)  # elements moved per row and layer, in units of hidden_size and of a rank's intermediate_size
+# Elements moved per row and layer, in units of hidden_size, and of a rank's heads and intermediate_size.
+_ACTIVATIONS = (7, 5, 4)
+
+# The persistent decode kernel. Every block prepares all rows of a product's input for itself.
+_PERSISTENT_SIZES = (1, 2, 4)  # rows that there are kernels for
+_PERSISTENT_HIDDEN = 8192  # at most
+_PERSISTENT_SECONDS = 10e-6  # of a layer beyond its weights: barriers, attention
+_PERSISTENT_INPUT = 0.19e-9  # of an element of a product's input
+_PERSISTENT_SUM = 0.2  # of a small all-reduce: one way over the link, and no kernel
 
 # All-reduces, as (of a small message at two ranks, and more per doubling of them; share of the one-way bandwidth).
-# NVLink: measured on H200s (its facts file); the others are estimates: NCCL peer to peer, and through host memory.
-_ALL_REDUCE = {"nvlink": (6.5e-6, 0.5e-6), "pcie": (20e-6, 8e-6), "none": (35e-6, 15e-6)}
+# NVLink: measured on H200s (its facts file); the others are estimates: peer to peer, and NCCL through host memory.
+_ALL_REDUCE = {"nvlink": (3.9e-6, 1e-6), "pcie": (20e-6, 8e-6), "none": (35e-6, 15e-6)}
 _PCIE_SHARE = {"pcie": 0.65, "none": 0.3}
 
 # No facts files for CPUs: a modest server with a few memory channels.
@@ -86,7 +96,8 @@ def gpu_device(
         half_flops=facts.reached_flops(half),
         link_seconds=seconds,
         link_bandwidth=bandwidth,
-        persistent=kernels.persistent_decode(precision, compute_capability),
+        # Ranks of it have been measured over NVLink only; what cannot be told is not promised.
+        persistent=kernels.persistent_decode(precision, compute_capability) and (tp_size == 1 or link == "nvlink"),
     )
 
 
@@ -108,26 +119,43 @@ class Ranks(Struct, frozen=True):
 
 
 def all_reduce_seconds(device: Device, tp_size: int, message: int) -> float:
-    """Of `message` bytes on each rank: a fixed cost and a rank's traffic. 0 for one rank."""
+    """Of `message` bytes on each rank: the better of one-shot, in which a rank reads all messages at once, and of
+    two-shot, which adds up parts and then gathers them: twice the fixed cost and less traffic. 0 for one rank."""
     if tp_size == 1:
         return 0.0
-    return device.link_seconds + 2 * (tp_size - 1) / tp_size * message / device.link_bandwidth
+    traffic = (tp_size - 1) * message / device.link_bandwidth
+    return min(device.link_seconds + traffic, 2 * device.link_seconds + 2 / tp_size * traffic)
 
 
 def _product(product: Product, device: Device, rows: int, share: float = 1.0) -> float:
-    operations = 2 * rows * product.out_features * product.in_features
+    weights = product.out_features * product.in_features
     read = product.nbytes / product.count
-    return math.hypot(read / device.bandwidth, operations / (device.flops * share))
+    few, pace = _INT4_WEIGHTS
+    making = weights / pace if read < 0.75 * weights and rows > few else 0.0
+    return math.hypot(read / device.bandwidth, 2 * rows * weights / (device.flops * share)) + making
 
 
 def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
     """What a layer takes with any rows: products, activations, all-reduces. Fixed costs and attention are apart."""
     device, hidden = ranks.device, ranks.model.hidden_size
     *products, _ = rank_products(ranks.model, ranks.stored, ranks.tp_size)
-    whole, part = _ACTIVATIONS
-    moved = rows * device.element * (whole * hidden + part * ranks.model.intermediate_size / ranks.tp_size)
+    whole, heads, inner = _ACTIVATIONS
+    part = heads * ranks.model.num_attention_heads * ranks.model.head_dim + inner * ranks.model.intermediate_size
+    moved = rows * device.element * (whole * hidden + part / ranks.tp_size)
     seconds = sum(_product(product, device, rows, share) for product in products) + moved / device.bandwidth
     return seconds + 2 * all_reduce_seconds(device, ranks.tp_size, rows * hidden * device.element)
+
+
+def _persistent_layer(ranks: Ranks, num_seqs: int) -> float:
+    """A layer of a decode step in the persistent kernel, without reading K/V; infinite where it cannot serve."""
+    device, served = ranks.device, [rows for rows in _PERSISTENT_SIZES if rows >= num_seqs]
+    if not (device.persistent and served and ranks.pp_size == 1 and ranks.model.hidden_size <= _PERSISTENT_HIDDEN):
+        return math.inf
+    *products, _ = rank_products(ranks.model, ranks.stored, ranks.tp_size)
+    weights = sum(product.nbytes / product.count for product in products) / device.bandwidth
+    inputs = served[0] * sum(product.in_features for product in products) * _PERSISTENT_INPUT
+    sums = 2 * _PERSISTENT_SUM * device.link_seconds
+    return weights + inputs + sums + _PERSISTENT_SECONDS
 
 
 def _head(ranks: Ranks, rows: int) -> float:
@@ -142,12 +170,10 @@ def _head(ranks: Ranks, rows: int) -> float:
 
 def _decode_layer(ranks: Ranks, num_seqs: int, context: int) -> float:
     """A layer of a decode step."""
-    if ranks.device.persistent and ranks.tp_size == ranks.pp_size == 1 and num_seqs <= _PERSISTENT_ROWS:
-        fixed = _PERSISTENT_SECONDS
-    else:
-        fixed = 4 * _PRODUCT_SECONDS + _LAYER_SECONDS + num_seqs * _SEQUENCE_SECONDS
+    fixed = 4 * _PRODUCT_SECONDS + _LAYER_SECONDS + num_seqs * _SEQUENCE_SECONDS / ranks.tp_size
     kv_cache = num_seqs * context * ranks.kv_per_token / max(ranks.stages)
-    return _layer(ranks, num_seqs) + fixed + kv_cache / ranks.device.bandwidth
+    quicker = min(_layer(ranks, num_seqs) + fixed, _persistent_layer(ranks, num_seqs))
+    return quicker + kv_cache / ranks.device.bandwidth
 
 
 def _hand_over(ranks: Ranks, rows: int) -> float:
@@ -162,9 +188,10 @@ def _hand_over(ranks: Ranks, rows: int) -> float:
 
 
 def decode_seconds(ranks: Ranks, num_seqs: int, context: int = DECODE_CONTEXT) -> float:
-    """Seconds of one decode step of `num_seqs` sequences, through all stages."""
+    """Seconds from one decode step of `num_seqs` sequences to their next one: through all stages, and back."""
     layers = ranks.model.num_hidden_layers * _decode_layer(ranks, num_seqs, context)
-    return layers + _head(ranks, num_seqs) + (ranks.pp_size - 1) * _hand_over(ranks, num_seqs)
+    seconds = layers + _head(ranks, num_seqs) + (ranks.pp_size - 1) * _hand_over(ranks, num_seqs)
+    return seconds + (_RETURN_SECONDS if ranks.pp_size > 1 else 0.0)
 
 
 def _turn(ranks: Ranks, num_seqs: int, context: int) -> float:
@@ -173,7 +200,7 @@ def _turn(ranks: Ranks, num_seqs: int, context: int) -> float:
     through all stages, and its tokens have come back to the first one."""
     layer, head = _decode_layer(ranks, num_seqs, context), _head(ranks, num_seqs)
     *others, last = [count * layer for count in ranks.stages]
-    return max(*others, last + head, decode_seconds(ranks, num_seqs, context) / ranks.pp_size + _hand_over(ranks, 1))
+    return max(*others, last + head, decode_seconds(ranks, num_seqs, context) / ranks.pp_size)
 
 
 def prompt_tokens_per_second(ranks: Ranks, rows: int, length: int = PROMPT_TOKENS) -> float:
@@ -181,8 +208,19 @@ def prompt_tokens_per_second(ranks: Ranks, rows: int, length: int = PROMPT_TOKEN
     model, device = ranks.model, ranks.device
     heads = math.ceil(model.num_attention_heads / ranks.tp_size) * model.head_dim
     attention = 4 * heads * (length / 2) * rows / (device.half_flops * _PROMPT_ATTENTION)
-    layer = _layer(ranks, rows, _PROMPT_PRODUCTS) + attention + 4 * _PRODUCT_SECONDS + _LAYER_SECONDS
+    share = _PROMPT_PRODUCTS if ranks.tp_size == 1 else 1.0
+    layer = _layer(ranks, rows, share) + attention + 4 * _PRODUCT_SECONDS + _LAYER_SECONDS
     return rows / (max(ranks.stages) * layer + _hand_over(ranks, rows))
+
+
+def prompt_seconds(ranks: Ranks, count: int, length: int, max_num_batched_tokens: int) -> float:
+    """Seconds until `count` prompts that come at once have their first tokens: the last stage begins when all others
+    have seen a part of them (`batching/lanes.py`)."""
+    tokens = count * length
+    rows = min(tokens, max_num_batched_tokens)
+    part = min(rows, math.ceil(tokens / (2 * ranks.pp_size)))
+    filled = (ranks.pp_size - 1) * part / prompt_tokens_per_second(ranks, part, length)
+    return tokens / prompt_tokens_per_second(ranks, rows, length) + filled + _head(ranks, count) + _PROMPT_SECONDS
 
 
 def tokens_per_second(
