@@ -23,6 +23,8 @@ from appliance.bench.load import ClientResult, Flow, Job, Lengths, Record, arriv
 from appliance.bench.load_client import Prompts
 from appliance.bench.load_report import LONG, MAIN, Limits, client_load, summarize
 from appliance.bench.load_run import Target, run_load, share
+from appliance.bench.serve_engines import per_device
+from appliance.bench.serve_table import show
 from appliance.bench.sse_connection import Response, SseConnection
 from appliance.cli import main
 from appliance.errors import SettingsError
@@ -248,6 +250,16 @@ def test_tokens_that_come_together_are_seen() -> None:
     found = summarize([ClientResult(0, [together], 0.5, 1.0, [0.0])], Limits())
     assert found["tokens_per_event"] == 4.0 and found["tpot_ms"]["p50"] == pytest.approx(100 / 7, abs=0.01)
     assert client_load([ClientResult(0, [together], 0.5, 1.0, [0.0])])["cpu_share_of_busiest"] == 0.5
+
+
+def test_a_load_of_which_nothing_came_back_is_shown_too(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = Record(MAIN, 0, 4, 8, start=0.0, end=0.5, error="HTTP 500")
+    facts = {"replicas": 1, "tp_size": 2, "pp_size": 1, "predicted_tokens_per_second": 100.0}
+    result = summarize([ClientResult(0, [failed], 0.1, 1.0, [0.0])], Limits()) | facts
+    result |= per_device(result) | {"client": client_load([ClientResult(0, [failed], 0.1, 1.0, [0.0])])}
+    result["server_cpu_share"] = {}
+    show(result)
+    assert "0 requests completed, 1 failed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- client processes

@@ -41,8 +41,8 @@ def show(result: dict[str, Any]) -> None:
             f"{result['replicas']} replica(s) of {ranks} rank(s): {_number(each)} output tokens/s a rank, "
             f"{_number(result['steady_tokens_per_second_per_rank'])} while the load was whole"
         )
-    if result.get("predicted_tokens_per_second"):
-        predicted, ratio = result["predicted_tokens_per_second"], result["predicted_ratio"]
+    if (ratio := result.get("predicted_ratio")) is not None:  # else nothing was measured
+        predicted = result["predicted_tokens_per_second"]
         say(f"the selection predicts {_number(predicted)} output tokens/s with all running, {ratio:.2f} times as many")
     if goodput := result.get("goodput"):
         limits = ", ".join(f"{name.removesuffix('_ms')} {value:g} ms" for name, value in goodput["limits"].items())
