@@ -67,6 +67,7 @@ WHY = [
         "quickest size for one request whose output is within 20% of the best",
         "TP4: predicted",
     ),
+    ("h200-x4", LLAMA_8B, "auto", "2 replicas of fp8-tp2 on GPUs 0+1, 2+3 ", "2 replicas of TP2: predicted"),
     ("h200-x8", LLAMA_70B, "throughput", "smallest group of GPUs that fits", "8 replicas of TP1: predicted"),
     ("a100-80gb-x8", LLAMA_70B, "latency", "int4-tp8 on GPUs 0, 1, 2, 3, 4, 5, 6, 7", "over NVLink"),
     ("l40s-x4", LLAMA_70B, "throughput", "2 replicas of int4-tp2 on GPUs 0+2, 1+3 ", "PCIe, inside one NUMA node"),
