@@ -20,6 +20,7 @@ from appliance.builder.request import BuildRequest
 from appliance.builder.warmup import WarmedUp, run_steps, warm_up
 from appliance.engine_process import EngineLoop
 from appliance.ipc import AddRequests, Outputs, Shutdown
+from appliance.layers import halves
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets, ready_buckets
 
 # ---------------------------------------------------------------- graphs
@@ -58,6 +59,11 @@ def test_a_start_captures_few_sizes_and_the_rest_follows(most: int) -> None:
     assert sorted(graphs.order) == sizes and graphs.bucket(most + 1) is None
     if most >= 64:
         assert graphs.bucket(33) == 40
+
+
+def test_the_largest_steps_are_not_captured() -> None:
+    """Ranks make passes of more tokens in halves, which graphs do not hold."""
+    assert decode_buckets(4096) == decode_buckets(2048) and decode_buckets(4096)[-1] == 2048 <= halves.MIN_TOKENS
 
 
 def test_no_memory_for_more_graphs_ends_their_capture(caplog: pytest.LogCaptureFixture) -> None:

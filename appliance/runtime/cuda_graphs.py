@@ -25,12 +25,15 @@ log = logging.getLogger(__name__)
 
 # Dense at the low end, where a padded row costs as much as a real one; coarser where steps are long anyway.
 _BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+_LARGEST = 2048  # sequences; a step of more takes so long that launching its kernels one by one does not show
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, ascending: dense up to 64, every 16 up to 256, then every 64; ends with max_num_seqs."""
-    sizes = list(_BUCKETS) + list(range(80, 257, 16)) + list(range(320, max_num_seqs + 1, 64))
-    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+    """Batch sizes to capture, ascending: dense up to 64, every 16 up to 256, then every 64; ends with max_num_seqs, or
+    `_LARGEST` if that is less."""
+    most = min(max_num_seqs, _LARGEST)
+    sizes = list(_BUCKETS) + list(range(80, 257, 16)) + list(range(320, most + 1, 64))
+    return sorted({size for size in sizes if size < most} | {most})
 
 
 def ready_buckets(sizes: Sequence[int]) -> list[int]:
