@@ -36,6 +36,7 @@ from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import RankProcess
 from appliance.runtime.remote_nodes import MIRRORED
 from appliance.runtime.step_ring import RingWriter, SharedSteps
+from appliance.sizes import counted
 
 log = logging.getLogger("appliance.node")
 
@@ -191,8 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         channel = connect(args.leader, args.node, args.token)
         begin = channel.wait_for_note(_BEGIN_SECONDS)
         assert isinstance(begin, Begin), begin
-        log.info("this node has ranks %d to %d", begin.first_rank, begin.first_rank + begin.num_ranks - 1)
-        end.send(Progress(phase="load", detail=f"{begin.num_ranks} ranks"))
+        first, last = begin.first_rank, begin.first_rank + begin.num_ranks - 1
+        log.info("this node has %s", f"ranks {first} to {last}" if last > first else f"rank {first}")
+        end.send(Progress(phase="load", detail=counted(begin.num_ranks, "rank")))
         NodeRanks(channel, begin, args.engine_dir, [name for name in args.devices.split(",") if name]).run()
     except (LeaderLostError, ConnectionError) as error:
         log.info("the engine has ended: %s", error)

@@ -141,10 +141,9 @@ def check_together(settings: Any) -> None:
 
 
 def _check_nodes(settings: Any) -> None:
-    if settings.node_rank is not None and settings.node_rank >= settings.nnodes > 1:
-        raise SettingsError(
-            f"node_rank {settings.node_rank} is not below nnodes, {settings.nnodes}", hint="ranks of nodes begin with 0"
-        )
+    if settings.node_rank is not None and settings.node_rank >= settings.nnodes:
+        hint = "ranks of nodes begin with 0" if settings.nnodes > 1 else "say with --nnodes how many nodes there are"
+        raise SettingsError(f"node_rank {settings.node_rank} is not below nnodes, {settings.nnodes}", hint=hint)
     if settings.nnodes > 1 and (settings.replicas or 1) > 1:
         raise SettingsError(
             f"{settings.replicas} replicas on {settings.nnodes} nodes are not supported",

@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
                 garbage.settle()
                 shared.count(args.rank, Word.FINISHED)
                 seconds = time.perf_counter() - begin
-                log.info("rank %d of %d on %s is loaded: %.1f s", args.rank, args.world_size, info.device_name, seconds)
+                log.info("rank %d of %d is loaded: %.1f s (%s)", args.rank, args.world_size, seconds, info.device_name)
             case Stop():
                 return
 
@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         expected = isinstance(error, ApplianceError) or _kind(error) == PEER_LOST
         if expected:
-            log.error("rank %d failed: %s", args.rank, str(error).partition("\n")[0])
+            reason = str(error).partition("\n")[0].partition(". This is typically")[0]  # of gloo
+            log.error("rank %d failed: %s", args.rank, reason)
         log.log(logging.DEBUG if expected else logging.ERROR, "rank %d failed\n%s", args.rank, traceback.format_exc())
         os.write(args.report, msgspec.msgpack.encode(_failure(error)))
         return error.exit_code if isinstance(error, ApplianceError) else 1

@@ -156,6 +156,15 @@ def test_dry_run_shows_values_and_origins(tmp_path: Path, capsys: pytest.Capture
     assert "to be built" in rows["engine"] + out and not (tmp_path / "engines").exists()
 
 
+def test_dry_run_refuses_a_node_that_would_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve", "--dry-run", "--cache", str(tmp_path), "--nnodes", "2"]
+    code, out, _ = run(capsys, *words)
+    assert code == 2 and "nnodes is 2, and node_rank is not set (give each node its --node-rank" in out
+    assert run(capsys, *words, "--node-rank", "0")[0] == 0
+    recorded = ["--hardware", str(ROOT / "tests/hardware/h200-x2.yaml")]  # of no node in particular
+    assert run(capsys, *words, *recorded)[0] == 0
+
+
 def test_dry_run_of_an_engine_directory_and_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = fill_engine(tmp_path / "engine")
     words = ["serve", "--dry-run", "--json", "--cache", str(tmp_path / "c"), "--model"]

@@ -164,6 +164,41 @@ async def test_who_does_not_go_with_node_0_is_told_why(
     await hub.stop()
 
 
+async def test_a_second_agent_of_a_node_is_refused_while_the_first_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.launch.node_hub._SAME_NODE_SECONDS", 0.5)
+    settings = settings_of()
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    first = await Agent(settings).say(hello(settings))
+    await first.hear(Welcome)
+    second = asyncio.create_task((await Agent(settings).say(hello(settings))).hear())
+    await asyncio.sleep(0.1)
+    first.tell(wire.AgentState("loading"))
+    refused = await second
+    assert isinstance(refused, Refused) and refused.reason == "127.0.0.1 is node 1" and "of its own" in refused.hint
+    assert hub.missing == []
+    third = await Agent(settings).say(hello(settings))  # the first is silent now, as after a power failure
+    assert await third.hear() == Welcome()
+    with pytest.raises(ConnectionError):
+        await first.hear()
+    assert hub.missing == []
+    await hub.stop()
+
+
+async def test_an_agent_gives_up_on_what_is_not_node_0(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    settings = dataclasses.replace(settings_of(node_rank=1, node_timeout=1), host="127.0.0.1", port=free_port())
+    server = await asyncio.start_server(answer, "127.0.0.1", settings.master_port)
+    agent = NodeAgent(settings, open_sockets(settings), tmp_path, Supply(tmp_path))
+    assert await asyncio.wait_for(agent.run(), 10) == 9
+    assert "cannot be reached for 1 s: what answers there is not node 0" in caplog.text
+    assert "node 0 is gone" not in caplog.text
+    server.close()
+
+
 async def test_what_is_no_agent_is_turned_away(caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_of()
     hub = NodeHub(settings, Lifecycle())
@@ -175,7 +210,7 @@ async def test_what_is_no_agent_is_turned_away(caplog: pytest.LogCaptureFixture)
     agent = await Agent(settings).say(Obtained(1, "k"))
     with pytest.raises(ConnectionError):
         await agent.hear()
-    with pytest.raises(SettingsError, match="cannot listen for other nodes on port"):
+    with pytest.raises(SettingsError, match=r"cannot listen for other nodes on port \d+: Address already in use \("):
         await NodeHub(settings, Lifecycle()).start()
     await hub.stop()
 
@@ -325,6 +360,7 @@ def test_torchrun_says_which_node_this_is() -> None:
         ({"nnodes": 2}, "node_rank is not set"),
         ({"nnodes": 2, "node_rank": 1}, "node 1 needs master_addr"),
         ({"nnodes": 2, "node_rank": 2}, "node_rank 2 is not below nnodes, 2"),
+        ({"node_rank": 1}, r"node_rank 1 is not below nnodes, 1 \(say with --nnodes"),
         ({"nnodes": 2, "node_rank": 0, "replicas": 2}, "2 replicas on 2 nodes"),
         ({"nnodes": 2, "node_rank": 0, "pp_size": 3}, "pp_size 3 is no multiple of 2 nodes"),
     ],

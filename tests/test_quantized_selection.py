@@ -127,5 +127,8 @@ def test_a_checkpoint_brings_its_own_groups() -> None:
     with pytest.raises(ProfileError, match="int4 needs multiples of 128"):
         larger = msgspec.structs.replace(llama_8b(), intermediate_size=14336 + 32)
         profiles.require(choose("a100-80gb-x1", larger, build=FULL))
+    with pytest.raises(ProfileError, match=r"intermediate_size per rank is 192 .*bf16, or a smaller --tp-size\)"):
+        narrow = msgspec.structs.replace(llama_8b(), intermediate_size=768)
+        profiles.require(choose("a100-80gb-x4", narrow, build=FULL, tp_size=4))
     own = msgspec.structs.replace(odd, quantization=None)
     assert profiles.require(choose("a100-80gb-x1", own, build=FULL)).name != "int4-tp1"

@@ -31,6 +31,7 @@ from appliance.runtime.loading import (
 )
 from appliance.runtime.model_runner import ModelRunner
 from appliance.runtime.ranks import Member, lead
+from appliance.sizes import counted
 from appliance.types import EngineInfo, EngineOptions
 
 PLUGIN = {
@@ -95,14 +96,14 @@ def assemble(
         page_bytes=page_bytes,
         kv_dtype=kv_dtype,
         attention="reference",
-        device_name=f"CPU, {torch.get_num_threads()} threads" + _of_ranks(loaded.member),
+        device_name=f"CPU, {counted(torch.get_num_threads(), 'thread')}" + _of_ranks(loaded.member),
         timer=timer,
     )
     return make_executor(runner, limits, num_pages, loaded.member), info
 
 
 def _of_ranks(member: Member) -> str:
-    return f" on each of {member.size} ranks" if member.size > 1 else ""
+    return f" for each of {member.size} ranks" if member.size > 1 else ""
 
 
 def _pages_that_fit(options: EngineOptions, model_limit: int, page_bytes: int) -> int:

@@ -15,6 +15,7 @@ from appliance.errors import ApplianceError, CheckpointError
 from appliance.launch.plan import build_request, choose, config_only, make_plan, options_of_directory
 from appliance.profiles import Selection
 from appliance.settings import Settings, add_flags, cuda_visible_devices, load, specs
+from appliance.settings_rules import check_place_of_node
 from appliance.types import Hardware
 
 # Settings that decide or describe a selection.
@@ -108,6 +109,8 @@ def run_dry(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {"warnings": list(settings.warnings)}
     code = 0
     try:
+        if args.hardware is None:
+            check_place_of_node(settings)  # as a start on this machine does
         settings, planned = _planned(settings, args.hardware)
         facts |= planned
     except ApplianceError as error:

@@ -48,6 +48,7 @@ from appliance.settings import Settings, child_environment
 log = logging.getLogger("appliance.nodes")
 
 _RETRY_SECONDS = 1.0
+_LOOK_SECONDS = 0.1
 _SAY_SECONDS = 5.0  # between two lines of a wait
 _CONNECT_SECONDS = 5.0
 _LATER: tuple[str, ...] = get_args(Phase)[get_args(Phase).index("loading") :]  # phases in which node 0 has an engine
@@ -78,6 +79,7 @@ class NodeAgent:
         self._supply = supply or Startup(settings, self._state, directory)
         self._stop = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None  # to node 0, while connected
+        self._joined = False  # this connection is to a node 0, which took this node in
         self._obtaining: asyncio.Task[None] | None = None
         self._engine: tuple[Path, tuple[str, ...]] | None = None  # that was obtained, and the devices of its ranks
         self._ranks: asyncio.Task[None] | None = None
@@ -111,6 +113,7 @@ class NodeAgent:
         """Ends only with an error."""
         lost_at = time.monotonic()
         while True:
+            self._joined = False
             try:
                 reader, writer = await asyncio.wait_for(
                     asyncio.open_connection(self._host, self._port), _CONNECT_SECONDS
@@ -123,12 +126,15 @@ class NodeAgent:
             try:
                 await self._converse(reader, writer)
             except ConnectionError as error:
-                log.warning("node 0 is gone: %s", error)
+                if self._joined:
+                    log.warning("node 0 is gone: %s", error)
+                    lost_at = time.monotonic()
+                else:  # perhaps it has just begun to end; perhaps something else listens there
+                    self._wait_longer(time.monotonic() - lost_at, f"what answers there is not node 0: {error}")
             finally:
                 writer.close()
                 await self._forget()
                 self._writer = None
-            lost_at = time.monotonic()
             await asyncio.sleep(_RETRY_SECONDS)
 
     def _wait_longer(self, waited: float, reason: str) -> None:
@@ -138,7 +144,7 @@ class NodeAgent:
         if waited > patience:
             raise NodeError(
                 f"{where} cannot be reached for {patience:.0f} s: {reason}",
-                hint="is it running, and is --master-addr its name? --node-timeout gives it longer",
+                hint="is it running, and are --master-addr and --master-port its own? --node-timeout gives it longer",
             )
         self._show("starting", f"waiting for {where}: {reason} ({waited:.0f} of {patience:.0f} s)")
 
@@ -152,6 +158,7 @@ class NodeAgent:
         if not isinstance(answer, Welcome):
             raise ConnectionError("it does not answer as node 0 does")
         log.info("joined node 0")
+        self._joined = True
         self._writer = writer
         beat = asyncio.create_task(self._beat(writer))
         listen = asyncio.create_task(self._listen(reader))
@@ -171,9 +178,12 @@ class NodeAgent:
             await asyncio.gather(beat, listen, return_exceptions=True)
 
     async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        """Also at once when the phase changes."""
         while True:
-            wire.write(writer, AgentState(self._life.phase, report.progress_line(self._life).partition(": ")[2]))
-            await asyncio.sleep(BEAT_SECONDS)
+            phase, until = self._life.phase, time.monotonic() + BEAT_SECONDS
+            wire.write(writer, AgentState(phase, report.progress_line(self._life).partition(": ")[2]))
+            while self._life.phase == phase and time.monotonic() < until:
+                await asyncio.sleep(_LOOK_SECONDS)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -192,13 +202,15 @@ class NodeAgent:
 
     def _follow(self, leader: LeaderState) -> None:
         """Ready is this node only with node 0, and with ranks of its own."""
-        if self._engine is None or leader.phase not in _LATER:
+        if self._engine is None or leader.phase not in _LATER or self._stop.is_set():
             return
         if leader.phase == "ready" and (self._ranks is None or self._ranks.done()):
             return
         if leader.phase in ("draining", "failed"):  # that is node 0's end, not this one's
             self._show("restarting", f"node 0 is {leader.phase}: {leader.reason}")
         else:
+            if leader.phase == "ready" and not self._life.is_ready:
+                log.info("ready: node 0 serves, with the ranks of this node")
             self._show(leader.phase, leader.reason)
 
     def _show(self, phase: str, detail: str) -> None:
@@ -295,6 +307,7 @@ class NodeAgent:
         seconds = self._settings.drain_seconds
         if self._ranks is not None and not self._ranks.done():
             log.info("leaving when node 0 has ended its engine, after %g s at most", seconds)
+            self._life.enter("draining", "leaving when node 0 has ended its engine")
             await asyncio.wait({self._ranks, work}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     def _outcome(self, http: asyncio.Task[None], work: asyncio.Task[None]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +39,9 @@ from appliance.types import EngineOptions
 
 log = logging.getLogger("appliance.nodes")
 
-SAY_SECONDS = 5.0  # between two lines about nodes that are missing
+SAY_SECONDS = 10.0  # between two lines about nodes that are missing
 _LOOK_SECONDS = 0.2
+_SAME_NODE_SECONDS = 3 * BEAT_SECONDS  # in which an agent that lives is heard again
 _HELLO_SECONDS = 10.0
 
 
@@ -51,6 +53,7 @@ class _Agent:
     job: int = 0  # that it has obtained
     key: str = ""
     state: AgentState = field(default_factory=lambda: AgentState("starting"))
+    heard: int = 0  # messages
 
 
 class NodeHub:
@@ -70,6 +73,7 @@ class NodeHub:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._absent_since = self._said_missing = time.monotonic()
+        self._showing = False  # progress says who is missing
 
     async def start(self) -> None:
         """SettingsError if the port is taken."""
@@ -78,7 +82,7 @@ class NodeHub:
             opened = listen(self._address, port)
         except OSError as error:
             raise SettingsError(
-                f"cannot listen for other nodes on port {port}: {error.strerror or error}",
+                f"cannot listen for other nodes on port {port}: {os.strerror(error.errno) if error.errno else error}",
                 hint="stop what uses it, or choose another with --master-port, the same on all nodes",
             ) from error
         self._server = await asyncio.start_server(self._on_connection, sock=opened)
@@ -110,7 +114,7 @@ class NodeHub:
                 hint=f"start one process a node, with --master-addr and port {self._settings.master_port} of this "
                 "node, or give them longer with --node-timeout",
             )
-        if now - self._said_missing >= SAY_SECONDS:
+        if now - self._said_missing >= SAY_SECONDS and not self._showing:
             self._said_missing = now
             log.info(
                 "waiting for %s of %d (%.0f of %.0f s)", name_nodes(missing), self._settings.nnodes, waited, patience
@@ -133,12 +137,15 @@ class NodeHub:
     async def obtained(self, key: str) -> None:
         """Wait until all nodes have the engine, which is this one. Progress shows in the lifecycle; NodeError if one
         has another."""
-        while True:
-            waiting = [node for node in range(1, self._settings.nnodes) if not self._has_engine(node)]
-            if not waiting:
-                break
-            self._life.progress(detail="; ".join(map(self._describe, waiting)))
-            await asyncio.sleep(_LOOK_SECONDS)
+        if self.missing:
+            log.info("waiting for %s of %d", name_nodes(self.missing), self._settings.nnodes)
+        self._showing = True
+        try:
+            while waiting := [node for node in range(1, self._settings.nnodes) if not self._has_engine(node)]:
+                self._life.progress(detail="; ".join(map(self._describe, waiting)))
+                await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            self._showing = False
         for agent in self._agents.values():
             if agent.key != key:
                 raise NodeError(
@@ -164,7 +171,8 @@ class NodeHub:
     def _describe(self, node: int) -> str:
         agent = self._agents.get(node)
         if agent is None:
-            return f"waiting for node {node} of {self._settings.nnodes}"
+            waited, patience = time.monotonic() - self._absent_since, self._settings.node_timeout
+            return f"waiting for node {node} of {self._settings.nnodes} ({waited:.0f} of {patience:.0f} s)"
         state = agent.state
         return f"node {node}: {state.phase}" + (f", {state.detail}" if state.detail else "")
 
@@ -213,15 +221,19 @@ class NodeHub:
         if not isinstance(hello, Hello):
             raise ConnectionError("it does not say which node it is")
         reason = wire.difference(hello, self._settings.nnodes, self._own)
+        hint = "start all nodes with the same image and the same settings"
+        while reason is None and (former := self._agents.get(hello.node)) is not None:
+            if await self._lives(former):
+                reason, hint = f"{former.host} is node {hello.node}", "give each node a --node-rank of its own"
+            elif self._agents.get(hello.node) is former:
+                del self._agents[hello.node]
+                former.writer.close()
         if reason is not None:
             log.error("node %d (%s) was refused: %s", hello.node, host, reason)
-            wire.write(writer, Refused(reason, "start all nodes with the same image and the same settings"))
+            wire.write(writer, Refused(reason, hint))
             await writer.drain()
             return None
         agent = _Agent(hello.node, host, writer)
-        former = self._agents.pop(hello.node, None)
-        if former is not None:  # what came back is quicker than the news that it was gone
-            former.writer.close()
         self._agents[agent.node] = agent
         left = f", waiting for {name_nodes(self.missing)}" if self.missing else ", all are here"
         log.info("node %d of %d (%s) is here%s", agent.node, self._settings.nnodes, host, left)
@@ -230,7 +242,17 @@ class NodeHub:
             wire.write(writer, self._job)
         return agent
 
+    async def _lives(self, agent: _Agent) -> bool:
+        """Whether it is heard once more; what comes back may be quicker than the news that it was gone."""
+        heard, deadline = agent.heard, time.monotonic() + _SAME_NODE_SECONDS
+        while self._agents.get(agent.node) is agent and time.monotonic() < deadline:
+            if agent.heard > heard:
+                return True
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
     def _on_message(self, agent: _Agent, message: wire.ToHub) -> None:
+        agent.heard += 1
         match message:
             case AgentState():
                 agent.state = message

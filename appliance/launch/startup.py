@@ -179,7 +179,11 @@ class Startup:
         plan = make_plan(self._settings, selection, checkpoint)
         outcome = plan.outcome
         labels = {"name": outcome.name, "precision": outcome.precision, "kv_cache": outcome.kv_cache}
-        self._state.metrics.profile = labels | {"tp_size": str(outcome.tp_size), "backend": outcome.backend}
+        self._state.metrics.profile = labels | {
+            "tp_size": str(outcome.tp_size),
+            "pp_size": str(outcome.pp_size),
+            "backend": outcome.backend,
+        }
         log.info("profile %s (id %s); `select --explain` says why", outcome.name, outcome.id[:12])
         return plan
 

@@ -207,8 +207,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
     model, tp = question.model, candidate.tp_size
-    size_hint = "leave --tp-size out, or choose another"
     shared = {"heads": model.num_attention_heads, "intermediate size": model.intermediate_size}
+    size_hint = f"leave --tp-size out, or choose {_sizes_of(model)}"
     undivided = [f"{what} ({size})" for what, size in shared.items() if size % tp]
     if undivided:
         return Rejection(f"{tp} ranks do not divide the model's {' and '.join(undivided)}", 4, "tp_size", size_hint)
@@ -228,8 +228,18 @@ def _model_lacks(candidate: Candidate, question: Question) -> Rejection | None:
             if size % multiple:
                 precision = candidate.profile.precision
                 reason = f"{precision} needs multiples of {multiple}, and the model's {name} is {size}"
-                return Rejection(reason, 4, "precision", "leave --precision out, or choose another, for example bf16")
+                smaller = ", or a smaller --tp-size" if tp > 1 and not size * tp % multiple else ""
+                hint = f"leave --precision out, or choose another, for example bf16{smaller}"
+                return Rejection(reason, 4, "precision", hint)
     return None
+
+
+def _sizes_of(model: ModelConfig) -> str:
+    """The powers of two that `_model_lacks` takes of this model: "1, 2 or 4"."""
+    kv_heads = model.num_key_value_heads
+    whole = math.gcd(model.num_attention_heads, model.intermediate_size)
+    sizes = [str(n) for n in (1, 2, 4, 8) if whole % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    return " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
 
 
 def _profile_multiple(candidate: Candidate, question: Question) -> int:

@@ -174,9 +174,7 @@ def load_engine(
         model,
         path / manifest.rank_files[member.rank],
         device,
-        progress=lambda done, total: progress(
-            "load", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", 100 * done / max(total, 1)
-        ),
+        progress=lambda done, total: progress("load", "weights", 100 * done / max(total, 1)),
     )
     return LoadedModel(model, manifest.model, manifest.key, member)
 
