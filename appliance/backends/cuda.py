@@ -149,7 +149,8 @@ def _connect(loaded: LoadedModel, device: torch.device) -> None:
         return
     group.own = own
     if not own.known(config.hidden_size, model.dtype):
-        choices = own.tune(config.hidden_size, model.dtype, time_in_graph)
+        quantized = model.norms_quantized
+        choices = own.tune(config.hidden_size, model.dtype, time_in_graph, quantized)
         loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
 
 
