@@ -18,6 +18,7 @@ from typing import TextIO
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _PROBES = ("/v1/health", "/health", "/v2/health", "/metrics", "/v1/metrics")
+_process_name = ""
 
 
 class _Redactor:
@@ -92,6 +93,11 @@ class _Stderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def process_name() -> str:
+    """What this process is called in its log lines; empty before `configure`."""
+    return _process_name
+
+
 def configure(
     level: str = "INFO", as_json: bool | None = None, *, process: str = "server", secrets: Iterable[str] = ()
 ) -> None:
@@ -100,6 +106,8 @@ def configure(
     Texts in `secrets` (4 characters or more) are never written."""
     if as_json is None:
         as_json = not sys.stderr.isatty()
+    global _process_name
+    _process_name = process
     redact = _Redactor(secrets)
     handler = _Stderr()
     handler.setFormatter(JsonFormatter(process, redact) if as_json else HumanFormatter(process, redact))

@@ -10,7 +10,7 @@ from selection_cases import LLAMA_8B
 from test_engines import fill
 
 from appliance import hardware
-from appliance.errors import HardwareError, ProfileError
+from appliance.errors import HardwareError, ProfileError, SettingsError
 from appliance.launch.plan import choose, engine_options, make_plan, options_of_directory
 from appliance.launch.replicas import split
 from appliance.settings import load
@@ -49,6 +49,17 @@ def test_replicas_of_an_engine_directory(tmp_path: Path) -> None:
     one = msgspec.structs.replace(of_two_ranks, tp_size=1)
     with pytest.raises(HardwareError, match=r"needs 1 GPU of compute capability 9\.0; here are 0"):
         options_of_directory(tmp_path, one, load({"cache": str(tmp_path)}, {}), hardware.load(MACHINES / "l4.yaml"))
+
+
+@pytest.mark.parametrize("asked", [{"tp_size": "2"}, {"pp_size": "2"}, {"precision": "fp8"}, {"backend": "cuda"}])
+def test_an_engine_directory_is_not_another_engine(asked: dict[str, str], tmp_path: Path) -> None:
+    machine, manifest = hardware.load(MACHINES / "none.yaml"), fill(tmp_path)
+    name, value = next(iter(asked.items()))
+    words = rf"{name} {value} was asked for, .* was built for {name} {getattr(manifest, name)} \(leave --{name[:2]}"
+    with pytest.raises(SettingsError, match=words):
+        options_of_directory(tmp_path, manifest, load({"cache": str(tmp_path), **asked}, {}), machine)
+    same = load({"cache": str(tmp_path), name: str(getattr(manifest, name))}, {})
+    assert options_of_directory(tmp_path, manifest, same, machine).backend == manifest.backend
 
 
 def test_ranks_of_an_engine_directory_go_where_the_links_are(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from appliance.engines import read_manifest
 from appliance.errors import ApplianceError, EngineBuildError, EngineCrashedError, EngineDamagedError
 from appliance.layers.weights import linear
 from appliance.runtime.loading import PhaseTimer
+from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import RankWatch
 from appliance.runtime.ranks import Leader
 from appliance.runtime.step_ring import SLOT_BYTES, SLOTS, RingReader, RingWriter, SharedSteps, Word
@@ -329,3 +330,18 @@ def test_of_ranks_that_end_together_the_cause_is_named() -> None:
     assert min([victim, raised], key=lambda rank: rank.blame).reason().message == "rank 2: out of memory"
     assert type(raised.reason()).__name__ == "HardwareError" and raised.reason().hint == "use less"
     assert "rank 3 was killed by SIGKILL" in min([victim, killed], key=lambda rank: rank.blame).reason().message
+
+
+@pytest.mark.parametrize(("own", "name"), [("engine", "rank-1"), ("node", "rank-1"), ("engine-1", "engine-1-rank-1")])
+def test_ranks_of_replicas_have_names_of_their_own(own: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def start(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        raise OSError("not started here")
+
+    monkeypatch.setattr("appliance.logs._process_name", own)
+    monkeypatch.setattr("appliance.runtime.rank_processes.subprocess.Popen", start)
+    with pytest.raises(OSError, match="not started here"):
+        start_rank(1, SharedSteps(0, 2), "127.0.0.1", 1)
+    assert commands[0][4:6] == [name, "appliance.worker_process"]

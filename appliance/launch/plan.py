@@ -210,7 +210,15 @@ def options_of_directory(
     engine_dir: Path, manifest: EngineManifest, settings: Settings, machine: Hardware
 ) -> EngineOptions:
     """For an engine directory that the user names: no selection, since its manifest says what it was built for. Raises
-    HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have."""
+    HardwareError if this machine cannot run it, SettingsError for kernels that its backend does not have and for
+    settings that ask for another engine."""
+    for name in ("precision", "tp_size", "pp_size", "backend"):
+        asked, built = getattr(settings, name), getattr(manifest, name)
+        if asked not in (None, built):
+            raise SettingsError(
+                f"{name} {asked} was asked for, and the engine in {engine_dir} was built for {name} {built}",
+                hint=f"leave --{name.replace('_', '-')} out, or serve the checkpoint that it was built from",
+            )
     _check_attention(settings, manifest.backend)
     _check_batch_invariant(settings, manifest.backend, manifest.scheme)
     options = EngineOptions(

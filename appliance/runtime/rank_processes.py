@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from appliance import logs
 from appliance.runtime.rank_watch import RankProcess
 from appliance.runtime.step_ring import SharedSteps
 
@@ -30,7 +31,9 @@ def start_rank(
     os.set_blocking(wakes, False)
     fds = {"memory": shared.fd, "wake": sleeps, "report": reports, **(inherited or {})}
     arguments = {"rank": rank, "world-size": shared.ranks, "master-addr": master_addr, "master-port": master_port}
-    bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), f"rank-{rank}"]
+    replica = own if (own := logs.process_name()).startswith("engine-") else ""  # there are several of each rank
+    name = f"{replica}-rank-{rank}" if replica else f"rank-{rank}"
+    bootstrap = [sys.executable, "-m", "appliance.launch.bootstrap", str(os.getpid()), name]
     command = [
         *bootstrap,
         "appliance.worker_process",
