@@ -343,5 +343,5 @@ def test_ranks_of_replicas_have_names_of_their_own(own: str, name: str, monkeypa
     monkeypatch.setattr("appliance.logs._process_name", own)
     monkeypatch.setattr("appliance.runtime.rank_processes.subprocess.Popen", start)
     with pytest.raises(OSError, match="not started here"):
-        start_rank(1, SharedSteps(0, 2), "127.0.0.1", 1)
+        start_rank(1, SimpleNamespace(fd=0, ranks=2), "127.0.0.1", 1)  # type: ignore[arg-type]
     assert commands[0][4:6] == [name, "appliance.worker_process"]
