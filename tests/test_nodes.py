@@ -295,6 +295,28 @@ async def test_an_agent_obtains_what_it_is_told_and_another_if_that_is_no_good(
     await hub.stop()
 
 
+async def test_ranks_that_cannot_be_started_are_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_child(*arguments: Any, **options: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("appliance.launch.node_agent.read_manifest", lambda path: SimpleNamespace(key=path.name))
+    monkeypatch.setattr("appliance.launch.node_agent.Child", no_child)
+    settings = settings_of()
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    agent = await agent_of(hub, settings, Supply(tmp_path, "k1"), tmp_path)
+    hub.select(selection())
+    await asyncio.wait_for(hub.obtained("k1"), 5)
+    hub.want(NodesWanted(4711, "secret"))
+    await until(lambda: "this node's ranks could not be run" in caplog.text)
+    assert "no more processes" in caplog.text and not agent.done(), "it may go better next time"
+    agent.cancel()
+    await asyncio.gather(agent, return_exceptions=True)
+    await hub.stop()
+
+
 def test_a_node_that_is_refused_or_alone_ends_with_9(tmp_path: Path) -> None:
     port = free_port()
     leader = node(tmp_path / "cache", 0, port, "--node-timeout", "6")

@@ -195,6 +195,7 @@ class NodeAgent:
                 case RunRanks():
                     await self._end_ranks()
                     self._ranks = asyncio.create_task(self._run_ranks(message))
+                    self._ranks.add_done_callback(_say_failure)
                 case LeaderState():
                     self._follow(message)
                 case _:
@@ -331,6 +332,12 @@ class NodeAgent:
         self._http.stop()
         await asyncio.wait({http}, timeout=SHUTDOWN_SECONDS + 1)
         await _cancelled(http)
+
+
+def _say_failure(task: asyncio.Task[None]) -> None:
+    """Nobody waits for it; node 0 misses the ranks."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("this node's ranks could not be run", exc_info=error)
 
 
 async def _cancelled(task: asyncio.Task[Any] | None) -> None:

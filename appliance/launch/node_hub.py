@@ -198,7 +198,7 @@ class NodeHub:
         task.add_done_callback(self._connections.discard)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host = plain_address(writer.get_extra_info("peername")[0])
+        host = plain_address((writer.get_extra_info("peername") or ["an address that is gone"])[0])
         agent: _Agent | None = None
         try:
             agent = await self._receive(reader, writer, host)
