@@ -153,16 +153,34 @@ def _shared_rows_kernel(
     factors = results + groups_here * RANKS * words * 2
     if STEPS & 1:
         for group in range(slot, groups, stride):
+            peer = (rank + 1) % RANKS
+            row = group * RANKS + peer
+            sent = there & (row < n)
+            x = _scaled_row(
+                x_ptr, row_scales_ptr, column_scales_ptr, bias_ptr, row, n, x_stride, column, sent, DEFERRED, BIASED
+            )
             for step in tl.static_range(1, RANKS):
-                peer = (rank + step) % RANKS  # ranks write to different ones at a time
-                row = group * RANKS + peer
-                sent = there & (row < n)
-                x = _scaled_row(
-                    x_ptr, row_scales_ptr, column_scales_ptr, bias_ptr, row, n, x_stride, column, sent, DEFERRED, BIASED
-                )
                 place = buffer_of(addresses_ptr, peer, buffer, slots, region_bytes)
                 at = ((group // stride) * RANKS + rank) * size + column
-                tl.store(place + at, sendable(x, residual_ptr), mask=sent)
+                bits, sent_now = sendable(x, residual_ptr), sent
+                if step + 1 < RANKS:  # read the next row while this one is on its way
+                    peer = (rank + step + 1) % RANKS  # ranks write to different ones at a time
+                    row = group * RANKS + peer
+                    sent = there & (row < n)
+                    x = _scaled_row(
+                        x_ptr,
+                        row_scales_ptr,
+                        column_scales_ptr,
+                        bias_ptr,
+                        row,
+                        n,
+                        x_stride,
+                        column,
+                        sent,
+                        DEFERRED,
+                        BIASED,
+                    )
+                tl.store(place + at, bits, mask=sent_now)
         tl.debug_barrier()  # sent before anything is waited for
     if STEPS & 2:
         if tl.load(stopped_ptr) == 0:
