@@ -1,5 +1,6 @@
 """Whether own all-reduces give right numbers on the GPUs at hand: before anything relies on them, each kernel is run on
-numbers whose sum is known. By all ranks together; knows nothing of what happens where one is wrong."""
+numbers whose sum is known. By all ranks together, which wait for each other in every call: so each makes all of them,
+whatever comes out. Knows nothing of what happens where one is wrong."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ _QUANTIZED_TOLERANCE = 6e-2  # in 8 bits: half of the largest over 127
 
 def wrong_sums(space: Workspace, device: torch.device) -> str | None:
     """What is wrong with one-shot and two-shot; None: nothing."""
+    wrong: list[str] = []
     for shape in _SHAPES:
         partials = _partials(shape, shape[0], space.size)
         expected = all_reduce_reference(partials)
@@ -27,13 +29,16 @@ def wrong_sums(space: Workspace, device: torch.device) -> str | None:
             got = all_reduce_(partials[space.rank].to(device, copy=True), space, two_shot=two_shot).cpu()
             if not torch.equal(got, expected):
                 way = "two-shot" if two_shot else "one-shot"
-                return f"the {way} kernel gives wrong sums on rank {space.rank}, of {shape[0]} x {shape[1]} numbers"
-    return None
+                wrong.append(
+                    f"the {way} kernel gives wrong sums on rank {space.rank}, of {shape[0]} x {shape[1]} numbers"
+                )
+    return wrong[0] if wrong else None
 
 
 def wrong_pushed(push: PushSpace, device: torch.device) -> str | None:
     """Likewise of the kernels that push numbers; more calls than there are buffers."""
     rank, size = push.rank, push.size
+    wrong: list[str] = []
     weight = torch.ones(_COLUMNS, dtype=torch.bfloat16)
     for turn in range(4):
         # Two rows of some slots; then two groups of rows, one of them short.
@@ -47,16 +52,16 @@ def wrong_pushed(push: PushSpace, device: torch.device) -> str | None:
             got, stream = run(x, torch.zeros_like(x), weight.to(device), _EPS, push)
             own, expected = (dealt_rows(s, rank, size) if name == "shared rows" else s for s in (stream.cpu(), total))
             if not torch.equal(own, expected):
-                return f"the {name} kernel gives wrong sums on rank {rank}"
+                wrong.append(f"the {name} kernel gives wrong sums on rank {rank}")
             want = norm.rms_norm_reference(total, None, weight, _EPS)[0]
             if not torch.allclose(got.cpu().float(), want.float(), _RESULT_TOLERANCE, _RESULT_TOLERANCE):
-                return f"the {name} kernel gives wrong results on rank {rank}"
+                wrong.append(f"the {name} kernel gives wrong results on rank {rank}")
         (values, scales), _ = shared_rows_rms_norm_quantize(
             x, torch.zeros_like(x), weight.to(device), _EPS, push, torch.int8
         )
         if not torch.allclose((values.float() * scales).cpu(), want.float(), 0.0, _QUANTIZED_TOLERANCE):
-            return f"the shared rows kernel gives wrong 8-bit results on rank {rank}"
-    return None
+            wrong.append(f"the shared rows kernel gives wrong 8-bit results on rank {rank}")
+    return wrong[0] if wrong else None
 
 
 def _partials(shape: tuple[int, int], seed: int, size: int) -> list[Tensor]:
