@@ -72,6 +72,20 @@ def test_sums_over_ranks_and_what_stages_do_without() -> None:
     assert "sums over ranks" not in stages and "one persistent kernel" not in stages
 
 
+def test_ranks_that_never_ran_are_named() -> None:
+    def said(name: str, **asked: object) -> list[str]:
+        lines = reasons(choose(name, LLAMA_8B, build=FULL, **asked))
+        return [line for line in lines if line.startswith("ranks: ")]
+
+    for measured in ({}, {"tp_size": 2}, {"tp_size": 4}, {"tp_size": 1, "pp_size": 2}):
+        assert said("h200-x8", **measured) == [], measured
+    words = "ranks in these numbers only ran as tests on the CPU so far; TP2, TP4, PP2 on one host are what ran on GPUs"
+    assert said("h200-x8", tp_size=8) == said("h200-x8", tp_size=2, pp_size=2) == [f"ranks: {words}"]
+    (line,) = said("h200-x8", tp_size=1, nodes=2)
+    assert line.startswith("ranks: several machines only ran as tests on the CPU")
+    assert said("a100-80gb-x8", tp_size=8, precision="bf16") == []  # nothing ran there, which is said
+
+
 def test_its_claims_are_those_of_tests_and_code() -> None:
     compiled = {divmod(arch, 10) for arch in SHARED_KIB} | {(9, 0)}  # compile_kernels.py compiles for Hopper
     assert set(kernels.COMPILED) == compiled and set(kernels.MEASURED) <= compiled

@@ -10,6 +10,7 @@ from __future__ import annotations
 Capability = tuple[int, int]
 
 MEASURED: dict[Capability, str] = {(9, 0): "an H200"}  # where engines have really run
+RANKS_MEASURED = ((2, 1), (4, 1), (1, 2))  # sizes, tensor- and pipeline-parallel, that ran on those GPUs, on one host
 COMPILED: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))  # for which tests compile every kernel
 
 _TENSOR_CORES: Capability = (8, 0)  # from here on Triton and own CUDA C++ use them, and FlashInfer runs
@@ -54,6 +55,18 @@ def tried(capability: Capability) -> str:
         compiled = f"tests compile its kernels for compute capability {dotted}"
         return f"{compiled}, but it never ran on such a GPU, only on {measured}"
     return f"nobody has compiled or run it for compute capability {dotted} yet: it only ran on {measured}"
+
+
+def untried_ranks(tp_size: int, pp_size: int, nodes: int, capability: Capability) -> str | None:
+    """What of an engine of several ranks has never run on GPUs, or None; GPUs on which nothing ran have `tried`."""
+    if capability not in MEASURED or tp_size * pp_size == 1:
+        return None
+    untried = [] if (tp_size, pp_size) in RANKS_MEASURED else ["ranks in these numbers"]
+    untried += ["several machines"] if nodes > 1 else []
+    if not untried:
+        return None
+    sizes = ", ".join(f"TP{tp}" if pp == 1 else f"PP{pp}" for tp, pp in RANKS_MEASURED)
+    return f"{' and '.join(untried)} only ran as tests on the CPU so far; {sizes} on one host are what ran on GPUs"
 
 
 def described(

@@ -168,6 +168,9 @@ def _kernels(selection: Selection, chosen: Outcome) -> Iterator[str]:
         whole = chosen.pp_size == 1
         line = kernels.described(chosen.precision, chosen.activations, capability, head, sums=sums, whole=whole)
         yield f"kernels: {line}"
+        untried = kernels.untried_ranks(chosen.tp_size, chosen.pp_size, chosen.nodes, capability)
+        if untried is not None:
+            yield f"ranks: {untried}"
 
 
 def _gpu_list(selection: Selection, chosen: Outcome) -> str:
