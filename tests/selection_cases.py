@@ -15,6 +15,7 @@ from appliance.profiles import (
     Selection,
     load_gpu_facts,
     load_profiles,
+    predict,
     select,
 )
 from appliance.types import Hardware, ModelConfig, Objective
@@ -80,3 +81,8 @@ def names(selection: Selection) -> tuple[str | None, str | None]:
     """(selected, wanted)"""
     selected, wanted = selection.selected, selection.wanted
     return selected.name if selected else None, wanted.name if wanted else None
+
+
+def linear_bytes(model: ModelConfig, stored: predict.Stored, tp_size: int) -> int:
+    """Predicted, of the linear layers (lm_head included) of one rank: what a decode step reads."""
+    return sum(product.nbytes for product in predict.rank_products(model, stored, tp_size))

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_cases import BUILTIN, FACTS, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, machine
+from selection_cases import BUILTIN, FACTS, GIB, LLAMA_8B, LLAMA_70B, PROFILES, QWEN_2KV, linear_bytes, machine
 
 from appliance import registry
 from appliance.errors import ProfileError, SettingsError
@@ -299,10 +299,10 @@ def test_a_mig_slice_has_its_share():
 
 
 def test_weight_bytes_of_8b():
-    """h200.md: 15.0 GB in bf16 read per token, 7.5 GB all-FP8."""
+    """15.0 GB in bf16 read per token, 7.5 GB all-FP8."""
 
     def size(stored: predict.Stored) -> int:
-        return predict.linear_bytes(LLAMA_8B, stored, 1)
+        return linear_bytes(LLAMA_8B, stored, 1)
 
     assert size(BF16) == pytest.approx(15.0e9, rel=0.01)
     assert size(predict.Stored("fp8")) == pytest.approx(7.5e9, rel=0.01)
@@ -311,7 +311,7 @@ def test_weight_bytes_of_8b():
     for kind, width in (("fp8", 1), ("bf16", 2)):
         assert size(predict.Stored("int4", kind)) == pytest.approx(3.49e9 * 1.0625 + width * head, rel=0.01)
     for model in (LLAMA_8B, LLAMA_70B, QWEN_2KV, BUILTIN):
-        assert predict.linear_bytes(model, BF16, 2) >= predict.linear_bytes(model, BF16, 1) / 2
+        assert linear_bytes(model, BF16, 2) >= linear_bytes(model, BF16, 1) / 2
 
 
 def test_how_weights_lie_in_memory():
@@ -341,7 +341,7 @@ def test_predicted_bytes_are_those_of_a_ranks_engine(scheme: str, capability: tu
     facts = capabilities().named[scheme]
     precision = "bf16" if scheme == "none" else plugin.facts["precisions"][0]
     stored = predict.stored_as(precision, on_cpu=False, head=facts.head_on(capability))
-    assert predict.linear_bytes(model, stored, tp_size) == sum(tensor.nbytes for tensor in plan)
+    assert linear_bytes(model, stored, tp_size) == sum(tensor.nbytes for tensor in plan)
 
 
 BF16 = predict.Stored("bf16")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 import pytest
-from selection_cases import BUILTIN, FACTS, LLAMA_8B, LLAMA_70B, machine
+from selection_cases import BUILTIN, FACTS, LLAMA_8B, LLAMA_70B, linear_bytes, machine
 
 from appliance.profiles import facts_of, predict, speed
 from appliance.types import ModelConfig
@@ -184,7 +184,7 @@ MAX_DISTANCE = 0.28  # a plausibility
 def test_full_load_is_plausible_on_gpus_that_are_not_here(name: str, gib: int, model, tp: int, published) -> None:
     facts = facts_of(machine(name).gpus[0], FACTS)
     many = ranks(model, kv="fp8", tp=tp, facts=facts)
-    weights = predict.linear_bytes(model, many.stored, tp) + 2 * model.vocab_size * model.hidden_size
+    weights = linear_bytes(model, many.stored, tp) + 2 * model.vocab_size * model.hidden_size
     free = gib * 2**30 * 0.9 - weights - 3 * 2**30
     for (prompt, output), measured in published.items():
         num_seqs = min(1024, int(free / many.kv_per_token / (prompt + output // 2)))

@@ -137,11 +137,6 @@ def rank_products(model: ModelConfig, stored: Stored, tp_size: int) -> tuple[Pro
     return tuple(products)
 
 
-def linear_bytes(model: ModelConfig, stored: Stored, tp_size: int) -> int:
-    """Bytes of the linear layers (lm_head included) of one rank: what a decode step reads."""
-    return sum(product.nbytes for product in rank_products(model, stored, tp_size))
-
-
 def stage_layers(model: ModelConfig, pp_size: int) -> list[int]:
     """How many layers each pipeline stage has; of more stages than layers, one each."""
     stages = min(pp_size, model.num_hidden_layers)
