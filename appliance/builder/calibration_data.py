@@ -116,10 +116,6 @@ def _task_rows(tokenizer: Tokenizer, num_tokens: int) -> Rows:
                 return rows
 
 
-def rows_digest(rows: Rows) -> str:
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
-
-
 # ---------------------------------------------------------------- which source
 
 
