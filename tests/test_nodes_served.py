@@ -106,6 +106,10 @@ def stream(group: Group, at_token: int = 20, tokens: int = 160, *, lose: list[ps
 
 def test_two_nodes_share_the_model_and_node_0_has_the_api(group: Group) -> None:
     assert group.leader.log.count("profile bf16-cpu-tp1-pp2") == 1
+    group.nodes[1].until_logged("ready: node 0 serves, with the ranks of this node")
+    with urllib.request.urlopen(f"{group.leader.base}/metrics") as answer:
+        (profile,) = (line for line in answer.read().decode().splitlines() if line.startswith("profile_info{"))
+    assert 'pp_size="2"' in profile and 'tp_size="1"' in profile
     assert len(group.ranks_of(1)) == 1 and not group.ranks_of(0)[1:]
     assert greedy(group.leader.client(), PROMPT) == greedy(group.leader.client(), PROMPT) != ""
     request = urllib.request.Request(f"{group.nodes[1].base}/v1/chat/completions", data=b"{}")
