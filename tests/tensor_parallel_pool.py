@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import shared_rows_ranks
 import torch
 import torch.multiprocessing
 from model_helpers import PagedRunner, PagedSequence, engine_tensors
@@ -43,7 +42,6 @@ class Job:
     dtype: str = "float32"  # of the arithmetic
     packed: bool = False  # products as the CPU backend computes them
     stages: int = 1  # of the pipeline that the ranks are
-    memory: Tensor | None = None  # [stages, ranks of each, words]: rows are shared out by way of it
 
 
 def run_job(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) -> Tensor:
@@ -93,10 +91,7 @@ def _serve(rank: int, size: int, ports: Any, jobs: Any, results: Any) -> None:
             tp_size = job.size // job.stages
             index, number = divmod(rank, tp_size)
             group = groups.get(tuple(range(index * tp_size, (index + 1) * tp_size)))
-            collectives = GroupCollectives(tp_size, device, group)
-            if job.memory is not None:
-                collectives.own = shared_rows_ranks.connected(job.memory[index], number, collectives.library())
-            tp = TensorParallel(number, tp_size, collectives)
+            tp = TensorParallel(number, tp_size, GroupCollectives(tp_size, device, group))
             stage = PipelineStage(index, job.stages, NeighbourLinks(rank - tp_size, rank + tp_size))
             try:
                 results.put(run_job(job, tp, stage).float().numpy())

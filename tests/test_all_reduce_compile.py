@@ -19,14 +19,12 @@ def test_all_reduce_kernels_compile(arch: int, tmp_path: Path) -> None:
     """A wait is: barrier, release, acquire, barrier. Nothing that peers write is read as if it were constant. Best
     tokens are few numbers, so their kernel has no wide loads."""
     compiled = lines_of("compile_all_reduce.py", tmp_path, str(arch))
-    assert len(compiled) == (30 if arch >= 90 else 27)
-    pushed = [line for line in compiled if line["kernel"] in ("_push_rms_norm_kernel", "_shared_rows_kernel")]
+    assert len(compiled) == 24
+    pushed = [line for line in compiled if "push" in line["kernel"]]
     for line in pushed:
         assert line["releases"] == line["acquires"] == line["cached_loads"] == line["single_loads"] == 0, line
         assert "ld.volatile.global.v4.b32" in line["volatile"] and line["waits"] == (arch >= 90), line
-        # A word that comes is written at once, and results in 8 bits are looked for by words.
-        assert line["narrow_stores"] == 0 and line["wide_stores"] > 0, line
-        assert line["stack"] <= 112 or line["ranks"] == 8, line
+        assert line["stack"] <= 64 or line["ranks"] == 8, line
     for line in [line for line in compiled if line not in pushed]:
         waits = 2 if line["two_shot"] else 1
         assert (line["releases"], line["acquires"]) == (waits, waits), line

@@ -19,7 +19,6 @@ from appliance.kernels.all_reduce_group import (
     LIBRARY,
     ONE_SHOT,
     SEPARATE,
-    SHARED_ROWS,
     TWO_SHOT,
     TWO_SHOT_PUSH,
     AllReduce,
@@ -169,33 +168,6 @@ def test_pushed_numbers_in_front_of_a_norm() -> None:
             assert torch.equal(residual, x)
     own.give_up_push("of a test")
     assert own.push is None and own._norm_ways(torch.zeros(1, HIDDEN).half()) == [SEPARATE, ONE_SHOT, TWO_SHOT]
-
-
-def test_rows_are_shared_out_in_a_pass_only() -> None:
-    """Where streams must be whole another kernel serves; behind a pass the stream is gathered. The other rank's numbers
-    have come before, and are zeros."""
-    spaces = spaces_of(2, slots=4, region_bytes=1 << 13)
-    for space in spaces:
-        space.memory.zero_()
-    own = AllReduce(_Library(), workspaces(2)[0], spaces[0])
-    x, weight = torch.randn(5, HIDDEN).half(), torch.ones(HIDDEN, dtype=torch.float16)
-    TABLE.choose(key("all_reduce_norm", torch.float16), HIDDEN, 2, 64, SHARED_ROWS)
-    outside = torch.zeros_like(x)
-    norm.rms_norm(PartialSum.of(x.clone(), own), outside, weight, 1e-5)
-    assert torch.equal(outside, x) and own.whole(outside) is outside and not spaces[0].state.any()
-    with own.one_pass():
-        stream = torch.zeros_like(x)
-        norm.rms_norm(PartialSum.of(x.clone(), own), stream, weight, 1e-5)
-        norm.rms_norm_quantize(PartialSum.of(x.clone(), own), stream, weight, 1e-5, torch.int8, None)
-        assert torch.equal(stream[::2], 2 * x[::2]) and not stream[1::2].any() and spaces[0].state.any()
-        whole = own.whole(stream)
-        assert torch.equal(whole[::2], 2 * x[::2]) and whole.shape == x.shape
-        with pytest.raises(AssertionError, match="norms of a pass disagree"):
-            own.rms_norm(x[:1].clone(), stream[:1], weight, 1e-5)
-    TABLE.batch_invariant = True
-    with own.one_pass():
-        norm.rms_norm(PartialSum.of(x.clone(), own), stream.zero_(), weight, 1e-5)
-        assert own.whole(stream) is stream and torch.equal(stream, x)
 
 
 def test_partial_sum_is_added_up_when_somebody_wants_numbers() -> None:

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 from model_helpers import make_checkpoint
-from shared_rows_ranks import shared_memory
 from tensor_parallel_pool import Job, RankPool, run_job
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from appliance.distributed import TensorParallel
-from appliance.kernels._triton import HAS_TRITON
-from appliance.kernels.all_reduce_push import MISSING
 
 # Four ranks share two key/value heads, a vocabulary that none divides, and groups of 32 inputs.
 SHAPE: dict[str, Any] = {
@@ -106,21 +103,6 @@ def test_stages_round_what_they_hand_over_as_the_next_layer_would(
 def test_sums_in_16_bits_are_the_same_on_every_rank(dtype: str, checkpoints: dict[str, Path], pool: RankPool) -> None:
     for size in (2, 4):
         compare(Job(checkpoints["llama"], size, "none", {}, dtype), pool, 0.03)
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
-@pytest.mark.parametrize(("size", "stages"), [(2, 1), (4, 1), (4, 2)])
-@pytest.mark.parametrize("scheme", ["fp32", "int8"])
-def test_ranks_that_share_out_rows_compute_what_one_does(
-    scheme: str, size: int, stages: int, checkpoints: dict[str, Path], pool: RankPool
-) -> None:
-    """The residual stream is dealt out between norms and whole again behind a stage. Ten rows, whose groups are not all
-    full; then two, which are too few for four ranks."""
-    name, parameters, limit = SCHEMES[scheme]
-    memory = shared_memory(size).view(stages, size // stages, -1)
-    job = Job(checkpoints["llama"], size, name, parameters, "float16", stages=stages, memory=memory)
-    compare(job, pool, max(limit, 0.03))
-    assert (memory != MISSING).any(-1).all(), "every rank has had rows of others"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -149,8 +149,7 @@ def _connect(loaded: LoadedModel, device: torch.device) -> None:
         return
     group.own = own
     if not own.known(config.hidden_size, model.dtype):
-        quantized = model.norms_quantized
-        choices = own.tune(config.hidden_size, model.dtype, time_in_graph, quantized)
+        choices = own.tune(config.hidden_size, model.dtype, time_in_graph)
         loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
 
 

@@ -22,14 +22,12 @@ from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_quantize, all_reduce_rms_norm_reference
 from appliance.kernels.all_reduce_push import push_rms_norm_quantize
-from appliance.kernels.all_reduce_rows import dealt_rows, shared_rows_fit, shared_rows_rms_norm_quantize
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.row_quantization import FP8
 from appliance.runtime.timing import time_in_graph
 
 _EPS = 1e-5
 _SHOTS = {"one-shot": False, "two-shot": True}
-_SHARED_ROWS = "norm shared rows"
 _CPU_CALLS = 8
 _LIBRARY_TOLERANCE = (3e-2, 6e-2)  # relative and absolute: it rounds to 16 bits after each summand
 
@@ -58,7 +56,7 @@ class Rank:
                 sums = [all_reduce_(xs[self.rank].clone(), space, two_shot=two_shot) for _ in range(3)]
                 wrong += [] if all(torch.equal(got, expected) for got in sums) else [name]
         for name, norm in self._norms(xs[self.rank]).items():
-            wrong += [] if self._norm_is_right(xs, norm, name == _SHARED_ROWS) else [name]
+            wrong += [] if self._norm_is_right(xs, norm) else [name]
         return wrong
 
     def _norms(self, x: Tensor) -> dict[str, Callable[..., Any]]:
@@ -72,8 +70,6 @@ class Rank:
                 found[f"norm {name}"] = partial(all_reduce_rms_norm_quantize, workspace=space, two_shot=two_shot)
         if push is not None and push.fits(x):
             found["norm two-shot push"] = partial(push_rms_norm_quantize, space=push)
-        if push is not None and shared_rows_fit(x, push):
-            found[_SHARED_ROWS] = partial(shared_rows_rms_norm_quantize, space=push)
         return found
 
     def _partials(self, rows: int) -> list[Tensor]:
@@ -83,8 +79,7 @@ class Rank:
         made = [torch.randn(shape, generator=generator, device=self.device) for _ in range(self.size)]
         return [x.to(self.dtype) for x in made]
 
-    def _norm_is_right(self, xs: Sequence[Tensor], norm: Callable[..., Any], dealt: bool) -> bool:
-        """`dealt`: a rank has its own rows of the stream only."""
+    def _norm_is_right(self, xs: Sequence[Tensor], norm: Callable[..., Any]) -> bool:
         generator = torch.Generator(self.device).manual_seed(7)
         make = partial(torch.randn, generator=generator, device=self.device, dtype=torch.float32)
         weight, residual = make(self.hidden).to(self.dtype), make(xs[0].shape).to(self.dtype)
@@ -92,8 +87,6 @@ class Rank:
         got, _ = norm(xs[self.rank], stream, weight, _EPS)
         want, want_stream = all_reduce_rms_norm_reference(list(xs), residual.clone(), weight, _EPS, FP8)
         close = (got[0].float() - want[0].float()).abs().mean() < 1e-2 * want[0].float().abs().mean()
-        if dealt:
-            stream, want_stream = (dealt_rows(whole, self.rank, self.size) for whole in (stream, want_stream))
         return torch.equal(stream, want_stream) and torch.allclose(got[1], want[1], rtol=1e-4) and bool(close)
 
     # -------------------------------------------------- fast

@@ -2,15 +2,14 @@
 
 Makes the workspace (torch's symmetric memory, no multicast), says why there is none where GPUs cannot read each other's
 memory, and asks `TABLE`, like products do, which way serves how many rows. All ranks make the same choices: timings are
-put together over the ranks. The kernels are those of the files `all_reduce*.py`, `exchange.py` and `sharded_draw.py`;
-who the ranks are, and the library's all-reduce, come in as a `Group`.
+put together over the ranks. The kernels are those of `all_reduce.py`, `all_reduce_norm.py`, `exchange.py` and
+`sharded_draw.py`; who the ranks are, and the library's all-reduce, come in as a `Group`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -26,18 +25,15 @@ from appliance.kernels.all_reduce import (
     SIZES,
     Workspace,
     all_reduce_,
+    all_reduce_reference,
     workspace_bytes,
 )
-from appliance.kernels.all_reduce_check import wrong_pushed, wrong_sums
-from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
-from appliance.kernels.all_reduce_push import MISSING, PushSpace, push_bytes, push_rms_norm, push_rms_norm_quantize
-from appliance.kernels.all_reduce_rows import (
-    dealt_rows,
-    shared_rows_fit,
-    shared_rows_rms_norm,
-    shared_rows_rms_norm_quantize,
-    whole_rows,
+from appliance.kernels.all_reduce_norm import (
+    all_reduce_rms_norm,
+    all_reduce_rms_norm_quantize,
+    all_reduce_rms_norm_reference,
 )
+from appliance.kernels.all_reduce_push import MISSING, PushSpace, push_bytes, push_rms_norm, push_rms_norm_quantize
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.exchange import exchange, exchange_fits
 from appliance.kernels.peer_access import no_access
@@ -50,14 +46,14 @@ log = logging.getLogger(__name__)
 
 ONE_SHOT, TWO_SHOT = "one-shot", "two-shot"
 TWO_SHOT_PUSH = "two-shot push"  # as a tactic of norms
-SHARED_ROWS = "shared rows"  # as a tactic of norms, in a pass: the residual stream is dealt out to the ranks
 LIBRARY = "library"  # as a tactic of all-reduces
 SEPARATE = "separate"  # as a tactic of norms: an all-reduce by its own tactic, then the norm
 _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 128 multiprocessors or more
-_PUSH_REGION_BYTES = 257 << 10  # likewise: 1024 rows of 8192 numbers with results and their scales, by shared rows
 # Where nothing was timed: up to so many bytes one-shot, by number of ranks (H200s with NVLink, µs of one- and two-shot
 # at 128 KB: 7.9 and 7.4 of two ranks, 8.9 and 9.0 of four; at 512 KB 9.9 and 7.9, 13.1 and 9.7).
 _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
+_CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
+_PUSH_COLUMNS = 1024
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
@@ -109,8 +105,6 @@ class AllReduce:
         self._workspace = workspace
         self._push = push
         self._forced: str | None = None
-        self._in_pass = False
-        self._dealt: bool | None = None  # whether the pass's residual stream is, once it has seen a norm
         self.on_abort: list[Callable[[], None]] = []  # of other kernels that wait for ranks
 
     @property
@@ -138,8 +132,6 @@ class AllReduce:
             return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
         if self._push is not None and way == TWO_SHOT_PUSH:
             return push_rms_norm(x, residual, weight, eps, self._push)
-        if self._push is not None and way == SHARED_ROWS:
-            return shared_rows_rms_norm(x, residual, weight, eps, self._push)
         return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
 
     def rms_norm_quantize(
@@ -151,30 +143,7 @@ class AllReduce:
             return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
         if self._push is not None and way == TWO_SHOT_PUSH:
             return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale)
-        if self._push is not None and way == SHARED_ROWS:
-            return shared_rows_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale)
         return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
-
-    @contextmanager
-    def one_pass(self) -> Iterator[None]:
-        """Norms meanwhile are those of one pass over the same rows, from a residual stream that is whole. Behind them
-        `whole` gives it, if it is wanted."""
-        self._in_pass, self._dealt = True, None
-        try:
-            yield
-        finally:
-            self._in_pass = False
-
-    def whole(self, residual: Tensor) -> Tensor:
-        """The residual stream [n, hidden] behind the last norm of a pass, all of it on every rank."""
-        if not self._dealt:
-            return residual
-        size, rows = self._workspace.size, residual.shape[0]
-        mine = residual.new_zeros(-(-rows // size), residual.shape[1])
-        dealt = dealt_rows(residual, self._workspace.rank, size)
-        mine[: dealt.shape[0]] = dealt
-        shares = self.all_gather(mine)
-        return whole_rows(self._group.all_gather(mine) if shares is None else shares, rows)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
         """Two-shot, as many rows at a time as fit."""
@@ -193,30 +162,18 @@ class AllReduce:
         return self._default(x) if chosen != LIBRARY or TABLE.batch_invariant else LIBRARY
 
     def _norm_tactic(self, x: Product, residual: Tensor) -> str:
-        way = self._norm_way(x, residual)
-        if self._in_pass:
-            dealt = way == SHARED_ROWS
-            assert self._dealt in (None, dealt), "norms of a pass disagree on who has which rows of the stream"
-            self._dealt = dealt
-        return way
-
-    def _norm_way(self, x: Product, residual: Tensor) -> str:
         # A row's norm has the same bits for any number of rows if it is always the same kernel that makes it.
         if not self._workspace.fits_fused(x) or x.dtype != residual.dtype or TABLE.batch_invariant:
             return SEPARATE
         chosen = self._forced or self._chosen("all_reduce_norm", x)
-        if chosen in self._norm_ways(x) and (self._in_pass or chosen != SHARED_ROWS):
+        if chosen in self._norm_ways(x):
             return chosen
         return self._default(x) if x.shape[0] <= self._workspace.slots else SEPARATE
 
     def _norm_ways(self, x: Product) -> list[str]:
         """Tactics for a norm behind x, which `Workspace.fits_fused`."""
         ways = [SEPARATE, ONE_SHOT, TWO_SHOT]
-        if self._push is not None and self._push.fits(x):
-            ways.append(TWO_SHOT_PUSH)
-        if self._push is not None and shared_rows_fit(x, self._push):
-            ways.append(SHARED_ROWS)
-        return ways
+        return [*ways, TWO_SHOT_PUSH] if self._push is not None and self._push.fits(x) else ways
 
     def _chosen(self, kind: str, x: Product) -> str | None:
         return TABLE.chosen(key(kind, x.dtype), x.shape[1], self._workspace.size, x.shape[0])
@@ -245,7 +202,7 @@ class AllReduce:
         return best_tokens(scores, tokens, self._workspace) if best_tokens_fit(len(scores), self._workspace) else None
 
     def give_up_push(self, reason: str | None) -> None:
-        """Do without the kernels of `all_reduce_push.py` and `all_reduce_rows.py`, for a reason; None: do nothing."""
+        """Do without the kernels of `all_reduce_push.py`, for a reason; None: do nothing."""
         if reason is not None:
             self._push = None
         if reason:
@@ -268,12 +225,9 @@ class AllReduce:
         return TABLE.chosen(key("all_reduce", dtype), hidden, self._workspace.size, 1) is not None
 
     @torch.inference_mode()
-    def tune(
-        self, hidden: int, dtype: torch.dtype, timer: Timer, quantized: torch.dtype | None = None
-    ) -> list[TimedChoice]:
+    def tune(self, hidden: int, dtype: torch.dtype, timer: Timer) -> list[TimedChoice]:
         """Time all ways for rows of `hidden` numbers, by all ranks together; the choices are in `TABLE` afterwards.
-        `quantized`: what norms' results are rounded to, if that is so in most layers. Takes a second or two, and some
-        seconds more where kernels are yet to be compiled."""
+        Takes a second or two, and some seconds more where kernels are yet to be compiled."""
         device = self._workspace.addresses.device
         weight = torch.ones(hidden, dtype=dtype, device=device)
         chosen = []
@@ -290,9 +244,7 @@ class AllReduce:
             if self._workspace.fits_fused(x):
                 times = {}
                 for way in self._norm_ways(x):
-                    run: Callable[[], object] = partial(self.rms_norm, x, residual, weight, 1e-5)
-                    if quantized is not None:
-                        run = partial(self.rms_norm_quantize, x, residual, weight, 1e-5, quantized, None)
+                    run = partial(self.rms_norm, x, residual, weight, 1e-5)
                     times[way] = self._time(timer, run, launches, way)
                 chosen.append(self._choose("all_reduce_norm", x, times))
         return chosen
@@ -301,9 +253,8 @@ class AllReduce:
         """µs on the slowest rank."""
         self._forced = way
         try:
-            with self.one_pass():
-                run()
-                mine = timer([run], launches)
+            run()
+            mine = timer([run], launches)
         finally:
             self._forced = None
         device = self._workspace.addresses.device
@@ -349,9 +300,9 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> AllRedu
             reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
         reason = _agree(group, rank, size, reason)
         if reason is None and found is not None:
-            reason = _agree(group, rank, size, wrong_sums(found.workspace, device))
-            if reason is None and found.push is not None:
-                found.give_up_push(_agree(group, rank, size, wrong_pushed(found.push, device)))
+            reason = _agree(group, rank, size, _check(found, device))
+            if reason is None:
+                found.give_up_push(_agree(group, rank, size, _check_push(found, device)))
                 return found
     if reason:
         log.warning("all-reduce by NCCL only: %s", reason)
@@ -384,11 +335,45 @@ def _workspace(group: Group, rank: int, size: int, device: torch.device) -> Work
 def _push_space(group: Group, workspace: Workspace, device: torch.device) -> PushSpace:
     """RuntimeError where torch cannot map it."""
     slots, rank, size = workspace.slots, workspace.rank, workspace.size
-    shared = share(group, rank, push_bytes(slots, _PUSH_REGION_BYTES), device)
+    shared = share(group, rank, push_bytes(slots, _REGION_BYTES), device)
     shared.memory.view(torch.int32).fill_(MISSING)
     state = torch.zeros(slots, 2, dtype=torch.int32, device=device)
     stopped = torch.zeros(1, dtype=torch.int32, device=device)
     addresses = torch.tensor(shared.addresses, dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)
     group.minimum(0)  # nobody sends before all memory says that nothing has come
-    return PushSpace(rank, size, addresses, state, stopped, _PUSH_REGION_BYTES, shared.memory, shared)
+    return PushSpace(rank, size, addresses, state, stopped, _REGION_BYTES, shared.memory, shared)
+
+
+def _check(found: AllReduce, device: torch.device) -> str | None:
+    """Run both kernels on numbers whose sum is known. Ranks wait for each other in every call, so each rank makes all
+    calls, whatever comes out."""
+    space = found.workspace
+    wrong: list[str] = []
+    for shape in _CHECK_SHAPES:
+        generator = torch.Generator().manual_seed(shape[0])
+        partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
+        expected = all_reduce_reference(partials)
+        for two_shot in (False, True, False, True):
+            got = all_reduce_(partials[space.rank].to(device, copy=True), space, two_shot=two_shot).cpu()
+            if not torch.equal(got, expected):
+                way = TWO_SHOT if two_shot else ONE_SHOT
+                wrong.append(f"the {way} kernel gives wrong sums on rank {space.rank}, of {shape[0]} x {shape[1]}")
+    return wrong[0] if wrong else None
+
+
+def _check_push(found: AllReduce, device: torch.device) -> str | None:
+    """Likewise the kernel that pushes; more calls than there are buffers."""
+    space, push = found.workspace, found.push
+    assert push is not None
+    shape = (space.slots + 3, _PUSH_COLUMNS)  # two rows of some slots
+    weight = torch.ones(_PUSH_COLUMNS, dtype=torch.bfloat16)
+    wrong = False
+    for turn in range(4):
+        generator = torch.Generator().manual_seed(turn)
+        partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
+        _, expected = all_reduce_rms_norm_reference(partials, torch.zeros_like(partials[0]), weight, 1e-5)
+        x = partials[space.rank].to(device)
+        _, got = push_rms_norm(x, torch.zeros_like(x), weight.to(device), 1e-5, push)
+        wrong = wrong or not torch.equal(got.cpu(), expected)
+    return f"the {TWO_SHOT_PUSH} kernel gives wrong sums on rank {space.rank}" if wrong else None

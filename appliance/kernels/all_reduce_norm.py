@@ -44,41 +44,6 @@ def all_reduce_rms_norm_reference(
 
 
 @triton.jit
-def normed_row(
-    total,
-    residual,
-    weight,
-    stream,
-    static_scale_ptr,
-    there,
-    size,
-    eps,
-    QUANTIZE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST_AMAX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    STATIC: tl.constexpr,
-):
-    """What follows the sum of a row, total [lines, numbers] in the residual stream's dtype: residual and weight are its
-    numbers in float32, `stream` is where the new stream goes. The result in float32, in the range of 8-bit numbers if
-    it is to be quantized, and its scale."""
-    total = (total.to(tl.float32) + residual).to(stream.dtype.element_ty)
-    tl.store(stream, total, mask=there)
-    x = total.to(tl.float32)
-    square = tl.sum(tl.sum(x * x, axis=1), axis=0)
-    y = x * tl.rsqrt(square / size + eps) * weight
-    scale = tl.full((), 1.0, tl.float32)
-    if QUANTIZE:
-        if STATIC:
-            scale = tl.load(static_scale_ptr)
-        else:
-            largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
-            scale = tl.maximum(largest, SMALLEST_AMAX) / LARGEST
-        y = in_range(y, scale, LARGEST, WHOLE)
-    return y, scale
-
-
-@triton.jit
 def finish_row(
     total,
     residual,
@@ -97,24 +62,21 @@ def finish_row(
     WHOLE: tl.constexpr,
     STATIC: tl.constexpr,
 ):
-    """`normed_row`, whose result goes to `out`."""
-    y, scale = normed_row(
-        total,
-        residual,
-        weight,
-        stream,
-        static_scale_ptr,
-        there,
-        size,
-        eps,
-        QUANTIZE,
-        LARGEST,
-        SMALLEST_AMAX,
-        WHOLE,
-        STATIC,
-    )
+    """What follows the sum of a row, total [lines, numbers] in the residual stream's dtype: residual and weight are its
+    numbers in float32; `stream` and `out` are where the new stream and the result go."""
+    total = (total.to(tl.float32) + residual).to(stream.dtype.element_ty)
+    tl.store(stream, total, mask=there)
+    x = total.to(tl.float32)
+    square = tl.sum(tl.sum(x * x, axis=1), axis=0)
+    y = x * tl.rsqrt(square / size + eps) * weight
     if QUANTIZE:
+        if STATIC:
+            scale = tl.load(static_scale_ptr)
+        else:
+            largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+            scale = tl.maximum(largest, SMALLEST_AMAX) / LARGEST
         tl.store(scales_ptr + row, scale)
+        y = in_range(y, scale, LARGEST, WHOLE)
     tl.store(out, y.to(out.dtype.element_ty), mask=there)
 
 

@@ -16,8 +16,7 @@ before was used, lies in device memory, so replays of CUDA graphs count on. Numb
 ISA: relaxed, of system scope), which see each number whole.
 
 Sums have the bits of all other own kernels: float32, in the order of ranks, rounded once. All ranks must launch the
-same kernels in the same order; that of `all_reduce_rows.py` uses the same memory. Knows nothing of how the memory came
-to be (`all_reduce_group.py`).
+same kernels in the same order. Knows nothing of how the memory came to be (`all_reduce_group.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from appliance.kernels.row_quantization import FP8, SMALLEST_AMAX, quantized_row
 
 BUFFERS = 3
 MISSING = 0x80008000 - (1 << 32)  # two numbers that have not come, as an int32
-DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes of the widest load
 _CLEARING_SECONDS = 0.01  # a program that has just begun to clear a buffer is done after it
 
@@ -78,7 +77,7 @@ class PushSpace:
         row_bytes = columns * x.dtype.itemsize
         whole = columns % self.size == 0 and (row_bytes // self.size) % _ALIGNMENT == 0
         used = -(-rows // self.slots) * row_bytes * 2
-        return x.dtype in DTYPES and whole and columns <= MAX_ROW and 0 < used <= self.region_bytes
+        return x.dtype in _DTYPES and whole and columns <= MAX_ROW and 0 < used <= self.region_bytes
 
 
 def push_bytes(slots: int, region_bytes: int) -> int:
@@ -87,7 +86,7 @@ def push_bytes(slots: int, region_bytes: int) -> int:
 
 
 @triton.jit
-def buffer_of(addresses_ptr, ranks, buffer, slots, region_bytes):
+def _buffer(addresses_ptr, ranks, buffer, slots, region_bytes):
     """Addresses of this slot's region in a buffer of `ranks`: one or several."""
     place = (buffer * slots + tl.program_id(0)).to(tl.int64)
     address = tl.load(addresses_ptr + ranks) + place * region_bytes
@@ -95,14 +94,14 @@ def buffer_of(addresses_ptr, ranks, buffer, slots, region_bytes):
 
 
 @triton.jit
-def sendable(x, like_ptr):
+def _sendable(x, like_ptr):
     """Rounded to the dtype that travels, as bits, and none of them minus zero."""
     bits = x.to(like_ptr.dtype.element_ty).to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
-def received(bits, like_ptr):
+def _received(bits, like_ptr):
     return bits.to(like_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
 
 
@@ -159,8 +158,8 @@ def _push_rms_norm_kernel(
     there = (line[:, None] < RANKS) & part_there[None, :]
     before = tl.load(state_ptr + 2 * slot)
     buffer = (before + 1) % BUFFERS
-    own = buffer_of(addresses_ptr, rank, buffer, slots, region_bytes)
-    everyone = buffer_of(addresses_ptr, line, buffer, slots, region_bytes)[:, None]
+    own = _buffer(addresses_ptr, rank, buffer, slots, region_bytes)
+    everyone = _buffer(addresses_ptr, line, buffer, slots, region_bytes)[:, None]
     sums = rows_here * size  # where they begin
     if STEPS & 1:
         for row in range(slot, n, stride):
@@ -168,7 +167,7 @@ def _push_rms_norm_kernel(
             if DEFERRED:
                 x = x.to(tl.float32)
                 x = apply_scales(x, tl.load(row_scales_ptr + row), column_scales_ptr, bias_ptr, column, there, BIASED)
-            bits = sendable(x, residual_ptr)
+            bits = _sendable(x, residual_ptr)
             tl.store(everyone + ((row // stride) * RANKS + rank) * share + part[None, :], bits, mask=there)
         tl.debug_barrier()  # sent before anything is waited for
     if STEPS & 2:
@@ -182,15 +181,15 @@ def _push_rms_norm_kernel(
                 for peer in tl.static_range(RANKS):
                     bits = tl.load(own + at + peer * share, mask=part_there, other=0, volatile=True)
                     absent |= (bits == -32768).to(tl.int32)
-                    mine += received(bits, residual_ptr)
+                    mine += _received(bits, residual_ptr)
                 missing = tl.max(absent, 0)
-            bits = tl.broadcast_to(sendable(mine, residual_ptr)[None, :], (RANKS, PART))
+            bits = tl.broadcast_to(_sendable(mine, residual_ptr)[None, :], (RANKS, PART))
             tl.store(everyone + sums + (row // stride) * size + rank * share + part[None, :], bits, mask=there)
         tl.debug_barrier()
     if STEPS & 4:
         if tl.load(stopped_ptr) == 0:
             used = tl.load(state_ptr + 2 * slot + 1)
-            old = buffer_of(addresses_ptr, rank, before, slots, region_bytes).to(tl.pointer_type(tl.int32))
+            old = _buffer(addresses_ptr, rank, before, slots, region_bytes).to(tl.pointer_type(tl.int32))
             for first in range(0, used // 2, RANKS * PART):
                 word = first + tl.arange(0, RANKS * PART)
                 tl.store(old + word, tl.full((RANKS * PART,), MISSING, tl.int32), mask=word < used // 2)
@@ -203,7 +202,7 @@ def _push_rms_norm_kernel(
             while missing > 0:
                 bits = tl.load(own + sums + (row // stride) * size + column, mask=there, other=0, volatile=True)
                 missing = tl.max(tl.max((bits == -32768).to(tl.int32), 1), 0)
-                total = received(bits, residual_ptr)
+                total = _received(bits, residual_ptr)
             finish_row(
                 total.to(residual_ptr.dtype.element_ty),
                 residual,

@@ -6,7 +6,6 @@ The norm behind such a layer can add, normalize and quantize in one kernel (`all
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,13 +28,6 @@ class Reducer(Protocol):
         self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """`norm.rms_norm_quantize` of the sum over the ranks."""
-
-    def one_pass(self) -> AbstractContextManager[None]:
-        """Norms meanwhile are those of one pass over the same rows: of the residual stream that they return each rank
-        may have some rows only, as the next norm knows. Outside, streams are always whole."""
-
-    def whole(self, residual: Tensor) -> Tensor:
-        """The residual stream behind the last norm of a pass, whole on every rank."""
 
 
 @dataclass(frozen=True, slots=True)

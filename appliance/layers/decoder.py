@@ -8,7 +8,6 @@ takes the residual stream from the stage before and gives it to the next. Knows 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from appliance.distributed import PipelineStage, TensorParallel
 from appliance.errors import CheckpointError, EngineDamagedError
 from appliance.kernels.deferred_scale import Product, materialize
-from appliance.kernels.partial_sum import Reducer
 from appliance.layers import halves
 from appliance.layers.attention import Attention, ForwardContext
 from appliance.layers.embedding import Embedding
@@ -120,12 +118,6 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    @property
-    def norms_quantized(self) -> torch.dtype | None:
-        """What norms round their results to for the products behind, as in the first layer here; None: they do not.
-        Needs the weights."""
-        return self._layers()[0].post_attention_norm.quantized
-
     def load(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
         """Take all parameters from (name, tensor) pairs as in an engine, in any order, one by one: moved to `device`;
         plain floats converted to the model's dtype. (`runtime/weights.py` does the same from an engine's file, faster.)
@@ -169,12 +161,6 @@ class Decoder(nn.Module):
             assert token_ids is not None
             received = self.embedding(token_ids)
         assert received is not None
-        reducer = self.tp.own_reducer
-        with nullcontext() if reducer is None else reducer.one_pass():
-            return self._forward(received, ctx, reducer)
-
-    def _forward(self, received: Tensor, ctx: ForwardContext, reducer: Reducer | None) -> Tensor:
-        """From the residual stream in front of this stage's layers."""
         x: Product = received
         residual: Tensor | None = None
         if halves.pays(received, self.tp):
@@ -187,9 +173,7 @@ class Decoder(nn.Module):
             hidden: Tensor = self.norm(x, residual)
             return hidden
         x = materialize(x, self.dtype)
-        if residual is None:
-            return x
-        return x + (residual if reducer is None else reducer.whole(residual))
+        return x if residual is None else x + residual
 
     def _layers(self) -> list[DecoderLayer]:
         """Of this stage."""

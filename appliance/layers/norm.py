@@ -26,12 +26,6 @@ class ResidualRMSNorm(nn.Module):
         self._eps = eps
         self._scheme = scheme
 
-    @property
-    def quantized(self) -> torch.dtype | None:
-        """What results are rounded to; None: they are not. Needs the weight."""
-        result = self._scheme.tactic_input(self.weight[None])
-        return None if isinstance(result, Tensor) else result[0].dtype
-
     def forward(
         self, x: Product, residual: Tensor | None, behind: Mapping[str, Tensor] | None = None
     ) -> tuple[Activation, Tensor]:

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,6 @@ class NoSums:
 
     def rms_norm_quantize(self, x: Product, *rest: Any) -> Any:
         return norm.rms_norm_quantize(x, *rest)
-
-    def one_pass(self) -> nullcontext[None]:
-        return nullcontext()
-
-    def whole(self, residual: Tensor) -> Tensor:
-        return residual
 
 
 class Ranks:
@@ -213,8 +207,7 @@ def decode(ranks: Ranks, rows: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"tuned": per_layer()}
     stream = torch.empty(rows, ranks.hidden, dtype=torch.bfloat16, device="meta")
-    with ranks.own.one_pass():
-        found["way"] = ranks.own._norm_tactic(stream, stream)
+    found["way"] = ranks.own._norm_tactic(stream, stream)
     push, ranks.own._push = ranks.own._push, None
     found["no push"] = per_layer()
     ranks.own._push = push
@@ -266,7 +259,7 @@ def prefill(ranks: Ranks, tokens: int) -> dict[str, Any]:
 @torch.inference_mode()
 def measure(ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"ranks": ranks.tp.size, "model": arguments.model, "scheme": arguments.scheme}
-    ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph, ranks.model.norms_quantized)
+    ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph)
     ranks.say("sums are tuned")
     for part, act in (("sampling", None), ("decode", decode), ("prefill", prefill)):
         if part not in arguments.parts.split(","):
