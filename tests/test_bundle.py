@@ -236,7 +236,8 @@ def test_a_directory_and_an_engine_alone(source: Path, tmp_path: Path, run: Run)
     (imported / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         digest(imported, check=True)
-    assert run(*words, "--engine-only")[0] == 0
+    assert run(*words, "--engine-only", "--tp-size", "2")[0] == 2, "the engine there is is of one rank"
+    assert run(*words, "--engine-only", "--tp-size", "1")[0] == 0
     code, out, _ = run("bundle", "import", file, "--cache", tmp_path / "other")
     assert code == 0 and prepare_engine(out.strip(), cache=tmp_path / "other").engine_dir == out.strip()
     assert not (tmp_path / "other" / "models").exists()

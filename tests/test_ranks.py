@@ -314,6 +314,29 @@ def test_who_holds_a_step_up_is_named(counters: dict[int, tuple[int, int, int]],
     assert len(found) == 1 and found[0].message.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("beat", "message"), [(0, "rank 1 has not begun to load within"), (5, "rank 1 has been frozen for")]
+)
+def test_a_rank_that_never_runs_is_named_before_its_first_beat_too(beat: int, message: str) -> None:
+    from appliance.runtime.rank_watch import RankProcess
+
+    shared = SharedSteps.create(2)
+    shared.put(1, Word.BEAT, beat)
+    found: list[ApplianceError] = []
+    ended = threading.Event()
+    report, said = os.pipe()
+    process: Any = SimpleNamespace(returncode=None)
+    rank = RankProcess(1, process, report)
+    limits = {"frozen_seconds": 0.5, "start_seconds": 1.5}
+    begin = time.monotonic()
+    watch = RankWatch([rank], shared, lambda error: (found.append(error), ended.set())[0], **limits)
+    watch.start()
+    assert ended.wait(10) and found[0].message.startswith(message)
+    assert (time.monotonic() - begin > 1.5) or beat
+    os.close(said)
+    os.close(report)
+
+
 def test_of_ranks_that_end_together_the_cause_is_named() -> None:
     from appliance.ipc import Failed
     from appliance.runtime.rank_watch import PEER_LOST, RankProcess

@@ -46,7 +46,7 @@ from appliance.engines.disk import (
     remove_tree,
     write_atomically,
 )
-from appliance.engines.manifest import MANIFEST_NAME
+from appliance.engines.manifest import MANIFEST_NAME, EngineManifest
 from appliance.engines.meter import ByteMeter
 from appliance.errors import SettingsError
 from appliance.settings import Settings, add_flags
@@ -176,13 +176,25 @@ def _gather(settings: Settings, *, engine: bool, model: bool) -> _Contents:
     elif engine:
         digest = checkpoint.digest(path, cache=settings.cache_dir).value
         for stored in EngineStore(settings.cache_dir).list_engines():
-            if stored.manifest is not None and stored.manifest.key_inputs.checkpoint_digest == digest:
+            found = stored.manifest
+            if found is not None and found.key_inputs.checkpoint_digest == digest and _asked_for(found, settings):
                 contents.add_engine(stored.path)
     if not model:
         if not contents.keys:
             raise SettingsError("no engine of this model is in the cache", hint="name a profile with -p to build one")
         contents.model = f"engines/{contents.keys[0]}"
     return contents
+
+
+def _asked_for(engine: EngineManifest, settings: Settings) -> bool:
+    """Whether an engine is as the settings say, as far as they say anything."""
+    pairs = [
+        (settings.precision, engine.precision),
+        (settings.tp_size, engine.tp_size),
+        (settings.pp_size, engine.pp_size),
+        (settings.backend, engine.backend),
+    ]
+    return all(wanted in (None, has) for wanted, has in pairs)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 FROZEN_SECONDS = 10.0  # without a beat; while it loads libraries a process may not get to beat
+START_SECONDS = 300.0  # until its first beat, for which it imports what rank 0 has imported before it
 STUCK_SECONDS = 20.0  # no rank gets on with a step: longer than a layer takes on a CPU, or a step on a GPU
 _SETTLE_SECONDS = 0.3  # when one ends, others may follow: which was first is seen from how they end
 _EXIT_SECONDS = 5.0  # between closing its end of the pipe and having ended
@@ -103,12 +104,14 @@ class RankWatch:
         pp_size: int = 1,
         frozen_seconds: float = FROZEN_SECONDS,
         stuck_seconds: float = STUCK_SECONDS,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         self._ranks = ranks
         self._stage_ranks = shared.ranks // pp_size
         self._shared = shared
         self._on_lost = on_lost
         self._frozen_looks = int(frozen_seconds / LOOK_SECONDS)
+        self._start_looks = int(max(start_seconds, frozen_seconds) / LOOK_SECONDS)
         self._stuck_looks = int(stuck_seconds / LOOK_SECONDS)
         self._stopping = False
         self._still: dict[int, tuple[int, int]] = {}  # rank -> (beat, looks that found the same)
@@ -167,12 +170,13 @@ class RankWatch:
         for rank in self._ranks:
             beat = self._shared.get(rank.rank, Word.BEAT)
             before, looks = self._still.get(rank.rank, (beat, 0))
-            looks = looks + 1 if beat == before and beat else 0  # none yet: it is still starting
+            looks = looks + 1 if beat == before else 0
             self._still[rank.rank] = beat, looks
-            if looks > self._frozen_looks:
+            if looks > (self._frozen_looks if beat else self._start_looks):
                 seconds = looks * LOOK_SECONDS
+                what = "has been frozen for" if beat else "has not begun to load within"
                 return EngineCrashedError(
-                    f"{rank.name} has been frozen for {seconds:.0f} s: its process does not run",
+                    f"{rank.name} {what} {seconds:.0f} s: its process does not run",
                     hint="was it stopped, or does a device driver hold it?",
                 )
         return None
