@@ -9,6 +9,7 @@ multiprocessors: where this pays is found out by timing (`all_reduce_group.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,6 +220,44 @@ def all_reduce_rms_norm_quantize(
     return (values, scales), residual
 
 
+def fused_arguments(
+    x: Product,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    ranks: int,
+    result: Tensor,
+    scales: Tensor | None,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[int | float, ...], dict[str, Any]]:
+    """Of every kernel that adds up over ranks and norms: its tensors, which come first; its sizes, after what
+    it knows of the other ranks; what is known at compile time."""
+    n, size = x.shape
+    assert x.dtype == residual.dtype
+    deferred = None if isinstance(x, Tensor) else x
+    values = x if isinstance(x, Tensor) else x.values
+    assert values.stride(-1) == 1 and residual.stride(-1) == 1
+    part = triton.next_power_of_2(size // ranks)
+    row_scales, column_scales, bias = (
+        (None, None, None) if deferred is None else (deferred.row_scales, deferred.column_scales, deferred.bias)
+    )
+    return (
+        (values, row_scales, column_scales, bias, residual, weight, scale, result, scales),
+        (n, values.stride(0), residual.stride(0), size, size // ranks, eps),
+        {
+            "DEFERRED": deferred is not None,
+            "BIASED": bias is not None,
+            "QUANTIZE": scales is not None,
+            "SMALLEST_AMAX": SMALLEST_AMAX,
+            "STATIC": scale is not None,
+            **rounding(dtype),
+            "PART": part,
+            "num_warps": min(max(part * ranks // 512, 4), 16),
+        },
+    )
+
+
 def launch_fused(
     x: Product,
     residual: Tensor,
@@ -235,42 +274,17 @@ def launch_fused(
 ) -> None:
     """Writes `result` [n, size] and, where it is to be quantized, `scales`; of several calls with some of the `steps`
     each, the last does."""
-    n, size = x.shape
-    assert workspace.fits_fused(x) and workspace.size in SIZES and x.dtype == residual.dtype
-    deferred = None if isinstance(x, Tensor) else x
-    values = x if isinstance(x, Tensor) else x.values
-    assert values.stride(-1) == 1 and residual.stride(-1) == 1
-    part = triton.next_power_of_2(size // workspace.size)
-    bias = None if deferred is None else deferred.bias
-    _all_reduce_rms_norm_kernel[(min(n, workspace.slots),)](
-        values,
-        None if deferred is None else deferred.row_scales,
-        None if deferred is None else deferred.column_scales,
-        bias,
-        residual,
-        weight,
-        scale,
-        result,
-        scales,
+    assert workspace.fits_fused(x) and workspace.size in SIZES
+    tensors, numbers, options = fused_arguments(x, residual, weight, eps, workspace.size, result, scales, dtype, scale)
+    _all_reduce_rms_norm_kernel[(min(x.shape[0], workspace.slots),)](
+        *tensors,
         workspace.addresses,
         workspace.epochs,
         workspace.rank,
         workspace.slots,
         workspace.region_bytes,
-        n,
-        values.stride(0),
-        residual.stride(0),
-        size,
-        size // workspace.size,
-        eps,
+        *numbers,
         TWO_SHOT=two_shot,
-        DEFERRED=deferred is not None,
-        BIASED=bias is not None,
-        QUANTIZE=scales is not None,
-        SMALLEST_AMAX=SMALLEST_AMAX,
-        STATIC=scale is not None,
-        **rounding(dtype),
-        PART=part,
-        num_warps=min(max(part * workspace.size // 512, 4), 16),
+        **options,
         **launch_arguments(workspace, steps, x.device),
     )

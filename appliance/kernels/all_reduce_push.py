@@ -30,10 +30,10 @@ from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.all_reduce import ALL_STEPS, MAX_ROW, SIZES
-from appliance.kernels.all_reduce_norm import finish_row
+from appliance.kernels.all_reduce_norm import finish_row, fused_arguments
 from appliance.kernels.deferred_scale import Product, apply_scales
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.row_quantization import FP8, SMALLEST_AMAX, quantized_rows, rounding
+from appliance.kernels.row_quantization import FP8, quantized_rows
 
 BUFFERS = 3
 MISSING = 0x80008000 - (1 << 32)  # two numbers that have not come, as an int32
@@ -263,46 +263,21 @@ def launch_push(
 ) -> None:
     """Writes `result` [n, size] and, where it is to be quantized, `scales`; of several calls with some of the `steps`
     each, the last does."""
-    n, size = x.shape
-    assert space.fits(x) and space.size in SIZES and x.dtype == residual.dtype
-    deferred = None if isinstance(x, Tensor) else x
-    values = x if isinstance(x, Tensor) else x.values
-    assert values.stride(-1) == 1 and residual.stride(-1) == 1
-    part = triton.next_power_of_2(size // space.size)
-    bias = None if deferred is None else deferred.bias
-    _push_rms_norm_kernel[(min(n, space.slots),)](
-        values,
-        None if deferred is None else deferred.row_scales,
-        None if deferred is None else deferred.column_scales,
-        bias,
-        residual,
-        weight,
-        scale,
-        result,
-        scales,
+    assert space.fits(x) and space.size in SIZES
+    tensors, numbers, options = fused_arguments(x, residual, weight, eps, space.size, result, scales, dtype, scale)
+    _push_rms_norm_kernel[(min(x.shape[0], space.slots),)](
+        *tensors,
         space.addresses,
         space.state,
         space.stopped,
         space.rank,
         space.slots,
         space.region_bytes,
-        n,
-        values.stride(0),
-        residual.stride(0),
-        size,
-        size // space.size,
-        eps,
-        DEFERRED=deferred is not None,
-        BIASED=bias is not None,
-        QUANTIZE=scales is not None,
-        SMALLEST_AMAX=SMALLEST_AMAX,
-        STATIC=scale is not None,
-        **rounding(dtype),
-        PART=part,
+        *numbers,
+        **options,
         RANKS=space.size,
         BUFFERS=BUFFERS,
         MISSING=MISSING,
         STEPS=steps,
-        num_warps=min(max(part * space.size // 512, 4), 16),
         **launch_options(x.device),
     )
