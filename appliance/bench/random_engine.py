@@ -16,7 +16,6 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ from appliance.engines.digest import hash_files
 from appliance.engines.key import KeyInputs, engine_key, make_key_inputs
 from appliance.engines.manifest import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     BuildSummary,
     EngineFile,
-    EngineManifest,
+    new_manifest,
     rank_file_name,
     read_manifest,
     write_manifest,
@@ -212,28 +210,7 @@ def _write(path: Path, engine: RandomEngine, config: ModelConfig, inputs: KeyInp
         device=str(device),
         notes=("random weights, for benchmarks",),
     )
-    manifest = EngineManifest(
-        schema_version=SCHEMA_VERSION,
-        key=engine_key(inputs),
-        key_inputs=inputs,
-        model=config,
-        precision=inputs.precision,
-        scheme=inputs.scheme,
-        dtype=inputs.dtype,
-        tp_size=inputs.tp_size,
-        pp_size=inputs.pp_size,
-        backend=inputs.backend,
-        backend_version=inputs.backend_version,
-        builder_version=inputs.builder_version,
-        compute_capability=inputs.compute_capability,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=tuple(files),
-        kernels={},
-        tactics=(),
-        self_check=(),
-        build=summary,
-    )
-    write_manifest(path, manifest)
+    write_manifest(path, new_manifest(inputs, config, tuple(files), summary))
 
 
 def _listed(path: Path, names: list[str]) -> list[EngineFile]:

@@ -8,7 +8,6 @@ import logging
 import resource
 import shutil
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -44,11 +43,11 @@ from appliance.engines.digest import hash_files
 from appliance.engines.key import engine_key
 from appliance.engines.manifest import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     BuildSummary,
     EngineFile,
     EngineManifest,
     SelfCheck,
+    new_manifest,
     rank_file_name,
     write_manifest,
 )
@@ -252,30 +251,11 @@ def _manifest(
     notes: tuple[str, ...],
     phases: Phases,
 ) -> EngineManifest:
-    inputs = job.inputs
-    return EngineManifest(
-        schema_version=SCHEMA_VERSION,
-        key=engine_key(inputs),
-        key_inputs=inputs,
-        model=job.config,
-        precision=inputs.precision,
-        scheme=inputs.scheme,
-        dtype=inputs.dtype,
-        tp_size=inputs.tp_size,
-        pp_size=inputs.pp_size,
-        backend=inputs.backend,
-        backend_version=inputs.backend_version,
-        builder_version=inputs.builder_version,
-        compute_capability=inputs.compute_capability,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=files,
-        kernels=warmed.kernels,
-        tactics=warmed.tactics,
-        self_check=checks,
-        calibration=weights.summary() if isinstance(weights, CalibratedTensors) else None,
-        quality=quality,
-        kv_scales=kv_scales_of(job),
-        build=BuildSummary(
+    return new_manifest(
+        job.inputs,
+        job.config,
+        files,
+        BuildSummary(
             seconds=round(time.monotonic() - job.started, 3),
             source=model_name_of(job.checkpoint.path),
             source_bytes=job.checkpoint.nbytes,
@@ -286,4 +266,10 @@ def _manifest(
             notes=notes,
             phases=phases.seconds,
         ),
+        kernels=warmed.kernels,
+        tactics=warmed.tactics,
+        self_check=checks,
+        calibration=weights.summary() if isinstance(weights, CalibratedTensors) else None,
+        quality=quality,
+        kv_scales=kv_scales_of(job),
     )

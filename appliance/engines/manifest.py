@@ -7,13 +7,14 @@ are kept.
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 import msgspec
 from msgspec import field
 
 from appliance.engines.disk import write_atomically
-from appliance.engines.key import KeyInputs
+from appliance.engines.key import KeyInputs, engine_key
 from appliance.engines.quality import Quality
 from appliance.errors import EngineDamagedError
 from appliance.types import ModelConfig, Precision, Struct
@@ -116,6 +117,46 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rank_files(self) -> tuple[str, ...]:
         """Weight files, by rank."""
         return tuple(rank_file_name(rank) for rank in range(self.tp_size * self.pp_size))
+
+
+def new_manifest(
+    inputs: KeyInputs,
+    model: ModelConfig,
+    files: tuple[EngineFile, ...],
+    build: BuildSummary,
+    *,
+    kernels: dict[str, str] | None = None,
+    tactics: tuple[TimedTactic, ...] = (),
+    self_check: tuple[SelfCheck, ...] = (),
+    calibration: CalibrationSummary | None = None,
+    quality: Quality | None = None,
+    kv_scales: tuple[tuple[float, float], ...] = (),
+) -> EngineManifest:
+    """Of an engine made now: what the key's inputs say is said by the manifest too."""
+    return EngineManifest(
+        schema_version=SCHEMA_VERSION,
+        key=engine_key(inputs),
+        key_inputs=inputs,
+        model=model,
+        precision=inputs.precision,
+        scheme=inputs.scheme,
+        dtype=inputs.dtype,
+        tp_size=inputs.tp_size,
+        pp_size=inputs.pp_size,
+        backend=inputs.backend,
+        backend_version=inputs.backend_version,
+        builder_version=inputs.builder_version,
+        compute_capability=inputs.compute_capability,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        kernels=kernels or {},
+        tactics=tactics,
+        self_check=self_check,
+        build=build,
+        calibration=calibration,
+        quality=quality,
+        kv_scales=kv_scales,
+    )
 
 
 def rank_file_name(rank: int) -> str:
