@@ -3,19 +3,14 @@ parallelism inside the stages. On a machine with fewer GPUs ranks share them, as
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from calibrated_models import make_source
 from conftest import GPU_COUNT
-from test_ranks_gpu import CONFIG, PROMPTS, Engine, answers, build_for, in_own_process
+from test_ranks_gpu import CONFIG, PROMPTS, answers, build_for, in_own_process, lose_a_rank
 
 from appliance.engines import read_manifest
-from appliance.errors import EngineCrashedError
 
 pytestmark = pytest.mark.gpu
 
@@ -50,26 +45,8 @@ def test_stages_give_what_one_gpu_does(precision: str, size: int, stages: int, s
         assert same >= len(PROMPTS) - 2, "they differ by rounding at most"
 
 
-def lose_a_rank(engine_dir: Path) -> tuple[str, float]:
-    """Why the engine ended, and after how many seconds."""
-    engine = Engine(engine_dir, 2, cuda_graphs=True, stages=2)
-    engine.generate(4)
-    assert engine.leader is not None
-    begin = time.monotonic()
-    threading.Timer(0.5, lambda: os.kill(engine.leader.pids[0], signal.SIGKILL)).start()  # type: ignore[union-attr]
-    reason = ""
-    try:
-        while time.monotonic() - begin < 60:
-            engine.generate(100)
-    except EngineCrashedError as error:
-        reason = str(error)
-    seconds = time.monotonic() - begin
-    engine.leader.close()
-    return reason, seconds
-
-
 @pytest.mark.timeout(200)
 def test_a_stage_killed_on_a_gpu_is_named_within_seconds(source: Path, cache: Path) -> None:
     engine_dir = in_own_process(build_for, source, cache, "bf16", 2, 2)
-    reason, seconds = in_own_process(lose_a_rank, engine_dir)
+    reason, seconds = in_own_process(lose_a_rank, engine_dir, 2)
     assert "rank 1 was killed by SIGKILL" in reason and seconds < 20, (reason, seconds)

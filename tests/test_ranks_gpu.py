@@ -137,9 +137,9 @@ def test_ranks_give_what_one_gpu_does(precision: str, size: int, source: Path, c
     assert same >= len(PROMPTS) - 1, "graphs and eager steps differ by rounding at most"
 
 
-def lose_a_rank(engine_dir: Path) -> tuple[str, float]:
-    """Why the engine ended, and after how many seconds."""
-    engine = Engine(engine_dir, 2, cuda_graphs=True)
+def lose_a_rank(engine_dir: Path, stages: int = 1) -> tuple[str, float]:
+    """Why the engine of two ranks ended, and after how many seconds."""
+    engine = Engine(engine_dir, 2, cuda_graphs=True, stages=stages)
     engine.generate(4)
     assert engine.leader is not None
     begin = time.monotonic()
