@@ -225,7 +225,11 @@ class Links(Protocol):
 
 class NeighbourLinks:
     """torch.distributed's messages between neighbours. They only ever go forward, and a stage takes them in the order
-    of its steps, so no two wait for each other; what a rank was lost for ends the wait (`runtime/rank_watch.py`)."""
+    of its steps, so no two wait for each other; what a rank was lost for ends the wait (`runtime/rank_watch.py`).
+
+    Each message is a batch of one: NCCL's groups are made with their device, and there a batch and a call by itself
+    take the same communicator and stream, but torch warns of the latter on every rank's stderr (`pointToPoint` of its
+    ProcessGroupNCCL.cpp). Gloo knows no batches and makes the same call of it."""
 
     def __init__(self, before: int | None, behind: int | None, on_call: Callable[[], None] = lambda: None) -> None:
         """`before`, `behind`: ranks of the neighbours. `on_call`: as of `GroupCollectives`."""
@@ -240,15 +244,17 @@ class NeighbourLinks:
             self._sending.popleft()[0].wait()
         self._on_call()
         x = x.contiguous()
-        work = torch.distributed.isend(x, self._behind)
-        assert work is not None
+        (work,) = torch.distributed.batch_isend_irecv(
+            [torch.distributed.P2POp(torch.distributed.isend, x, self._behind)]
+        )
         self._sending.append((work, x))
 
     def receive(self, into: Tensor) -> None:
         assert self._before is not None, "there is no stage before"
         self._on_call()
-        work = torch.distributed.irecv(into, self._before)
-        assert work is not None
+        (work,) = torch.distributed.batch_isend_irecv(
+            [torch.distributed.P2POp(torch.distributed.irecv, into, self._before)]
+        )
         work.wait()
 
     def progress(self) -> None:
