@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -31,7 +32,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).p
 class Rig:
     """A supervisor of fake engines, with a real journal and lifecycle."""
 
-    def __init__(self, directory: Path, mode: str, *, budget: int = 3, hang_seconds: float = 60.0) -> None:
+    def __init__(
+        self, directory: Path, mode: str, *, budget: int = 3, hang_seconds: float = 60.0, excuse: str | None = None
+    ) -> None:
         self.directory = directory
         self.marker = directory / "marker"
         self.children: list[Child] = []
@@ -49,6 +52,7 @@ class Rig:
             restart_budget=budget,
             backoff_seconds=0.01,
             hang_seconds=hang_seconds,
+            excuse=lambda: excuse,
         )
 
     def spawn(self) -> Child:
@@ -177,6 +181,24 @@ async def test_budget_ends_a_crash_loop(tmp_path: Path) -> None:
         with pytest.raises(EngineCrashedError, match=r"failed 3 times within 10 minutes, last: .*SIGSEGV"):
             await asyncio.wait_for(task, 20)
     assert len(rig.children) == 3
+
+
+async def test_an_engine_that_was_meant_to_end_costs_neither_the_budget_nor_its_requests(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rig = Rig(tmp_path, "ok", budget=0, excuse="node 1 has left: it was told to end")
+    async with rig.running() as task:
+        await rig.until_ready(task)
+        for number in range(1, 4):  # as many losses as end a request that is blamed for them
+            tokens = asyncio.create_task(rig.tokens_of(request(400)))
+            rig.children[-1].kill()
+            async with asyncio.timeout(20):
+                while len(rig.infos) <= number or not rig.lifecycle.is_ready:
+                    await asyncio.sleep(0.01)
+            assert len(await tokens) == 400
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert caplog.text.count("the engine is started anew: node 1 has left") == 3
 
 
 async def test_a_reported_reason_ends_the_start_at_once_with_its_own_class(tmp_path: Path) -> None:

@@ -232,6 +232,54 @@ async def test_missing_nodes_are_named_until_a_deadline(
     await hub.stop()
 
 
+async def test_a_node_that_was_told_to_end_excuses_one_engine(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    settings = settings_of(nnodes=3)
+    hub = NodeHub(settings, Lifecycle())
+    await hub.start()
+    agents = [await Agent(settings).say(hello(settings, node=node)) for node in (1, 2)]
+    await until(lambda: not hub.missing)
+    assert hub.excuse() is None
+    agents[0].tell(wire.Leaving("it was told to end"))
+    agents[0].leave()
+    agents[1].leave()
+    await until(lambda: hub.missing == [1, 2])
+    levels = {record.getMessage(): record.levelname for record in caplog.records}
+    assert levels["node 1 (127.0.0.1) is gone: it was told to end"] == "INFO"
+    assert levels["node 2 (127.0.0.1) is gone: its connection was closed"] == "WARNING"
+    assert hub.excuse() == "node 1 has left: it was told to end"
+    assert hub.excuse() is None, "the next engine fails for another reason"
+    again = await Agent(settings).say(hello(settings, node=1))
+    again.tell(wire.Leaving("it was told to end"))
+    await until(lambda: "node 1 (127.0.0.1) leaves" in caplog.text.rpartition("is here")[2])
+    again.leave()
+    await until(lambda: hub.missing == [1, 2])
+    third = await Agent(settings).say(hello(settings, node=1))
+    await until(lambda: hub.missing == [2])
+    assert hub.excuse() is None, "no engine was running when it left, and now it is here"
+    third.leave()
+    await hub.stop()
+
+
+@pytest.mark.parametrize(("phase", "level"), [("ready", "INFO"), ("failed", "WARNING")])
+async def test_an_agent_says_whether_node_0_was_meant_to_end(
+    phase: Any, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings, life = settings_of(), Lifecycle()
+    hub = NodeHub(settings, life)
+    await hub.start()
+    agent = await agent_of(hub, settings, Supply(tmp_path), tmp_path)
+    await until(lambda: "joined node 0" in caplog.text)
+    life.enter(phase)
+    await hub.stop()
+    await until(lambda: "node 0 is gone" in caplog.text)
+    (record,) = [record for record in caplog.records if "node 0 is gone" in record.getMessage()]
+    assert record.levelname == level, record
+    agent.cancel()
+    await asyncio.gather(agent, return_exceptions=True)
+
+
 async def test_what_an_agent_fails_with_ends_a_start_and_no_server_that_was_ready() -> None:
     settings, life = settings_of(), Lifecycle()
     hub = NodeHub(settings, life)

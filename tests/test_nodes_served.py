@@ -74,7 +74,7 @@ class Group:
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    running = Group(tmp_path_factory.mktemp("nodes"))
+    running = Group(tmp_path_factory.mktemp("nodes"), "--drain-seconds", "2")
     try:
         running.until_ready()
         yield running
@@ -140,15 +140,30 @@ def test_a_node_lost_and_restarted_is_a_pause(group: Group) -> None:
     group.until_ready()
 
 
-def test_an_agent_outlives_the_engine_and_the_server(group: Group) -> None:
-    agent = group.nodes[1].process.pid
-    os.kill(group.leader.engine_pid(), signal.SIGKILL)
+def test_a_node_that_is_told_to_end_and_comes_again_is_a_pause_and_no_failure(group: Group) -> None:
+    restarts = group.leader.log.count(" in 10 minutes")
+    group.nodes[1].process.terminate()
+    assert group.nodes[1].process.wait(30) == 0
+    group.leader.until_logged("is gone: it was told to end")
+    group.leader.until_logged("the engine is started anew: node 1 has left: it was told to end")
+    group.replace(1)
     deadline = time.monotonic() + 60
     while group.leader.log.count("the engine is ready again") < 3:
         assert time.monotonic() < deadline, group.leader.log
         time.sleep(0.1)
+    assert greedy(group.leader.client(), PROMPT) != ""
+    assert group.leader.log.count(" in 10 minutes") == restarts
+
+
+def test_an_agent_outlives_the_engine_and_the_server(group: Group) -> None:
+    agent = group.nodes[1].process.pid
+    os.kill(group.leader.engine_pid(), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while group.leader.log.count("the engine is ready again") < 4:
+        assert time.monotonic() < deadline, group.leader.log
+        time.sleep(0.1)
     assert group.leader.stop() == 0
-    group.nodes[1].until_logged("node 0 is gone")
+    group.nodes[1].until_logged("node 0 is gone: the server was told to end")
     group.nodes[1].until_logged("waiting for node 0 at 127.0.0.1")
     assert group.nodes[1].status("/v1/health/live") == 200 and group.nodes[1].status("/v1/health/ready") == 503
     group.replace(0)

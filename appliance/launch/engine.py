@@ -90,7 +90,7 @@ class Journal(Protocol):
     @property
     def in_flight(self) -> int: ...
     def on_outputs(self, outputs: Sequence[EngineOutput], stats: EngineStats) -> None: ...
-    def on_engine_lost(self) -> None: ...
+    def on_engine_lost(self, *, blame: bool = True) -> None: ...
     async def on_engine_ready(self, link: Link) -> None: ...
     async def probe(self, token_ids: Sequence[int], timeout_seconds: float = ...) -> None: ...
 
@@ -111,8 +111,8 @@ class Link:
 class EngineSupervisor:
     """`spawn` starts an engine process. `repair` makes a damaged engine whole and returns the options to go on with.
     `on_ready` is told what every newly loaded engine says of itself. `probe_token_ids` is any valid prompt.
-    `prepared` is a process that was started already, to be used first. `name` is for the log. `start_message` and
-    `on_nodes_wanted` are for engines on several nodes (`node_hub.py`)."""
+    `prepared` is a process that was started already, to be used first. `name` is for the log. For engines on several
+    nodes (`node_hub.py`): `start_message`, `on_nodes_wanted`, and `excuse`, asked why an engine was meant to end."""
 
     def __init__(
         self,
@@ -130,6 +130,7 @@ class EngineSupervisor:
         name: str = "the engine",
         start_message: Callable[[EngineOptions], StartEngine] = StartEngine,
         on_nodes_wanted: Callable[[NodesWanted], None] | None = None,
+        excuse: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._name = name
         self._spawn = spawn
@@ -143,6 +144,7 @@ class EngineSupervisor:
         self._hang_seconds = hang_seconds
         self._start_message = start_message
         self._on_nodes_wanted = on_nodes_wanted
+        self._excuse = excuse
         self._last_message = time.monotonic()
         self._child = prepared
         self._stopping = False
@@ -165,7 +167,13 @@ class EngineSupervisor:
             error = await self._run_once(options)
             if self._stopping:
                 return
-            self._journal.on_engine_lost()
+            excuse = self._excuse()
+            self._journal.on_engine_lost(blame=excuse is None)
+            if excuse is not None:
+                log.info("%s is started anew: %s", self._name, excuse)
+                if self._lifecycle.was_ready:
+                    self._lifecycle.enter("restarting", excuse)
+                continue
             if self._failed is not None and not self._lifecycle.was_ready and not isinstance(error, EngineDamagedError):
                 raise error
             log.error("%s", error)

@@ -31,6 +31,7 @@ from appliance.launch.node_messages import (
     AgentState,
     Hello,
     LeaderState,
+    Leaving,
     Obtain,
     Obtained,
     Refused,
@@ -60,6 +61,10 @@ class Supply(Protocol):
     async def obtain_as_told(
         self, selection: Selection | None, *, repair: bool = False
     ) -> tuple[Path, tuple[str, ...]]: ...
+
+
+class _LeaderLeft(ConnectionError):
+    """Node 0 has said that it ends."""
 
 
 class NodeAgent:
@@ -127,7 +132,8 @@ class NodeAgent:
                 await self._converse(reader, writer)
             except ConnectionError as error:
                 if self._joined:
-                    log.warning("node 0 is gone: %s", error)
+                    expected = isinstance(error, _LeaderLeft) or self._stop.is_set()
+                    log.log(logging.INFO if expected else logging.WARNING, "node 0 is gone: %s", error)
                     lost_at = time.monotonic()
                 else:  # perhaps it has just begun to end; perhaps something else listens there
                     self._wait_longer(time.monotonic() - lost_at, f"what answers there is not node 0: {error}")
@@ -198,6 +204,8 @@ class NodeAgent:
                     self._ranks.add_done_callback(_say_failure)
                 case LeaderState():
                     self._follow(message)
+                case Leaving(reason=reason):
+                    raise _LeaderLeft(reason)
                 case _:
                     raise ConnectionError("it says what node 0 would not say")
 
@@ -304,8 +312,13 @@ class NodeAgent:
         self._stop.set()
 
     async def _drain(self, work: asyncio.Task[None]) -> None:
-        """Where the whole group ends, node 0 still finishes requests, with this node's ranks."""
+        """Where the whole group ends, node 0 still finishes requests, with this node's ranks. Where this node ends
+        alone, node 0 knows beforehand what it will lose them for."""
         seconds = self._settings.drain_seconds
+        self._say(Leaving("it was told to end"))
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                await self._writer.drain()
         if self._ranks is not None and not self._ranks.done():
             log.info("leaving when node 0 has ended its engine, after %g s at most", seconds)
             self._life.enter("draining", "leaving when node 0 has ended its engine")

@@ -24,6 +24,7 @@ from appliance.launch.node_messages import (
     AgentState,
     Hello,
     LeaderState,
+    Leaving,
     Obtain,
     Obtained,
     Refused,
@@ -54,6 +55,7 @@ class _Agent:
     key: str = ""
     state: AgentState = field(default_factory=lambda: AgentState("starting"))
     heard: int = 0  # messages
+    leaving: str = ""  # why it ends, if it was told to
 
 
 class NodeHub:
@@ -67,6 +69,9 @@ class NodeHub:
         self._own = wire.common_settings(settings)
         self._address = bind_address(settings.master_addr)
         self._agents: dict[int, _Agent] = {}
+        self._left: dict[
+            int, str
+        ] = {}  # nodes that were told to end since they joined, and why: no engine lost them yet
         self._job: Obtain | None = None
         self._wanted: RunRanks | None = None
         self._failed: ApplianceError | None = None
@@ -190,6 +195,12 @@ class NodeHub:
             if self._has_engine(agent.node):
                 wire.write(agent.writer, self._wanted)
 
+    def excuse(self) -> str | None:
+        """Why an engine that has just ended was meant to: nodes of it were told to end. Each excuses one engine. None:
+        it was not meant to."""
+        left, self._left = self._left, {}
+        return "; ".join(f"node {node} has left: {reason}" for node, reason in sorted(left.items())) or None
+
     # ------------------------------------------------------------ agents
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -209,7 +220,8 @@ class NodeHub:
             if agent is None:
                 log.warning("a connection from %s was refused: %s", host, error)
             elif self._agents.get(agent.node) is agent:
-                log.warning("node %d (%s) is gone: %s", agent.node, host, error)
+                level, reason = (logging.INFO, agent.leaving) if agent.leaving else (logging.WARNING, str(error))
+                log.log(level, "node %d (%s) is gone: %s", agent.node, host, reason)
         finally:
             if agent is not None and self._agents.get(agent.node) is agent:
                 del self._agents[agent.node]
@@ -235,6 +247,7 @@ class NodeHub:
             return None
         agent = _Agent(hello.node, host, writer)
         self._agents[agent.node] = agent
+        self._left.pop(agent.node, None)
         left = f", waiting for {name_nodes(self.missing)}" if self.missing else ", all are here"
         log.info("node %d of %d (%s) is here%s", agent.node, self._settings.nnodes, host, left)
         wire.write(writer, Welcome())
@@ -260,6 +273,9 @@ class NodeHub:
                 agent.job, agent.key = job, key
                 if self._wanted is not None and self._has_engine(agent.node):
                     wire.write(agent.writer, self._wanted)
+            case Leaving(reason=reason):
+                log.info("node %d (%s) leaves: %s", agent.node, agent.host, reason)
+                agent.leaving = self._left[agent.node] = reason
             case AgentFailed(error=error, message=text, hint=hint):
                 kind = getattr(errors, error, NodeError)
                 known = isinstance(kind, type) and issubclass(kind, ApplianceError)
@@ -273,9 +289,11 @@ class NodeHub:
             wire.write(agent.writer, message)
 
     async def stop(self) -> None:
-        """Let the agents go. Idempotent."""
+        """Let the agents go, which are told so unless the server failed. Idempotent."""
         if self._server is not None:
             self._server.close()
+        if self._life.phase != "failed":
+            self._send_all(Leaving("the server was told to end"))
         for agent in self._agents.values():
             agent.writer.close()
         for task in list(self._connections):

@@ -62,6 +62,12 @@ class Obtained(Struct, frozen=True, tag=True):
     key: str  # of the engine
 
 
+class Leaving(Struct, frozen=True, tag=True):
+    """Whoever says so was told to end, and soon closes the connection: no failure. Node 0 and agents say it."""
+
+    reason: str
+
+
 class AgentFailed(Struct, frozen=True, tag=True):
     """The agent ends. `error`: name of a class in errors.py."""
 
@@ -91,8 +97,8 @@ class AgentState(Struct, frozen=True, tag=True):
     detail: str = ""
 
 
-ToAgent = Welcome | Refused | Obtain | RunRanks | LeaderState
-ToHub = Hello | Obtained | AgentFailed | AgentState
+ToAgent = Welcome | Refused | Obtain | RunRanks | LeaderState | Leaving
+ToHub = Hello | Obtained | AgentFailed | AgentState | Leaving
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
 decode_to_hub: msgspec.msgpack.Decoder[ToHub] = msgspec.msgpack.Decoder(ToHub)

@@ -167,7 +167,11 @@ class _Process:
         self._sequence = self._make_sequence(self._settings, state, self._directory)
         of_nodes: dict[str, Any] = {}
         if self._hub is not None:
-            of_nodes = {"start_message": self._hub.start_message, "on_nodes_wanted": self._hub.want}
+            of_nodes = {
+                "start_message": self._hub.start_message,
+                "on_nodes_wanted": self._hub.want,
+                "excuse": self._hub.excuse,
+            }
         return Replicas(
             self._spawn_engine,
             state,

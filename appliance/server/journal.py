@@ -216,11 +216,11 @@ class RequestJournal:
         for group in ready:
             group.wake()
 
-    def on_engine_lost(self, replica: int = 0) -> None:
+    def on_engine_lost(self, replica: int = 0, *, blame: bool = True) -> None:
         """A replica's engine process is gone. Its requests go to another that is up, or wait, except those that were in
-        too many crashes."""
+        too many crashes. `blame`: it is a crash, which a request may be the cause of."""
         self._metrics.engine_lost(replica)
-        for entry in self._dispatch.lost(replica):
+        for entry in self._dispatch.lost(replica, blame=blame):
             log.warning("giving up request %s after %d engine crashes", entry.request.request_id, entry.crashes)
             self._terminate(entry, "error", f"the engine crashed {entry.crashes} times while it ran this request")
         self._dispatch.resubmit(self._entries.values())
@@ -319,8 +319,8 @@ class ReplicaJournal:
     def on_outputs(self, outputs: Sequence[EngineOutput], stats: EngineStats) -> None:
         self._journal.on_outputs(outputs, stats, self._replica)
 
-    def on_engine_lost(self) -> None:
-        self._journal.on_engine_lost(self._replica)
+    def on_engine_lost(self, *, blame: bool = True) -> None:
+        self._journal.on_engine_lost(self._replica, blame=blame)
 
     async def on_engine_ready(self, link: EngineLink) -> None:
         await self._journal.on_engine_ready(link, self._replica)

@@ -93,9 +93,9 @@ class Dispatcher:
 
     # ------------------------------------------------------------ loss and return of a replica
 
-    def lost(self, replica: int) -> list[Entry]:
+    def lost(self, replica: int, *, blame: bool = True) -> list[Entry]:
         """A replica's engine is gone: releases its requests, and returns those that were in too many crashes. The
-        journal ends these and then calls `resubmit`."""
+        journal ends these and then calls `resubmit`. Without `blame`, none of them is the cause."""
         lane, suspect = self.lanes[replica], self.on_probation
         self._router.forget(replica)
         self._suspects = []  # until `resubmit`: plain requests come first
@@ -104,7 +104,9 @@ class Dispatcher:
             self.on_probation = None
             culprit = suspect if suspect.link is not None else None  # else it was not sent yet
         given = lane.lose()
-        blamed = given if culprit is None else [culprit]
+        for entry in given:
+            entry.losses += 1
+        blamed = [] if not blame else given if culprit is None else [culprit]
         for entry in blamed:
             entry.crashes += 1
         return [entry for entry in blamed if entry.crashes >= self._max_engine_crashes]
@@ -128,10 +130,11 @@ class Dispatcher:
         self._suspects = [entry for entry in waiting if self._is_suspect(entry)]
         plain = [entry for entry in waiting if not self._is_suspect(entry)]
         self.dispatch(plain)
-        resumed = sum(1 for entry in plain if entry.crashes and entry.lane is not None)
-        self._metrics.resubmitted += resumed
+        resumed = [entry for entry in plain if entry.losses and entry.lane is not None]
+        self._metrics.resubmitted += len(resumed)
         if resumed:
-            log.warning("resubmitting %s", counted(resumed, "request"))
+            crashed = any(entry.crashes for entry in resumed)
+            log.log(logging.WARNING if crashed else logging.INFO, "resubmitting %s", counted(len(resumed), "request"))
         if self.on_probation is None:
             self.next_suspect()
 

@@ -33,7 +33,8 @@ class Entry:
     link: EngineLink | None = None  # the engine it was handed to; None: not yet, or that engine is lost
     moving_to: Lane | None = None  # its engine was told to give it up, so that this replica takes it
     closed: bool = False  # it had its terminal event
-    crashes: int = 0  # engines lost while they had it
+    losses: int = 0  # engines lost while they had it
+    crashes: int = 0  # those of them that it may be the cause of
     prompt_logprobs_sent: bool = False
     digests: list[bytes] = field(default_factory=list)  # of its prompt's pages, where there are several replicas
     first_token: float = 0.0  # monotonic seconds
