@@ -334,7 +334,7 @@ class LLM:
 
         import torch
 
-        from appliance.distributed import leave
+        from appliance.meeting import leave
 
         if self._core is None:
             return

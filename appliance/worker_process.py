@@ -21,9 +21,9 @@ import msgspec
 from torch.distributed import DistError
 
 from appliance import garbage, registry
-from appliance.distributed import Rendezvous
 from appliance.errors import ApplianceError
 from appliance.ipc import Failed
+from appliance.meeting import Rendezvous
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import PhaseTimer
 from appliance.runtime.rank_watch import PEER_LOST

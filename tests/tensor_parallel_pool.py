@@ -19,14 +19,13 @@ from appliance.builder.shards import shard, stage_of
 from appliance.checkpoint import read_model_config
 from appliance.distributed import (
     GroupCollectives,
-    Meeting,
     NeighbourLinks,
     PipelineStage,
-    Rendezvous,
     TensorParallel,
 )
 from appliance.kernels import cpu_linear
 from appliance.layers.decoder import Decoder
+from appliance.meeting import Meeting, Rendezvous
 from appliance.types import WeightSpec
 
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89], [7, 2, 81]]

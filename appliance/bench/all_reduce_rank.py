@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from appliance.bench.report import numbers
-from appliance.distributed import GroupCollectives, Meeting, Rendezvous, leave
+from appliance.distributed import GroupCollectives
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_quantize, all_reduce_rms_norm_reference
 from appliance.kernels.all_reduce_push import push_rms_norm_quantize
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.row_quantization import FP8
+from appliance.meeting import Meeting, Rendezvous, leave
 from appliance.runtime.timing import time_in_graph
 
 _EPS = 1e-5

@@ -22,10 +22,10 @@ from appliance.bench.predictions import Predictions, predictions_of
 from appliance.bench.random_engine import RandomEngine
 from appliance.bench.report import say
 from appliance.builder import BuildRequest
-from appliance.distributed import leave
 from appliance.engines.manifest import EngineManifest, read_manifest
 from appliance.errors import SettingsError
 from appliance.launch.prepare import prepare_engine
+from appliance.meeting import leave
 from appliance.runtime.executor import LocalExecutor
 from appliance.runtime.loading import LoadedModel, PhaseTimer
 from appliance.types import EngineInfo, EngineOptions, ModelConfig

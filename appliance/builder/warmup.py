@@ -20,11 +20,11 @@ from appliance.batching.core import EngineCore
 from appliance.builder.request import BuildRequest
 from appliance.builder.tactics import Tuner
 from appliance.builder.timings import Timings
-from appliance.distributed import leave
 from appliance.engines import disk
 from appliance.engines.manifest import TimedTactic
 from appliance.kernels.compiled import DIRECTORY, KERNELS
 from appliance.kernels.tactics import TABLE
+from appliance.meeting import leave
 from appliance.runtime.loading import LoadedModel, PhaseTimer
 from appliance.runtime.ranks import Alone, Member, lead
 from appliance.settings import gpus_shared

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appliance.kernels import norm
+from appliance.kernels import copy_engines, norm
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import (
     FLAG_BYTES,
@@ -34,10 +34,11 @@ from appliance.kernels.all_reduce_norm import (
     all_reduce_rms_norm_reference,
 )
 from appliance.kernels.all_reduce_push import MISSING, PushSpace, push_bytes, push_rms_norm, push_rms_norm_quantize
+from appliance.kernels.copy_sums import CopySums
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.exchange import exchange, exchange_fits
 from appliance.kernels.peer_access import no_access
-from appliance.kernels.peer_memory import share
+from appliance.kernels.peer_memory import agree, share
 from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
@@ -54,6 +55,7 @@ _REGION_BYTES = 128 << 10  # of a slot, so messages up to 16 MiB on GPUs with 12
 _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
 _CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
 _PUSH_COLUMNS = 1024
+COPY_SUMS = False  # sums in the background by copy engines
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
@@ -105,7 +107,8 @@ class AllReduce:
         self._workspace = workspace
         self._push = push
         self._forced: str | None = None
-        self.on_abort: list[Callable[[], None]] = []  # of other kernels that wait for ranks
+        self.on_abort: list[Callable[[], None]] = []  # of others that wait for ranks
+        self._copies: CopySums | None = None
 
     @property
     def workspace(self) -> Workspace:
@@ -181,6 +184,20 @@ class AllReduce:
     def _default(self, x: Product) -> str:
         few = x.shape[0] * x.shape[1] * x.dtype.itemsize <= _ONE_SHOT_BYTES[self._workspace.size]
         return ONE_SHOT if few else TWO_SHOT
+
+    # -------------------------------------------------- in the background
+
+    def begin_all_reduce(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """`CopySums.begin`; None: x is for the library."""
+        if self._copies is None or not self._copies.fits(x):
+            return None
+        return self._copies.begin(x)
+
+    def use_copies(self, copies: CopySums | None) -> None:
+        """For sums in the background; None: the library's."""
+        self._copies = copies
+        if copies is not None:
+            self.on_abort.append(copies.abort)
 
     # -------------------------------------------------- what is not a sum
 
@@ -289,7 +306,7 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> AllRedu
     if reason is None and _connected:
         # torch would take the second group of a process for its first, since both have the same name.
         reason = f"the process of rank {rank} has been in a group with shared memory before"
-    reason = _agree(group, rank, size, reason)
+    reason = agree(group, rank, size, reason)
     if reason is None:
         _connected = True
         found: AllReduce | None = None
@@ -298,21 +315,17 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> AllRedu
             found = AllReduce(group, workspace, _push_space(group, workspace, device))
         except RuntimeError as error:
             reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
-        reason = _agree(group, rank, size, reason)
+        reason = agree(group, rank, size, reason)
         if reason is None and found is not None:
-            reason = _agree(group, rank, size, _check(found, device))
+            reason = agree(group, rank, size, _check(found, device))
             if reason is None:
-                found.give_up_push(_agree(group, rank, size, _check_push(found, device)))
+                found.give_up_push(agree(group, rank, size, _check_push(found, device)))
+                if COPY_SUMS:
+                    found.use_copies(copy_engines.connect(group, rank, size, device))
                 return found
     if reason:
         log.warning("all-reduce by NCCL only: %s", reason)
     return None
-
-
-def _agree(group: Group, rank: int, size: int, reason: str | None) -> str | None:
-    """Whether any rank has a reason against it: the reason on the first that has, "" on others, None if none has."""
-    first = group.minimum(size if reason is None else rank)
-    return None if first == size else (reason or "") if first == rank else ""
 
 
 def _refusal(group: Group, rank: int, size: int, device: torch.device) -> str | None:

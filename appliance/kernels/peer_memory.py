@@ -27,6 +27,13 @@ class Agreement(Protocol):
         """The smallest of the ranks' numbers."""
 
 
+def agree(group: Agreement, rank: int, size: int, reason: str | None) -> str | None:
+    """Whether any rank has a reason against something: the reason on the first that has, "" on others, None if none
+    has."""
+    first = group.minimum(size if reason is None else rank)
+    return None if first == size else (reason or "") if first == rank else ""
+
+
 @dataclass(frozen=True)
 class PeerMemory:
     """One rank's end. Exists as long as any rank may use it."""

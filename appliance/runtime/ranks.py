@@ -21,9 +21,10 @@ import msgspec
 import torch
 
 from appliance.batching.step import StepPlan, StepResult
-from appliance.distributed import LOOPBACK, Meeting, PipelineStage, Rendezvous, TensorParallel, leave
+from appliance.distributed import PipelineStage, TensorParallel
 from appliance.engines.manifest import read_manifest
 from appliance.errors import ApplianceError
+from appliance.meeting import LOOPBACK, Meeting, Rendezvous, leave
 from appliance.runtime.rank_processes import start_rank
 from appliance.runtime.rank_watch import FROZEN_SECONDS, STUCK_SECONDS, RankProcess, RankWatch
 from appliance.runtime.remote_nodes import RemoteNodes
