@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 
@@ -23,21 +24,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network says so by unsetting it
 
 
-def _gpu_count() -> int:
-    """NVIDIA GPUs that NVML sees; asks the driver only, so neither torch nor a CUDA context is involved."""
-    try:
-        import pynvml
+def visible_gpus(visible: str | None, nvml: Any = None) -> list[str]:
+    """UUIDs of the NVIDIA GPUs that this process may use, in the order in which CUDA numbers them: those of
+    CUDA_VISIBLE_DEVICES=`visible` (None: not set). Of MIG slices a process sees one. Asks the driver only, so neither
+    torch nor a CUDA context is involved; none where there is no driver, or one that fails."""
+    from appliance import hardware
 
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library, or a driver that fails: all mean "run as on a machine without a GPU"
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
+    found = [gpu for gpu in hardware.detect(visible, nvml=nvml).gpus if gpu.healthy]
+    whole = [gpu.uuid for gpu in found if gpu.mig_profile is None]
+    return whole or [gpu.uuid for gpu in found[:1]]
 
 
-GPU_COUNT = _gpu_count()
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # torch counts as the driver does
+GPUS = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+GPU_COUNT = len(GPUS)
 if GPU_COUNT == 0:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in the interpreter, on the CPU
     assert "triton" not in sys.modules, "triton was imported before conftest could choose the interpreter"

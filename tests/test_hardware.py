@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
+from conftest import visible_gpus
 from fake_nvml import GIB, FakeNvml, card
 
 from appliance import hardware
@@ -210,6 +212,26 @@ def test_visible_mig_slices(visible: str, uuids: list[str]):
     assert [gpu.uuid for gpu in detect(mig_card(), TWO[1], visible=visible).gpus] == uuids
 
 
+@pytest.mark.parametrize(
+    ("visible", "uuids"),
+    [
+        (None, ["GPU-aaaa0000", "GPU-bbbb0001", "GPU-cccc0002", "GPU-dddd0003"]),
+        ("2", ["GPU-cccc0002"]),
+        ("3,GPU-aaaa", ["GPU-dddd0003", "GPU-aaaa0000"]),
+        ("", []),
+    ],
+)
+def test_gpu_tests_count_what_they_may_use(visible: str | None, uuids: list[str]):
+    cards = [*TWO, card("GPU-cccc0002"), card("GPU-dddd0003")]
+    assert visible_gpus(visible, FakeNvml(cards)) == uuids
+    assert visible_gpus(visible, FakeNvml(cards, init=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)) == []
+
+
+def test_gpu_tests_see_one_mig_slice():
+    assert visible_gpus(None, FakeNvml([mig_card()])) == ["MIG-1111"]
+    assert visible_gpus(None, FakeNvml([mig_card(), TWO[1]])) == ["GPU-bbbb0001"]
+
+
 def test_an_ambiguous_prefix_names_nothing():
     found = detect(card("GPU-aaaa0000"), card("GPU-aaaa0001"), visible="GPU-aaaa")
     assert found.gpus == () and "fits 2 devices" in (found.problem or "")
@@ -357,3 +379,19 @@ def test_the_real_driver_answers() -> None:
     import torch
 
     assert torch.cuda.get_device_name(0) in done.stdout
+
+
+def test_an_engine_finds_its_gpu_by_uuid_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES=3,2 of four: selection gives UUIDs, and torch counts what is visible."""
+    import torch
+
+    from appliance.backends import cuda
+
+    chosen = detect(*TWO, card("GPU-cccc0002"), card("GPU-dddd0003"), visible="3,2").gpus
+    of_torch = [SimpleNamespace(uuid=gpu.uuid.removeprefix("GPU-")) for gpu in chosen]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(of_torch))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", of_torch.__getitem__)
+    assert [cuda._index_of_uuid(gpu.uuid) for gpu in chosen] == [0, 1]
+    assert cuda._index_of_uuid("GPU-cccc0002") == 1
+    with pytest.raises(HardwareError, match="GPU-aaaa0000 is not visible to this process"):
+        cuda._index_of_uuid("GPU-aaaa0000")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import GPU_COUNT
+from conftest import GPU_COUNT, GPUS
 from test_end_to_end import MODEL, Server, greedy
 from test_nodes_served import PROMPT, Group, node, ranks_below
 
@@ -26,7 +26,7 @@ FLAGS = ("--backend", "cuda", "--max-num-seqs", "8", "--no-persistent-decode")  
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        patch.setenv("CUDA_VISIBLE_DEVICES", GPUS[0])
         server = Server(tmp_path_factory.mktemp("one") / "cache", *FLAGS)
     try:
         server.until("/v1/health/ready", 300)
@@ -41,7 +41,7 @@ class GpuGroup(Group):
 
     def start(self, rank: int) -> Server:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CUDA_VISIBLE_DEVICES", str(rank % GPU_COUNT))
+            patch.setenv("CUDA_VISIBLE_DEVICES", GPUS[rank % GPU_COUNT])
             if GPU_COUNT == 1:
                 patch.setenv("NCCL_HOSTID", f"node-{rank}")
                 patch.setenv("APPLIANCE_MEMORY_FRACTION", "0.3")
