@@ -42,6 +42,7 @@ from appliance.kernels.peer_memory import agree, share
 from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
+from appliance.kernels.weight_prefetch import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -129,24 +130,35 @@ class AllReduce:
             return self._in_pieces(x)
         return all_reduce_(x, self._workspace, two_shot=tactic == TWO_SHOT)
 
-    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
+    ) -> tuple[Tensor, Tensor]:
         way = self._norm_tactic(x, residual)
         if way == SEPARATE:
-            return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
+            return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps, ahead)
         if self._push is not None and way == TWO_SHOT_PUSH:
-            return push_rms_norm(x, residual, weight, eps, self._push)
-        return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
+            return push_rms_norm(x, residual, weight, eps, self._push, ahead)
+        two_shot = way == TWO_SHOT
+        return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, ahead, two_shot=two_shot)
 
     def rms_norm_quantize(
-        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
+        self,
+        x: Product,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        scale: Tensor | None,
+        ahead: Ahead | None = None,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         way, space = self._norm_tactic(x, residual), self._workspace
         if way == SEPARATE:
             total = self.all_reduce(materialize(x, x.dtype))
-            return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
+            return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale, ahead)
         if self._push is not None and way == TWO_SHOT_PUSH:
-            return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale)
-        return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
+            return push_rms_norm_quantize(x, residual, weight, eps, self._push, dtype, scale, ahead)
+        two_shot = way == TWO_SHOT
+        return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, ahead, two_shot=two_shot)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
         """Two-shot, as many rows at a time as fit."""

@@ -32,8 +32,8 @@ from appliance.kernels._triton import tl, triton
 from appliance.kernels.all_reduce import ALL_STEPS, MAX_ROW, SIZES
 from appliance.kernels.all_reduce_norm import finish_row, fused_arguments
 from appliance.kernels.deferred_scale import Product, apply_scales
-from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.row_quantization import FP8, quantized_rows
+from appliance.kernels.weight_prefetch import Ahead, launch, prefetch_ahead
 
 BUFFERS = 3
 MISSING = 0x80008000 - (1 << 32)  # two numbers that have not come, as an int32
@@ -128,6 +128,11 @@ def _push_rms_norm_kernel(
     size,
     share,
     eps,
+    ahead_ptr,
+    ahead_rows,
+    ahead_row_bytes,
+    ahead_piece,
+    ahead_behind,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -140,16 +145,22 @@ def _push_rms_norm_kernel(
     BUFFERS: tl.constexpr,
     MISSING: tl.constexpr,
     STEPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: whole rows, each in registers as [RANKS, PART], a line for the share of a rank; PART holds share = size
     / RANKS numbers. A region: per row all ranks' numbers of this rank's share, [RANKS, share], and behind all rows the
     sums of each row, [size]."""
+    stride = tl.num_programs(0)
+    if AHEAD:
+        stride = ahead_behind
+        if tl.program_id(0) >= ahead_behind:
+            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
+            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.program_id(0)
-    stride = tl.num_programs(0)
     rows_here = tl.cdiv(n, stride)
     part = tl.arange(0, PART)
     line = tl.arange(0, RANKS)
@@ -225,11 +236,13 @@ def _push_rms_norm_kernel(
         tl.store(state_ptr + 2 * slot + 1, rows_here * size * 2)
 
 
-def push_rms_norm(x: Product, residual: Tensor, weight: Tensor, eps: float, space: PushSpace) -> tuple[Tensor, Tensor]:
+def push_rms_norm(
+    x: Product, residual: Tensor, weight: Tensor, eps: float, space: PushSpace, ahead: Ahead | None = None
+) -> tuple[Tensor, Tensor]:
     """`all_reduce_norm.all_reduce_rms_norm`, and its reference is this one's. `PushSpace.fits` x, whose dtype is that
     of the residual stream."""
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_push(x, residual, weight, eps, space, result, None)
+    launch_push(x, residual, weight, eps, space, result, None, ahead=ahead)
     return result, residual
 
 
@@ -241,10 +254,11 @@ def push_rms_norm_quantize(
     space: PushSpace,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`all_reduce_norm.all_reduce_rms_norm_quantize`, likewise."""
     values, scales = quantized_rows(x.shape, dtype, x.device)
-    launch_push(x, residual, weight, eps, space, values, scales, dtype, scale)
+    launch_push(x, residual, weight, eps, space, values, scales, dtype, scale, ahead)
     return (values, scales), residual
 
 
@@ -258,6 +272,7 @@ def launch_push(
     scales: Tensor | None,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
+    ahead: Ahead | None = None,
     *,
     steps: int = ALL_STEPS,
 ) -> None:
@@ -265,7 +280,8 @@ def launch_push(
     each, the last does."""
     assert space.fits(x) and space.size in SIZES
     tensors, numbers, options = fused_arguments(x, residual, weight, eps, space.size, result, scales, dtype, scale)
-    _push_rms_norm_kernel[(min(x.shape[0], space.slots),)](
+    grid, launching = launch(ahead, (min(x.shape[0], space.slots),), x.device)
+    _push_rms_norm_kernel[grid](
         *tensors,
         space.addresses,
         space.state,
@@ -279,5 +295,5 @@ def launch_push(
         BUFFERS=BUFFERS,
         MISSING=MISSING,
         STEPS=steps,
-        **launch_options(x.device),
+        **launching,
     )

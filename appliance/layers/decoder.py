@@ -51,9 +51,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = ResidualRMSNorm(size, eps, self.mlp.gate_up.scheme, dtype)
 
     def forward(self, x: Product, residual: Tensor | None, ctx: ForwardContext) -> tuple[Product, Tensor]:
-        normed, residual = self.input_norm(x, residual, self.attention.qkv.prepared)
+        qkv, gate_up = self.attention.qkv, self.mlp.gate_up
+        normed, residual = self.input_norm(x, residual, qkv.prepared, qkv.ahead(x.shape[0]))
         x = self.attention(normed, ctx)
-        normed, residual = self.post_attention_norm(x, residual, self.mlp.gate_up.prepared)
+        normed, residual = self.post_attention_norm(x, residual, gate_up.prepared, gate_up.ahead(x.shape[0]))
         return self.mlp(normed), residual
 
 
