@@ -116,5 +116,6 @@ def test_what_has_no_room_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slower_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = run(monkeypatch, times=lambda rank, rows: (3.0, 2.0))
+    found, released = run(monkeypatch, times=lambda rank, rows: (3.0, 2.0))
     assert found == ["layer by layer is faster here"] * SIZE
+    assert released == [[]] * SIZE, "nobody holds the memory that the ranks shared"

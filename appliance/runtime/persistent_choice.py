@@ -14,6 +14,7 @@ from torch import Tensor
 
 from appliance.distributed import TensorParallel
 from appliance.kernels.persistent import exchange
+from appliance.kernels.persistent.exchange import Exchange
 from appliance.layers.decoder import Decoder
 from appliance.runtime.input_batch import InputBatch
 from appliance.runtime.persistent_decode import PersistentDecode, refusal
@@ -31,9 +32,10 @@ def choose(
     reason = _agreed(model.tp, refusal(model, kv_caches))
     if reason is not None:
         return reason
-    made = _make(model, kv_caches, batch, sizes)
-    if isinstance(made, str):
-        return made
+    found = _make(model, kv_caches, batch, sizes)
+    if isinstance(found, str):
+        return found
+    made, shared = found
     for rows in made.sizes:
         mine, layers = (_slowest(model.tp, microseconds) for microseconds in timer(made, rows))
         if model.tp.rank == 0:
@@ -41,15 +43,20 @@ def choose(
         if mine >= layers:
             made.keep_below(rows)
             break
-    return made if made.sizes else "layer by layer is faster here"
+    if made.sizes:
+        return made
+    if shared is not None:  # no kernel uses it any more, on any rank: all have told their times
+        model.tp.own_reducer.on_abort.remove(shared.abort)
+    return "layer by layer is faster here"
 
 
 def _make(
     model: Decoder, kv_caches: Sequence[Tensor], batch: InputBatch, sizes: Sequence[int]
-) -> PersistentDecode | str:
+) -> tuple[PersistentDecode, Exchange | None] | str:
+    """The kernels, and the memory that the ranks share for them; else why there are none."""
     tp = model.tp
     if tp.size == 1:
-        return PersistentDecode(model, kv_caches, batch, sizes)
+        return PersistentDecode(model, kv_caches, batch, sizes), None
     try:
         shared = exchange.connect(tp, tp.rank, tp.size, model.config.hidden_size, sizes, kv_caches[0].device)
     except RuntimeError as error:  # the same on all ranks
@@ -69,7 +76,7 @@ def _make(
             made.keep_below(rows)
             break
     tp.own_reducer.on_abort.append(shared.abort)
-    return made
+    return made, shared
 
 
 def _agreed(tp: TensorParallel, reason: str | None) -> str | None:
