@@ -1,4 +1,4 @@
-"""Passes in two halves give the numbers of passes in one piece; which passes go in halves."""
+"""Passes in two halves, or more parts, give the numbers of passes in one piece; which passes go in halves."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ SCHEMES = {
 }
 
 
+@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
-def test_halves_compute_what_the_whole_does(
-    architecture: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_parts_compute_what_the_whole_does(
+    architecture: str, scheme: str, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten prompt tokens of two sequences, the first half ending within one; then two more tokens in one piece. Each
-    layer adds up twice, in the background, each half for itself."""
+    """Ten prompt tokens of two sequences, the first part ending within one; then two more tokens in one piece. Each
+    layer adds up twice, in the background, each part for itself."""
     make_checkpoint(tmp_path / "m", ARCHITECTURES[architecture])
     name, parameters, limit = SCHEMES[scheme]
     job = Job(tmp_path / "m", 2, name, parameters)
     alone = run_job(job, TensorParallel())
     whole = Meeting(2).run(lambda tp: run_job(job, tp))
     monkeypatch.setattr(halves, "MIN_TOKENS", 4)
+    monkeypatch.setattr(halves, "PART_TOKENS", 3)
+    monkeypatch.setattr(halves, "MAX_PARTS", parts)
     monkeypatch.setattr(halves, "MIN_BYTES", 0)
     meeting = Meeting(2)
     found = meeting.run(lambda tp: run_job(job, tp))
     layers = ARCHITECTURES[architecture].num_hidden_layers
-    assert meeting.calls.count("background all_reduce") == 2 * 2 * layers
+    assert meeting.calls.count("background all_reduce") == 2 * parts * layers
     assert meeting.calls.count("all_reduce") == 2 * layers, "two tokens go in one piece"
     assert torch.equal(found[0], found[1])
     for other in (alone, whole[0]):
@@ -60,6 +63,13 @@ def test_what_goes_in_halves() -> None:
         assert not halves.pays(rows, several), "the library's sums depend on how many rows there are"
     finally:
         TABLE.batch_invariant = False
+
+
+def test_parts_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert halves.parts_of(4097) == [slice(0, 2048), slice(2048, 4097)]
+    monkeypatch.setattr(halves, "MAX_PARTS", 4)
+    sizes = {tokens: [part.stop - part.start for part in halves.parts_of(tokens)] for tokens in (2049, 8192, 16384)}
+    assert sizes == {2049: [1024, 1025], 8192: [2048] * 4, 16384: [4096] * 4}
 
 
 def test_a_sum_in_the_background_counts_the_bias_once() -> None:

@@ -1,9 +1,12 @@
-"""A pass over many tokens in two halves, so that ranks add up the results of one while they compute the other.
+"""A pass over many tokens in two halves, or more parts, so that ranks add up the results of one while they compute the
+others.
 
 With thousands of tokens an all-reduce takes a third of what the layer's products do, and nothing else can be done until
-it is over, except with other tokens. In a layer only attention needs all of them: before and behind it each half goes
-its own way. What is added up in the background is waited for where the half's next norm begins. (Two halves in turn are
-what Megatron-LM and DeepSeek's inference do with micro-batches; here they are of one step.)
+it is over, except with other tokens. In a layer only attention needs all of them: before and behind it each part goes
+its own way. What is added up in the background is waited for where the part's next norm begins: the first part's sum
+behind attention has the other parts' output products to hide behind, the last one's behind the MLP the other parts'
+q/k/v products. Two halves leave some of it uncovered, more parts less, but smaller products take longer. (Two halves in
+turn are what Megatron-LM and DeepSeek's inference do with micro-batches; here they are of one step.)
 
 Knows layers as `decoder.py` builds them; nothing of ranks but that sums can be begun. Numbers are those of a pass in
 one piece, but for products that round in another order where they have fewer rows.
@@ -12,6 +15,7 @@ one piece, but for products that round in another order where they have fewer ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 # launched, and halves are no less than what the library adds up anyway. No CUDA graph holds as many tokens.
 MIN_TOKENS = 2048
 MIN_BYTES = 32 << 20
+PART_TOKENS = 2048  # where there are enough for more than two parts
+MAX_PARTS = 2
 
 Wait = Callable[[], Tensor]
 
@@ -41,13 +47,19 @@ def pays(stream: Tensor, tp: TensorParallel) -> bool:
 def forward(layers: Sequence[DecoderLayer], stream: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
     """`layers` one after the other over the residual stream [n, hidden] in front of the first: what the last adds to
     the stream, and the stream it is to be added to, which may be memory of the one given."""
-    middle = stream.shape[0] // 2
-    halves = slice(0, middle), slice(middle, stream.shape[0])
-    adding: list[Wait] = [_ready(stream[half]) for half in halves]
-    streams: list[Tensor | None] = [None, None]
+    parts = parts_of(stream.shape[0])
+    adding: list[Wait] = [_ready(stream[part]) for part in parts]
+    streams: list[Tensor | None] = [None] * len(parts)
     for layer in layers:
-        adding, streams = _layer(layer, adding, streams, halves, ctx)
+        adding, streams = _layer(layer, adding, streams, parts, ctx)
     return torch.cat([wait() for wait in adding]), torch.cat([part for part in streams if part is not None])
+
+
+def parts_of(tokens: int) -> list[slice]:
+    """Two, or as many as have PART_TOKENS, up to MAX_PARTS, of equal size."""
+    number = max(2, min(tokens // PART_TOKENS, MAX_PARTS))
+    bounds = [tokens * part // number for part in range(number + 1)]
+    return [slice(begin, end) for begin, end in pairwise(bounds)]
 
 
 def _ready(x: Tensor) -> Wait:
@@ -58,19 +70,19 @@ def _layer(
     layer: DecoderLayer,
     adding: Sequence[Wait],
     streams: Sequence[Tensor | None],
-    halves: Sequence[slice],
+    parts: Sequence[slice],
     ctx: ForwardContext,
 ) -> tuple[list[Wait], list[Tensor | None]]:
-    """What is being added to each half's stream, and the streams, in front of a layer and behind it."""
+    """What is being added to each part's stream, and the streams, in front of a layer and behind it."""
     attention, mlp = layer.attention, layer.mlp
     queries, streams = [], list(streams)
-    for at, half in enumerate(halves):
+    for at, part in enumerate(parts):
         normed, streams[at] = layer.input_norm(adding[at](), streams[at], attention.qkv.prepared)
-        queries.append(attention.project(normed, ctx, half))
+        queries.append(attention.project(normed, ctx, part))
     attended = attention.attend(torch.cat(queries), ctx)
-    adding = [attention.o.begin(attended[half]) for half in halves]
+    adding = [attention.o.begin(attended[part]) for part in parts]
     behind: list[Wait] = []
-    for at in range(len(halves)):
+    for at in range(len(parts)):
         normed, streams[at] = layer.post_attention_norm(adding[at](), streams[at], mlp.gate_up.prepared)
         behind.append(mlp.down.begin(mlp.inner(normed)))
     return behind, streams
