@@ -133,9 +133,8 @@ def add_doctor(parser: Parser) -> None:
 
     parser.add_argument("--json", action="store_true", help="for scripts")
     add_hardware_flag(parser)
-    add_flags(
-        parser, [*NAMES, "engine_source", "engine_source_timeout", "engine_publish", "host", "port", "health_port"]
-    )
+    place = ["node_rank", "master_addr", "master_port", "host", "port", "health_port"]
+    add_flags(parser, [*NAMES, "engine_source", "engine_source_timeout", "engine_publish", *place])
 
 
 def run_doctor(args: argparse.Namespace) -> int:

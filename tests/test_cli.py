@@ -215,6 +215,8 @@ def test_results_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert code == 2 and "did you mean abababababab?" in err
     assert json.loads(run(capsys, "engines", "remove", "ab", "--json", *cache)[1]) == {"removed": "ab" * 32}
     assert json.loads(run(capsys, "doctor", "--json", *cache)[1])["checks"]
+    where = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "1")
+    assert "WARNING nodes: nobody listens at node 0's 127.0.0.1:1 yet" in run(capsys, "doctor", *where, *cache)[1]
 
 
 def test_engines_list_for_people_has_model_scheme_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from hub_layout import put_into_hub
 from appliance import builtin, doctor
 from appliance.doctor import machine as of_machine
 from appliance.doctor import model as of_model
+from appliance.doctor import nodes as of_nodes
 from appliance.hardware import load as load_hardware
 from appliance.settings import Settings, load
 from appliance.types import Gpu, Hardware
@@ -113,6 +114,47 @@ def test_port_in_use(tmp_path: Path) -> None:
         taken.listen()
         found = of_machine.check_port(settings(tmp_path, port=taken.getsockname()[1]))
     assert found.status == "failed" and "--port" in found.fix
+
+
+def test_node_0_needs_its_port(tmp_path: Path) -> None:
+    assert of_nodes.check_nodes(settings(tmp_path)).status == "skipped"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        where = {"nnodes": 2, "master_addr": "127.0.0.1", "master_port": port}
+        found = of_nodes.check_nodes(settings(tmp_path, node_rank=0, **where))
+        assert found.status == "failed" and f"port {port}: Address already in use" in found.message
+        assert "--master-port" in found.fix
+        assert of_nodes.check_nodes(settings(tmp_path, node_rank=1, **where)).status == "ok", "node 0 is there"
+    found = of_nodes.check_nodes(settings(tmp_path, node_rank=0, **where))
+    assert found.status == "ok" and f"can listen for the others on port {port}" in found.message
+    found = of_nodes.check_nodes(settings(tmp_path, node_rank=1, **where))
+    assert found.status == "warning" and f"nobody listens at node 0's 127.0.0.1:{port} yet" in found.message
+
+
+def test_node_0_has_to_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    found = of_nodes.check_nodes(settings(tmp_path, nnodes=2))
+    assert found.status == "failed" and "node_rank is not set" in found.message
+    found = of_nodes.check_nodes(settings(tmp_path, nnodes=2, node_rank=1))
+    assert found.status == "failed" and "needs master_addr" in found.message
+    away = settings(tmp_path, nnodes=2, node_rank=1, master_addr="leader")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    found = of_nodes.check_nodes(away)
+    assert found.status == "failed" and "leader has no address: Name or service not known" in found.message
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("10.0.0.7", 29500))])
+
+    def silent(*_: object, **__: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    found = of_nodes.check_nodes(away)
+    assert found.status == "warning" and "leader:29500 (10.0.0.7) cannot be reached: no answer" in found.message
+    checks = doctor.examine(away, machine(problem="no driver"))
+    assert [check.status for check in checks if check.name == "nodes"] == ["warning"] and doctor.passed(checks)
 
 
 class Hub:

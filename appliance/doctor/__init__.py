@@ -5,6 +5,7 @@ the cache directory, which is made if it is missing, as a start would.
 
     check.py      a check's outcome, as text and as JSON
     machine.py    packages, driver, GPUs, links, kernels, shared memory, cache, temporary files, port
+    nodes.py      of several nodes: node 0's port, from here
     model.py      the model here or on the hub, room for it, the engine source
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from appliance.doctor import machine, model
+from appliance.doctor import machine, model, nodes
 from appliance.doctor.check import Check, Status, as_json, as_text, passed
 from appliance.settings import Settings
 from appliance.types import Hardware
@@ -35,6 +36,7 @@ def examine(settings: Settings, hardware: Hardware, *, shm: Path = Path("/dev/sh
         lambda: machine.check_cache(settings),
         lambda: machine.check_temporary(),
         lambda: machine.check_port(settings),
+        lambda: nodes.check_nodes(settings),
         lambda: model.check_engine_source(settings),
     ]
     with ThreadPoolExecutor(len(checks) + 1) as pool:
