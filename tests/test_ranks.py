@@ -315,6 +315,43 @@ def test_who_holds_a_step_up_is_named(counters: dict[int, tuple[int, int, int]],
 
 
 @pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ((1, 0, 1, 1), "rank 1 gets nowhere with loading"),  # the others wait for it to join
+        ((1, 1, 0, 0), "each of ranks 2, 3 gets nowhere with loading"),  # a whole stage
+        ((7, 7, 9, 8), "rank 3 gets nowhere with loading"),  # stages begin different numbers of operations
+        ((0, 0, 0, 0), None),  # all read: nobody waits
+        ((5, 5, 5, 5), None),  # all in the same operation, or in none
+    ],
+)
+def test_a_rank_that_gets_nowhere_while_it_loads_is_named(calls: tuple[int, ...], message: str | None) -> None:
+    shared = SharedSteps.create(4)
+    for rank, count in enumerate(calls):
+        shared.put(rank, Word.CALLS, count)
+    shared.put(0, Word.FINISHED, 1)
+    found: list[ApplianceError] = []
+    reading = RankWatch([], shared, found.append, pp_size=2, loading_seconds=1.0)
+    reading.start()
+    for _ in range(20):  # each reads its weights, however slowly, and however long others wait
+        for rank in range(4):
+            shared.count(rank, Word.LOADED)
+        time.sleep(0.1)
+    reading.stop()
+    assert reading.join(5) and not found
+    hanging = RankWatch([], shared, found.append, pp_size=2, loading_seconds=1.0)
+    hanging.start()
+    assert hanging.join(3) == (message is not None)
+    assert [error.message.partition(", for ")[0] for error in found] == ([] if message is None else [message])
+    hanging.stop()
+    for rank in range(1, 4):
+        shared.put(rank, Word.FINISHED, 1)
+    loaded = RankWatch([], shared, found.append, pp_size=2, loading_seconds=0.5)
+    loaded.start()
+    assert not loaded.join(1.5), "who has loaded waits for requests"
+    loaded.stop()
+
+
+@pytest.mark.parametrize(
     ("beat", "message"), [(0, "rank 1 has not begun to load within"), (5, "rank 1 has been frozen for")]
 )
 def test_a_rank_that_never_runs_is_named_before_its_first_beat_too(beat: int, message: str) -> None:

@@ -76,7 +76,7 @@ def test_steps_results_and_counters_travel() -> None:
     sender.start()
     assert other.frames(3) == [(Kind.STEP, message) for message in messages]
     sender.join()
-    other.channel.note(Counters([[5, 4, 3, 2], [6, 5, 4, 3]]))
+    other.channel.note(Counters([[5, 4, 3, 2, 1], [6, 5, 4, 3, 2]]))
     other.channel.send(Kind.RESULT, b"tokens")
     assert os.read(remote.results, 100) == b"tokens"
     assert [shared.get(3, word) for word in (Word.TAKEN, Word.FINISHED, Word.CALLS, Word.BEAT)] == [6, 5, 4, 3]

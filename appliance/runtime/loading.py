@@ -169,12 +169,17 @@ def load_engine(
     sizes = f"rank {member.rank} of {member.size}, engine of {manifest.tp_size} × {manifest.pp_size}"
     assert member.size == manifest.tp_size * manifest.pp_size, sizes
     place = member.place(device, manifest.pp_size)
+
+    def on_read(done: int, total: int) -> None:
+        member.gets_on()
+        progress("load", "weights", 100 * done / max(total, 1))
+
     model = build_model(manifest.model, manifest.scheme, dtype or DTYPES[manifest.dtype], parameters, *place)
     load_weights(
         model,
         path / manifest.rank_files[member.rank],
         device,
-        progress=lambda done, total: progress("load", "weights", 100 * done / max(total, 1)),
+        progress=on_read,
     )
     return LoadedModel(model, manifest.model, manifest.key, member)
 

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 FROZEN_SECONDS = 10.0  # without a beat; while it loads libraries a process may not get to beat
 START_SECONDS = 300.0  # until its first beat, for which it imports what rank 0 has imported before it
+LOADING_SECONDS = (
+    300.0  # while others wait for it a rank reads no weights and begins no operation: it may compile kernels
+)
 STUCK_SECONDS = 20.0  # no rank gets on with a step: longer than a layer takes on a CPU, or a step on a GPU
 _SETTLE_SECONDS = 0.3  # when one ends, others may follow: which was first is seen from how they end
 _EXIT_SECONDS = 5.0  # between closing its end of the pipe and having ended
@@ -105,6 +108,7 @@ class RankWatch:
         frozen_seconds: float = FROZEN_SECONDS,
         stuck_seconds: float = STUCK_SECONDS,
         start_seconds: float = START_SECONDS,
+        loading_seconds: float = LOADING_SECONDS,
     ) -> None:
         self._ranks = ranks
         self._stage_ranks = shared.ranks // pp_size
@@ -113,9 +117,11 @@ class RankWatch:
         self._frozen_looks = int(frozen_seconds / LOOK_SECONDS)
         self._start_looks = int(max(start_seconds, frozen_seconds) / LOOK_SECONDS)
         self._stuck_looks = int(stuck_seconds / LOOK_SECONDS)
+        self._loading_looks = int(loading_seconds / LOOK_SECONDS)
         self._stopping = False
         self._still: dict[int, tuple[int, int]] = {}  # rank -> (beat, looks that found the same)
         self._progress: tuple[object, int] = ((), 0)  # (what was seen, looks that found the same)
+        self._read: dict[int, tuple[object, int]] = {}  # likewise of each rank, while they load
         self.operation = 0  # counts what rank 0's own thread does; odd while it is in a step
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
 
@@ -134,7 +140,7 @@ class RankWatch:
     def _run(self) -> None:
         reason: ApplianceError | None = None
         while reason is None and not self._stopping:
-            reason = self._ended(LOOK_SECONDS) or self._frozen() or self._stuck()
+            reason = self._ended(LOOK_SECONDS) or self._frozen() or self._loads_not() or self._stuck()
         if reason is not None and not self._stopping:
             self._on_lost(reason)
 
@@ -181,6 +187,29 @@ class RankWatch:
                 )
         return None
 
+    def _loads_not(self) -> ApplianceError | None:
+        """One that runs, but gets nowhere while others wait for it. Until all have loaded, which rank 0 does last."""
+        if all(self._shared.get(rank, Word.FINISHED) for rank in range(1, self._shared.ranks)):
+            return None
+        for rank in range(self._shared.ranks):
+            seen = tuple(self._shared.get(rank, word) for word in (Word.LOADED, Word.CALLS, Word.FINISHED))
+            before, looks = self._read.get(rank, (seen, 0))
+            self._read[rank] = seen, looks + 1 if seen == before else 0
+        waited_for = [rank for rank in self._waited_for() if self._read[rank][1] > self._loading_looks]
+        if not waited_for:
+            return None
+        seconds = self._read[waited_for[0]][1] * LOOK_SECONDS
+        return EngineCrashedError(
+            f"{self._who(waited_for)} gets nowhere with loading, for {seconds:.0f} s, and others wait for it",
+            hint="its process runs: is it in a driver or a compiler that hangs, or does it read from a disk that does?",
+        )
+
+    def _waited_for(self) -> list[int]:
+        """Ranks that have not joined where others have, else those that are behind in collective operations."""
+        calls = [self._shared.get(rank, Word.CALLS) for rank in range(self._shared.ranks)]
+        absent = [rank for rank, count in enumerate(calls) if count == 0]
+        return (absent if any(calls) else []) or self._behind(Word.CALLS)
+
     def _stuck(self) -> ApplianceError | None:
         words = (Word.TAKEN, Word.FINISHED, Word.CALLS)
         counters = tuple(self._shared.get(rank, word) for rank in range(self._shared.ranks) for word in words)
@@ -198,11 +227,13 @@ class RankWatch:
             what, behind = f"does not join the others in a collective operation of step {step}", ranks
         if ranks := self._behind(Word.TAKEN):
             what, behind = f"has not begun step {step}", ranks
-        if len(behind) == 1:
-            who = next((rank.name for rank in self._ranks if rank.rank == behind[0]), f"rank {behind[0]}")
-        else:
-            who = f"each of ranks {', '.join(map(str, behind or range(self._shared.ranks)))}"
+        who = self._who(behind or list(range(self._shared.ranks)))
         return EngineCrashedError(f"{who} {what}, for {seconds:.0f} s")
+
+    def _who(self, numbers: list[int]) -> str:
+        if len(numbers) > 1:
+            return f"each of ranks {', '.join(map(str, numbers))}"
+        return next((rank.name for rank in self._ranks if rank.rank == numbers[0]), f"rank {numbers[0]}")
 
     def _behind(self, word: Word) -> list[int]:
         """Ranks that are not as far as others; of several pipeline stages those of the first one that is behind, since

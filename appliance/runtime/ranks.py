@@ -73,6 +73,9 @@ class Member(Protocol):
     def place(self, device: torch.device, pp_size: int) -> Place:
         """To build the model with, on this rank's device; `pp_size`: of the engine."""
 
+    def gets_on(self) -> None:
+        """Has read another part of the weights: somebody may look whether it does."""
+
     def join(self, device: torch.device) -> None:
         """Wait for the others; in front of the first collective operation."""
 
@@ -91,6 +94,9 @@ class Alone:
 
     def place(self, device: torch.device, pp_size: int) -> Place:
         return TensorParallel(), PipelineStage()
+
+    def gets_on(self) -> None:
+        """Nobody waits."""
 
     def join(self, device: torch.device) -> None:
         """There is nobody."""
@@ -116,7 +122,11 @@ class Follower:
     def place(self, device: torch.device, pp_size: int) -> Place:
         return self._meeting.place(device, pp_size, lambda: self._shared.count(self.rank, Word.CALLS))
 
+    def gets_on(self) -> None:
+        self._shared.count(self.rank, Word.LOADED)
+
     def join(self, device: torch.device) -> None:
+        self._shared.count(self.rank, Word.CALLS)  # it waits here as in a collective operation
         self._meeting.join(device)
 
     def explain(self, error: Exception) -> Exception:
@@ -224,7 +234,11 @@ class Leader:
         self._tp = place[0]
         return place
 
+    def gets_on(self) -> None:
+        self._shared.count(0, Word.LOADED)
+
     def join(self, device: torch.device) -> None:
+        self._shared.count(0, Word.CALLS)
         with self._explained():
             self._meeting.join(device, self.check)
 

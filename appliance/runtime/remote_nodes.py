@@ -41,7 +41,7 @@ from appliance.runtime.step_ring import SharedSteps, Word
 
 log = logging.getLogger(__name__)
 
-MIRRORED = (Word.TAKEN, Word.FINISHED, Word.CALLS, Word.BEAT)  # counters that travel
+MIRRORED = (Word.TAKEN, Word.FINISHED, Word.CALLS, Word.BEAT, Word.LOADED)  # counters that travel
 NODE_LOST = "NodeLost"  # as the kind of `Failed`
 _JOIN_SECONDS = 3.0  # for a node's first word, once it has connected
 _LOOK_SECONDS = 0.25

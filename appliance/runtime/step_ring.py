@@ -38,6 +38,7 @@ class Word(IntEnum):
     CALLS = 3  # collective operations that the host has begun
     BEAT = 4  # changes while the process gets to run
     ASLEEP = 5  # 1 while it waits for the pipe
+    LOADED = 6  # parts of the weights that it has read
 
 
 class LeaderGoneError(Exception):
