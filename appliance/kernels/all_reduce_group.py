@@ -119,6 +119,11 @@ class AllReduce:
     def push(self) -> PushSpace | None:
         return self._push
 
+    @property
+    def copies(self) -> CopySums | None:
+        """What adds up in the background; None: the library."""
+        return self._copies
+
     # -------------------------------------------------- use
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -207,9 +212,9 @@ class AllReduce:
 
     def use_copies(self, copies: CopySums | None) -> None:
         """For sums in the background; None: the library's."""
-        self._copies = copies
-        if copies is not None:
+        if copies is not None and copies.abort not in self.on_abort:
             self.on_abort.append(copies.abort)
+        self._copies = copies
 
     # -------------------------------------------------- what is not a sum
 

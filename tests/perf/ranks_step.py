@@ -6,9 +6,12 @@
   from logits that are gathered first, as before; the tokens are compared.
 - decode, µs a layer in a CUDA graph: with sums as they are tuned, without pushed numbers, by the library only, and
   without the other ranks; which kernels a layer launches.
-- prefill, ms a layer: in halves, in one piece, without the other ranks; how far the first two are apart.
+- prefill, ms a layer: in halves and in more parts, with sums in the background by NCCL and by copy engines (copies in
+  one stream, or in one for each peer), in one piece, without the other ranks; how far parts and one piece are apart.
+  What copies ran as. One sum in the background by itself, µs, GB/s into each GPU, and µs of the host.
 
-Attention is left out, products are not tuned. Times are those of the slowest rank. The last line is JSON.
+Attention is left out, products are not tuned. Times are those of the slowest rank; where ranks share a GPU they mean
+nothing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from ranks_prefill import APART, NoSums, alone_in_the_background, prefill
+
 from appliance.distributed import GroupCollectives, TensorParallel
-from appliance.kernels import norm
+from appliance.kernels import copy_engines
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.attention import AttentionMetadata
-from appliance.kernels.deferred_scale import Product
 from appliance.kernels.tactics import TABLE
-from appliance.layers import halves
 from appliance.layers.attention import ForwardContext
 from appliance.layers.decoder import Decoder
 from appliance.runtime import random_weights
@@ -48,6 +51,7 @@ from appliance.runtime.loading import build_model
 from appliance.runtime.sampler import Sampler
 from appliance.runtime.sharded_sampler import ShardedSampler
 from appliance.runtime.timing import time_in_graph
+from appliance.settings import gpus_shared, share_gpu
 from appliance.types import ModelConfig, SamplingParams
 
 LAYERS = 4
@@ -78,23 +82,10 @@ class NoAttention:
         return q
 
 
-class NoSums:
-    """A reducer of a rank that is alone."""
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
-
-    def rms_norm(self, x: Product, *rest: Any) -> Any:
-        return norm.rms_norm(x, *rest)
-
-    def rms_norm_quantize(self, x: Product, *rest: Any) -> Any:
-        return norm.rms_norm_quantize(x, *rest)
-
-
 class Ranks:
     def __init__(self, arguments: argparse.Namespace) -> None:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device("cuda", rank)
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.group = GroupCollectives(size, self.device)
         self.tp = TensorParallel(rank, size, self.group)
         self.begin = time.perf_counter()
@@ -103,6 +94,9 @@ class Ranks:
             raise SystemExit(f"rank {rank}: no own kernels here")
         self.own: AllReduce = own
         self.group.own = own
+        self.copies = own.copies or copy_engines.connect(self.group.library(), rank, size, self.device)
+        if self.copies is None:
+            self.say("no sums by copy engines")
         shape = SHAPES[arguments.model]
         self.hidden = shape["hidden_size"]
         config = {"architecture": "LlamaForCausalLM", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB}
@@ -231,36 +225,12 @@ def kernels(ranks: Ranks, rows: int) -> dict[str, float]:
     return {name: round(count / LAYERS, 2) for name, count in names.most_common() if count >= LAYERS // 2}
 
 
-# ---------------------------------------------------------------- prefill
-
-
-def prefill(ranks: Ranks, tokens: int) -> dict[str, Any]:
-    ctx, ids = ranks.context(tokens), torch.arange(tokens, device=ranks.device) % 1000
-
-    def step() -> Tensor:
-        return ranks.model(ids, ctx)
-
-    def per_layer() -> float:
-        step()
-        return round(ranks.eager(step, 4) / LAYERS / 1e3, 3)
-
-    found: dict[str, Any] = {"halves": per_layer()}
-    in_halves = step().float()
-    limit, halves.MIN_BYTES = halves.MIN_BYTES, 1 << 62
-    found["one piece"] = per_layer()
-    whole = step().float()
-    with ranks.sums_by(NoSums()):
-        found["alone"] = per_layer()
-    halves.MIN_BYTES = limit
-    found["apart"] = round(float((in_halves - whole).norm() / whole.norm()), 5)
-    return found
-
-
 @torch.inference_mode()
 def measure(ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"ranks": ranks.tp.size, "model": arguments.model, "scheme": arguments.scheme}
-    ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph)
-    ranks.say("sums are tuned")
+    if not gpus_shared():
+        ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph)
+        ranks.say("sums are tuned")
     for part, act in (("sampling", None), ("decode", decode), ("prefill", prefill)):
         if part not in arguments.parts.split(","):
             continue
@@ -273,6 +243,10 @@ def measure(ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
             for name in SAMPLED:
                 found[f"{name} x {rows}"] = sampling(ranks, rows, name)
                 ranks.say(part, rows, name, found[f"{name} x {rows}"])
+    if "prefill" in arguments.parts:
+        for rows in (1024, 2048, 4096):
+            result[f"background sum of {rows}"] = alone_in_the_background(ranks, rows)
+            ranks.say("background sum of", rows, "rows:", result[f"background sum of {rows}"])
     if "decode" in arguments.parts:
         result["kernels"] = kernels(ranks, 64)
         ranks.say("kernels a layer, 64 rows:", result["kernels"])
@@ -287,13 +261,17 @@ def main() -> int:
     parser.add_argument("--rows", default="1,8,64,256")
     parser.add_argument("--tokens", default="4096,8192", help="of prefill")
     arguments = parser.parse_args()
-    torch.cuda.set_device(int(os.environ["RANK"]))
-    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
-    torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["RANK"])))
+    rank, gpus = int(os.environ["RANK"]), torch.cuda.device_count()
+    if gpus < int(os.environ["WORLD_SIZE"]):
+        share_gpu(rank)
+    torch.cuda.set_device(rank % gpus)
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
+    torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", rank % gpus))
     ranks = Ranks(arguments)
     result = measure(ranks, arguments)
     wrong = [name for name, found in result.get("sampling", {}).items() if not found["same"]]
-    wrong += [f"halves of {n}" for n, found in result.get("prefill", {}).items() if not found["apart"] < 0.05]
+    for tokens, found in result.get("prefill", {}).items():
+        wrong += [f"{way} of {tokens}" for way, apart in found["apart"].items() if not apart < APART[arguments.scheme]]
     if ranks.tp.rank == 0:
         print(json.dumps(result | {"wrong": wrong}), flush=True)
     TABLE.clear()
