@@ -129,6 +129,15 @@ def requests(tokens: int) -> list[EngineRequest]:
     return [greedy(f"r{i}", prompts[i], tokens, **params[i]) for i in range(3)]
 
 
+def filtered_requests() -> list[EngineRequest]:
+    """As many as ranks share out among each other, and, when the first have ended, as few as they gather."""
+    params = [{"top_p": 0.9}, {"top_k": 7}, {"min_p": 0.02, "repetition_penalty": 1.2}]
+    prompts = [[(7 * i + 13 * j) % 289 for j in range(3 + i)] for i in range(12)]
+    return [
+        greedy(f"r{i}", prompts[i], 4 + 2 * i, **{"temperature": 0.9, "seed": i, **params[i % 3]}) for i in range(12)
+    ]
+
+
 class Engine:
     """Rank 0 of an engine in this process, the others as processes."""
 
@@ -137,9 +146,9 @@ class Engine:
         options = EngineOptions(
             str(engine),
             "cpu",
-            num_pages=64,
+            num_pages=128,
             page_size=4,
-            max_num_seqs=8,
+            max_num_seqs=12,
             max_num_batched_tokens=32,
             max_model_len=128,
         )
@@ -150,19 +159,21 @@ class Engine:
         self.core = EngineCore(executor)
 
     def generate(self, tokens: int) -> dict[str, list[int]]:
-        outputs = run_all(self.core, requests(tokens))
-        return {name: tokens_of(output) for name, output in outputs.items()}
+        return self.answer(requests(tokens))
+
+    def answer(self, wanted: list[EngineRequest]) -> dict[str, list[int]]:
+        return {name: tokens_of(output) for name, output in run_all(self.core, wanted).items()}
 
 
-def one_rank(source: Path, cache: Path) -> dict[str, list[int]]:
+def one_rank(source: Path, cache: Path, wanted: list[EngineRequest] | None = None) -> dict[str, list[int]]:
     engine = build(request_of(source, cache, precision="fp32"))
     options = EngineOptions(
-        str(engine), "cpu", num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=128
+        str(engine), "cpu", num_pages=128, page_size=4, max_num_seqs=12, max_num_batched_tokens=32, max_model_len=128
     )
     backend = registry.load("backends", "cpu")
     loaded = backend.load(options, lambda *_: None, PhaseTimer())
     core = EngineCore(backend.assemble(loaded, options, lambda *_: None, PhaseTimer())[0])
-    outputs = run_all(core, requests(20))
+    outputs = run_all(core, wanted or requests(20))
     return {name: tokens_of(output) for name, output in outputs.items()}
 
 
@@ -214,6 +225,7 @@ def test_two_ranks_give_the_tokens_of_one_until_one_is_killed(source: Path, cach
 def test_four_ranks_and_one_that_freezes(source: Path, cache: Path, no_group: None) -> None:
     engine = Engine(build(request_of(source, cache, precision="fp32", tp_size=4)), 4, frozen_seconds=3.0)
     assert engine.generate(20) == one_rank(source, cache)
+    assert engine.answer(filtered_requests()) == one_rank(source, cache, filtered_requests())
     error, seconds = lose(engine, lambda: os.kill(engine.leader.pids[1], signal.SIGSTOP))
     assert "rank 2 has been frozen" in error.message
     assert seconds < 10

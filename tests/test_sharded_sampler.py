@@ -16,7 +16,7 @@ from torch import Tensor
 from appliance.distributed import TensorParallel
 from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.runtime.sampler import Sampler, SamplerOutput
-from appliance.runtime.sharded_sampler import ShardedSampler
+from appliance.runtime.sharded_sampler import WORTH, ShardedSampler
 from appliance.types import SamplingParams
 
 Row = tuple[SamplingParams, int]  # parameters and seed of a row; its slot is its number
@@ -48,13 +48,15 @@ def run(
     return sampler.sample(logits, torch.tensor(slots), torch.tensor(positions), table, batch), batch  # type: ignore[arg-type]
 
 
-def compare(size: int, logits: Product, rows: list[Row], positions: list[int], vocab: int = VOCAB) -> Meeting:
-    """All ranks with one that has all logits."""
+def compare(
+    size: int, logits: Product, rows: list[Row], positions: list[int], vocab: int = VOCAB, *, worth: int = 0
+) -> Meeting:
+    """All ranks with one that has all logits. `worth` 0: nothing is gathered."""
     limits = (SLOTS, vocab, LENGTH, "cpu")
     meeting = Meeting(size)
     parts = [columns(logits, rank, size, vocab) for rank in range(size)]
 
-    found = meeting.run(lambda tp: run(lambda: ShardedSampler(*limits, tp), parts[tp.rank], rows, positions)[0])
+    found = meeting.run(lambda tp: run(lambda: ShardedSampler(*limits, tp, worth), parts[tp.rank], rows, positions)[0])
     expected, batch = run(lambda: Sampler(*limits), logits, rows, positions)
     wanted = torch.tensor([n is not None for n in batch.logprobs])
     for output in found:
@@ -78,15 +80,17 @@ def random_logits(rows: int, seed: int, vocab: int = VOCAB, form: str = "float32
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "deferred"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_parameter_gives_what_one_rank_does(size: int, form: str) -> None:
+@pytest.mark.parametrize("worth", [0, WORTH])
+def test_every_parameter_gives_what_one_rank_does(size: int, form: str, worth: int) -> None:
     for seed, name in enumerate(CASES):
         rows = [(SamplingParams(**CASES[name]), seed), (SamplingParams(**CASES[name], logprobs=3), seed + 9)]
-        compare(size, random_logits(2, seed, form=form), rows, [9, 12])
+        compare(size, random_logits(2, seed, form=form), rows, [9, 12], worth=worth)
 
 
+@pytest.mark.parametrize("worth", [0, 2, WORTH])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_mixed_batches(size: int) -> None:
-    """One of a batch's rows, none, all need whole rows; more and fewer than ranks."""
+def test_mixed_batches(size: int, worth: int) -> None:
+    """One of a batch's rows, none, all need whole rows; more and fewer than ranks, and than are gathered."""
     rng = np.random.default_rng(size)
     names = [*CASES, "greedy", "plain", "hot", "greedy", "plain"]
     for trial in range(16):
@@ -95,7 +99,8 @@ def test_mixed_batches(size: int) -> None:
         for at in range(count):
             logprobs = int(rng.integers(0, 4)) if rng.random() < 0.2 else None
             rows.append((SamplingParams(**CASES[str(rng.choice(names))], logprobs=logprobs), trial * 100 + at))
-        compare(size, random_logits(count, trial), rows, [int(p) for p in rng.integers(6, LENGTH, count)])
+        positions = [int(p) for p in rng.integers(6, LENGTH, count)]
+        compare(size, random_logits(count, trial), rows, positions, worth=worth)
 
 
 @pytest.mark.parametrize("vocab", [5, 9, 61, 64])
@@ -110,7 +115,8 @@ def test_vocabularies_that_ranks_do_not_divide(vocab: int) -> None:
             plain[1],
             (SamplingParams(logprobs=2), 4),
         ]
-        compare(4, logits, filtered, [7, 8, 9], vocab)
+        for worth in (0, WORTH):
+            compare(4, logits, filtered, [7, 8, 9], vocab, worth=worth)
 
 
 def test_equal_logits_give_the_lowest_token_and_nan_counts_for_nothing() -> None:
@@ -134,6 +140,37 @@ def test_what_travels() -> None:
     assert meeting.numbers == 4 * 8 + VOCAB + 4
     meeting = compare(4, random_logits(8, 1), [filtered] * 8, list(range(8, 16)))
     assert meeting.calls == ["all_to_all", "all_gather"] and meeting.numbers == 2 * VOCAB + 8
+
+
+def test_few_rows_are_gathered() -> None:
+    """At once where that is all of a small batch; of a larger one those that need it, and the others by columns."""
+    plain: Row = (SamplingParams(temperature=0.7), 1)
+    filtered: Row = (SamplingParams(temperature=0.7, top_p=0.5), 1)
+    logits, positions = random_logits(8, 1), list(range(8, 16))
+    meeting = compare(4, logits, [filtered] * 8, positions, worth=WORTH)
+    assert meeting.calls == ["all_gather"] and meeting.numbers == 8 * VOCAB
+    meeting = compare(4, logits, [plain, *[filtered] * 2, *[plain] * 5], positions, worth=WORTH)
+    assert meeting.calls == ["all_gather"] and meeting.numbers == 8 * VOCAB
+    meeting = compare(4, logits, [plain] * 8, positions, worth=WORTH)
+    assert meeting.calls == ["all_gather"] and meeting.numbers == 4 * 8, "no row needs its logits"
+    meeting = compare(4, logits, [plain, *[filtered] * 2, *[plain] * 5], positions, worth=4)
+    assert meeting.calls == ["all_gather", "all_gather"] and meeting.numbers == 4 * 8 + 2 * VOCAB
+    meeting = compare(4, logits, [*[filtered] * 7, plain], positions, worth=4)
+    assert meeting.calls == ["all_gather", "all_to_all", "all_gather"]
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 13), (4, 9), (8, 7)])
+def test_up_to_how_many_rows_are_gathered(size: int, most: int) -> None:
+    """As sharing out spares ranks the more, the more they are: 8 rows over four make no difference on the GPU."""
+    limits = (64, VOCAB, LENGTH, "cpu")
+    meeting = Meeting(size)
+    filtered = SamplingParams(temperature=0.7, top_k=5)
+    for count, gathered in ((1, True), (most, True), (most + 1, False), (64, False)):
+        sampler = ShardedSampler(*limits, meeting.rank(0))
+        for slot in range(count):
+            sampler.set_slot(slot, filtered, slot, (), 5)
+        whole = sampler.prepare(np.arange(count)).whole
+        assert whole is not None and whole.gathered == gathered, count
 
 
 def test_slots_that_change_are_described_anew() -> None:
