@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _LATE_SECONDS = 0.01  # in which a rank that is being killed may still write a flag
 _PRIORITY = -1  # of streams: before the products
-_CHECK_SHAPES = ((67, 4096), (8, 512), (1024, 1024))
+_CHECK_SHAPES = ((67, 4096), (8, 512), (256, 1024))
 _TRIED = FLAG_BYTES // 2  # offset of words for trying flags, which no sum uses
 _VALUE = 77
 

@@ -142,7 +142,7 @@ class RowParallelLinear(Linear):
         return self._tp.all_reduce(materialize(product, self._dtype))
 
     def begin(self, x: Activation) -> Callable[[], Tensor]:
-        """The same, added up by the library while what is enqueued next runs; call what is returned to wait for it."""
+        """The same, added up while what is enqueued next runs; call what is returned to wait for it."""
         return self._tp.begin_all_reduce(materialize(self._summand(x), self._dtype))
 
     def _summand(self, x: Activation) -> Product:
