@@ -61,10 +61,9 @@ def prefill(ranks: Ranks, tokens: int) -> dict[str, Any]:
     with in_parts(1):
         found["one piece"] = per_layer()
         whole = step().float()
-    with ranks.sums_by(NoSums()), in_parts(1):
-        found["alone"] = per_layer()
-    with ranks.sums_by(NoSums()), in_parts(2):
-        found["alone, 2 parts"] = per_layer()
+    for parts in (1, 2, 4):
+        with ranks.sums_by(NoSums()), in_parts(parts):
+            found["alone" if parts == 1 else f"alone, {parts} parts"] = per_layer()
     found["apart"] = {name: round(float((x - whole).norm() / whole.norm()), 5) for name, x in outputs.items()}
     if ranks.copies is not None:
         with background(ranks, Way(1)), in_parts(2):
