@@ -1,5 +1,6 @@
 """cuda.core and cuda.bindings, imported under a lock: their modules import each other, so of two threads that import
-them at once one can meet a half of them. Torch's stream, for launches. Knows no kernel."""
+them at once one can meet a half of them. How a cubin's kernel is loaded, and torch's stream, for launches. Knows no kernel
+of its own."""
 
 from __future__ import annotations
 
@@ -25,6 +26,20 @@ def cuda_bindings(name: str) -> Any:
     """`driver` or `nvrtc`. ImportError if they are not installed."""
     with _LOCK:
         return importlib.import_module(f"cuda.bindings.{name}")
+
+
+def load_kernel(code: bytes, entry: str, shared: int, index: int) -> Any:
+    """The kernel `entry` of a cubin, launched with `shared` bytes of shared memory a block on the GPU of that index. More
+    than 48 KB has to be asked for: RuntimeError if it is too much."""
+    driver = cuda_bindings("driver")
+    kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(entry)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(
+        attribute, shared, driver.CUkernel(int(kernel.handle)), driver.CUdevice(index)
+    )
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the kernel {entry} cannot have {shared} bytes of shared memory: {error}")
+    return kernel
 
 
 class _TorchStream:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from appliance.kernels.compiled import KERNELS
-from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
+from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream, load_kernel
 
 
 def read_sources(*names: str) -> str:
@@ -28,17 +28,10 @@ class Kernel:
 
     def __init__(self, name: str, code: bytes, entry: str, threads: int, shared: int, index: int) -> None:
         """`name`: of its cubin, as `KERNELS` calls it."""
-        driver = cuda_bindings("driver")
         self._name, self._code, self._record = name, code, KERNELS.record
-        self._kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(entry)
+        self._kernel = load_kernel(code, entry, shared, index)
         self._threads, self._shared = threads, shared
         self._configs: dict[tuple[int, bool], Any] = {}
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(
-            attribute, shared, driver.CUkernel(int(self._kernel.handle)), driver.CUdevice(index)
-        )
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"an int4 kernel cannot have {shared} bytes of shared memory: {error}")
 
     def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
         if self._record != KERNELS.record:

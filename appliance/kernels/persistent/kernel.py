@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from appliance.kernels.compiled import KERNELS
-from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
+from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream, load_kernel
 
 SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
 THREADS = 640
@@ -185,18 +185,11 @@ class DecodeKernel:
     wait for each other, so the launch is cooperative."""
 
     def __init__(self, shape: DecodeShape) -> None:
-        core, driver = cuda_core(), cuda_bindings("driver")
         self.shape = shape
-        module = core.ObjectCode.from_cubin(_cubin(shape))
-        self._kernel = module.get_kernel("decode_step")
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = driver.CUdevice(torch.cuda.current_device())
-        (error,) = driver.cuKernelSetAttribute(
-            attribute, SHARED_BYTES, driver.CUkernel(int(self._kernel.handle)), device
+        self._kernel = load_kernel(_cubin(shape), "decode_step", SHARED_BYTES, torch.cuda.current_device())
+        self._config = cuda_core().LaunchConfig(
+            grid=shape.blocks, block=THREADS, shmem_size=SHARED_BYTES, is_cooperative=True
         )
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"the decode kernel cannot have {SHARED_BYTES} bytes of shared memory: {error}")
-        self._config = core.LaunchConfig(grid=shape.blocks, block=THREADS, shmem_size=SHARED_BYTES, is_cooperative=True)
 
     def launch(self, *tensors: torch.Tensor) -> None:
         """The kernel's arguments in order, all of them pointers, on torch's current stream; can be captured."""
