@@ -1,6 +1,6 @@
 """cuda.core and cuda.bindings, imported under a lock: their modules import each other, so of two threads that import
-them at once one can meet a half of them. How a cubin's kernel is loaded, and torch's stream, for launches. Knows no kernel
-of its own."""
+them at once one can meet a half of them. How a cubin's kernel is loaded, and torch's stream, for launches. Knows no
+kernel of its own."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def cuda_bindings(name: str) -> Any:
 
 
 def load_kernel(code: bytes, entry: str, shared: int, index: int) -> Any:
-    """The kernel `entry` of a cubin, launched with `shared` bytes of shared memory a block on the GPU of that index. More
-    than 48 KB has to be asked for: RuntimeError if it is too much."""
+    """The kernel `entry` of a cubin, launched with `shared` bytes of shared memory a block on the GPU of that index.
+    More than 48 KB has to be asked for: RuntimeError if it is too much."""
     driver = cuda_bindings("driver")
     kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
