@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, distributed
 
 from appliance.distributed import GroupCollectives
+from appliance.kernels import sum_norm_group
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.all_reduce_push import push_rms_norm
+from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.exchange import all_to_all_reference
+from appliance.kernels.partial_sum import whole_stream
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sampling import score_blocks
 from appliance.kernels.tactics import TABLE
@@ -36,9 +39,12 @@ def run(rank: int, size: int, address: str) -> None:
     group = GroupCollectives(size, device)
     own = connect(group, rank, size, device)
     assert own is not None, "no peer access here"
+    own.use_sums(sum_norm_group.connect(group.library(), rank, size, device))
+    assert own.sums is not None, "its check found something"
     with torch.inference_mode():
         eager(own, rank, size, device)
         in_graphs(own, rank, size, device)
+        with_scales(own, rank, size, device)
         exchanged(own, rank, size, device)
         chosen = own.tune(4096, torch.bfloat16, time_in_graph)
     rows = torch.tensor([[c.rows, len(c.tactic)] for c in chosen], dtype=torch.int64, device=device)
@@ -76,12 +82,35 @@ def eager(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
                 assert torch.equal(stream, want_stream), f"{rows} x {columns}, {way}"
 
 
+def with_scales(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Products whose scales are still to be applied, with a bias and a scale given beforehand."""
+    rows, columns = 37, 4096
+    weight, bias = partials(2, 1, columns, device, 3)
+    generator = torch.Generator().manual_seed(4)
+    scales = [torch.rand(shape, generator=generator).to(device) for shape in ((rows, 1), (1, columns))]
+    for dtype in (torch.bfloat16, torch.int32):
+        xs = [(x * 50).to(dtype) for x in partials(size, rows, columns, device, 5)]
+        products = [DeferredScale(x, *scales, bias[0], torch.bfloat16) for x in xs]
+        residual, static = partials(1, rows, columns, device, 6)[0], torch.full((1,), 0.05, device=device)
+        want, want_stream = all_reduce_rms_norm_reference(
+            products, residual.clone(), weight[0], 1e-5, torch.int8, static
+        )
+        for way in sum_norm_group.WAYS:
+            own._forced = way
+            given = (products[rank], residual.clone(), weight[0], 1e-5, torch.int8, static)
+            (values, got_scales), stream = own.rms_norm_quantize(*given)
+            own._forced = None
+            assert torch.equal(stream, want_stream) and torch.equal(got_scales, want[1]), f"{dtype}, {way}"
+            assert (values.int() - want[0].int()).abs().max() <= 1, f"{dtype}, {way}"
+
+
 def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
     """Graphs with an odd number of all-reduces of each kind, replayed while ranks are slow in turns."""
     assert own.push is not None, "its check found something"
     xs = partials(size, 5, 4096, device, 5)
     expected = all_reduce_reference(xs)
     places = [torch.empty_like(xs[rank]) for _ in range(3)]
+    summed: list[Tensor] = []
     streams, weight = [torch.empty_like(xs[rank]) for _ in range(5)], torch.ones_like(xs[0][0])
 
     def step() -> None:
@@ -91,6 +120,10 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
         for stream in streams:
             stream.zero_()
             push_rms_norm(xs[rank], stream, weight, 1e-5, own.push)
+        for way in sum_norm_group.WAYS:  # an odd number of calls
+            own._forced = way
+            summed.append(own.rms_norm(xs[rank], torch.zeros_like(xs[rank]), weight, 1e-5)[1])
+        own._forced = None
 
     step()
     graph, _ = capture(step)
@@ -99,10 +132,10 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
             torch.cuda._sleep(20_000)
         graph.replay()
         if turn % 20 == 0:
-            for place in places + streams:
+            for place in places + streams + [whole_stream(stream) for stream in summed[-3:]]:
                 assert torch.equal(place, expected), f"replay {turn}"
     torch.cuda.synchronize()
-    for place in places + streams:
+    for place in places + streams + [whole_stream(stream) for stream in summed[-3:]]:
         assert torch.equal(place, expected)
 
 

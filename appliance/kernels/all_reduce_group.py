@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appliance.kernels import copy_engines, norm
+from appliance.kernels import copy_engines, norm, sum_norm_group
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import (
     FLAG_BYTES,
@@ -37,10 +37,12 @@ from appliance.kernels.all_reduce_push import MISSING, PushSpace, push_bytes, pu
 from appliance.kernels.copy_sums import CopySums
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.exchange import exchange, exchange_fits
+from appliance.kernels.partial_sum import whole_stream
 from appliance.kernels.peer_access import no_access
 from appliance.kernels.peer_memory import agree, share
 from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
+from appliance.kernels.sum_norm_group import WAYS, SumNorms
 from appliance.kernels.tactics import ROW_BUCKETS, TABLE
 from appliance.kernels.weight_prefetch import Ahead
 
@@ -57,6 +59,7 @@ _ONE_SHOT_BYTES = {2: 128 << 10, 4: 128 << 10, 8: 64 << 10}
 _CHECK_SHAPES = ((1, 512), (67, 4096))  # less than a tile; several slots
 _PUSH_COLUMNS = 1024
 COPY_SUMS = False  # sums in the background by copy engines
+CLUSTER_NORMS = False  # norms by clusters of blocks
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are the library's
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
@@ -110,6 +113,7 @@ class AllReduce:
         self._forced: str | None = None
         self.on_abort: list[Callable[[], None]] = []  # of others that wait for ranks
         self._copies: CopySums | None = None
+        self._sums: SumNorms | None = None
 
     @property
     def workspace(self) -> Workspace:
@@ -123,6 +127,11 @@ class AllReduce:
     def copies(self) -> CopySums | None:
         """What adds up in the background; None: the library."""
         return self._copies
+
+    @property
+    def sums(self) -> SumNorms | None:
+        """Further tactics of norms."""
+        return self._sums
 
     # -------------------------------------------------- use
 
@@ -139,6 +148,9 @@ class AllReduce:
         self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
     ) -> tuple[Tensor, Tensor]:
         way = self._norm_tactic(x, residual)
+        if self._sums is not None and way in WAYS:
+            return self._sums.rms_norm(way, x, residual, weight, eps, ahead)
+        residual = whole_stream(residual)
         if way == SEPARATE:
             return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps, ahead)
         if self._push is not None and way == TWO_SHOT_PUSH:
@@ -157,6 +169,9 @@ class AllReduce:
         ahead: Ahead | None = None,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         way, space = self._norm_tactic(x, residual), self._workspace
+        if self._sums is not None and way in WAYS:
+            return self._sums.rms_norm_quantize(way, x, residual, weight, eps, dtype, scale, ahead)
+        residual = whole_stream(residual)
         if way == SEPARATE:
             total = self.all_reduce(materialize(x, x.dtype))
             return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale, ahead)
@@ -193,7 +208,8 @@ class AllReduce:
     def _norm_ways(self, x: Product) -> list[str]:
         """Tactics for a norm behind x, which `Workspace.fits_fused`."""
         ways = [SEPARATE, ONE_SHOT, TWO_SHOT]
-        return [*ways, TWO_SHOT_PUSH] if self._push is not None and self._push.fits(x) else ways
+        ways += [TWO_SHOT_PUSH] if self._push is not None and self._push.fits(x) else []
+        return ways + (self._sums.tactics(x) if self._sums is not None else [])
 
     def _chosen(self, kind: str, x: Product) -> str | None:
         return TABLE.chosen(key(kind, x.dtype), x.shape[1], self._workspace.size, x.shape[0])
@@ -215,6 +231,12 @@ class AllReduce:
         if copies is not None and copies.abort not in self.on_abort:
             self.on_abort.append(copies.abort)
         self._copies = copies
+
+    def use_sums(self, sums: SumNorms | None) -> None:
+        """For norms, as further tactics."""
+        if sums is not None:
+            self.on_abort.append(sums.space.stop)
+        self._sums = sums
 
     # -------------------------------------------------- what is not a sum
 
@@ -259,8 +281,11 @@ class AllReduce:
         return TABLE.chosen(key("all_reduce", dtype), hidden, self._workspace.size, 1) is not None
 
     @torch.inference_mode()
-    def tune(self, hidden: int, dtype: torch.dtype, timer: Timer) -> list[TimedChoice]:
-        """Time all ways for rows of `hidden` numbers, by all ranks together; the choices are in `TABLE` afterwards.
+    def tune(
+        self, hidden: int, dtype: torch.dtype, timer: Timer, quantized: torch.dtype | None = None
+    ) -> list[TimedChoice]:
+        """Time all ways for rows of `hidden` numbers, norms with results in `quantized` if they are rounded, by all
+        ranks together; the choices are in `TABLE` afterwards.
         Takes a second or two, and some seconds more where kernels are yet to be compiled."""
         device = self._workspace.addresses.device
         weight = torch.ones(hidden, dtype=dtype, device=device)
@@ -278,7 +303,9 @@ class AllReduce:
             if self._workspace.fits_fused(x):
                 times = {}
                 for way in self._norm_ways(x):
-                    run = partial(self.rms_norm, x, residual, weight, 1e-5)
+                    run: Callable[[], object] = partial(self.rms_norm, x, residual, weight, 1e-5)
+                    if quantized is not None:
+                        run = partial(self.rms_norm_quantize, x, residual, weight, 1e-5, quantized, None)
                     times[way] = self._time(timer, run, launches, way)
                 chosen.append(self._choose("all_reduce_norm", x, times))
         return chosen
@@ -339,6 +366,8 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> AllRedu
                 found.give_up_push(agree(group, rank, size, _check_push(found, device)))
                 if COPY_SUMS:
                     found.use_copies(copy_engines.connect(group, rank, size, device))
+                if CLUSTER_NORMS:
+                    found.use_sums(sum_norm_group.connect(group, rank, size, device))
                 return found
     if reason:
         log.warning("all-reduce by NCCL only: %s", reason)

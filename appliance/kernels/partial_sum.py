@@ -1,4 +1,5 @@
-"""A product that the ranks are still to add up, and who does that: whoever takes it from a row-parallel layer.
+"""A product that the ranks are still to add up, and who does that: whoever takes it from a row-parallel layer. And a
+residual stream of which each rank has some rows.
 
 The norm behind such a layer can add, normalize and quantize in one kernel (`all_reduce_norm.py`); anybody else calls
 `materialize`, as with scales that are still to be applied. Knows neither ranks nor kernels.
@@ -6,8 +7,9 @@ The norm behind such a layer can add, normalize and quantize in one kernel (`all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -87,3 +89,81 @@ class PartialSum(DeferredScale):
         """As `norm.rms_norm_quantize` does with the sum over the ranks."""
         assert self.reducer is not None
         return self.reducer.rms_norm_quantize(self.summand, residual, weight, eps, dtype, scale, ahead)
+
+
+def dealt_rows(stream: Tensor, rank: int, size: int) -> Tensor:
+    """A rank's own rows of the residual stream [n, hidden]: a view of every size-th row; the last ranks may have one
+    less than the first."""
+    return stream[rank::size]
+
+
+def whole_rows(shares: Tensor, rows: int) -> Tensor:
+    """The residual stream [rows, hidden] of all ranks' own rows: shares [size, most rows of a rank, hidden], of which
+    those that a rank does not have count for nothing."""
+    return shares.transpose(0, 1).flatten(0, 1)[:rows]
+
+
+# What may be asked of a dealt stream as it is.
+_FACTS = (
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.as_subclass,
+)
+
+
+class DealtStream(Tensor):
+    """A residual stream [n, hidden] of which each rank has its `dealt_rows` only, in the memory of a whole one. A norm
+    that sums over ranks and deals streams out returns it, and the next one may go on with it; whatever else is done
+    with it is done with the whole stream, which all ranks ask for at once then."""
+
+    _rank: int
+    _size: int
+    _gather: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of(rows: Tensor, rank: int, size: int, gather: Callable[[Tensor], Tensor]) -> DealtStream:
+        """`rows` [n, hidden]: what it holds of other ranks' rows is stale. `gather`: x [m, hidden] of every rank:
+        [size, m, hidden]."""
+        stream = rows.as_subclass(DealtStream)
+        stream._rank, stream._size, stream._gather = rank, size, gather
+        return stream
+
+    @property
+    def rows(self) -> Tensor:
+        """The memory: this rank's rows are true."""
+        return self.as_subclass(Tensor)
+
+    def whole(self) -> Tensor:
+        """All of it, on every rank."""
+        rows = self.rows
+        mine = dealt_rows(rows, self._rank, self._size)
+        share = rows.new_zeros(-(-rows.shape[0] // self._size), rows.shape[1])
+        share[: len(mine)] = mine
+        return whole_rows(self._gather(share), rows.shape[0])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args, **(kwargs or {}))
+            if func is Tensor.data_ptr:
+                raise TypeError("a stream that is dealt out is asked for its address: ask `whole` or `rows` for it")
+            return func(*_whole(args), **_whole(kwargs or {}))
+
+
+def whole_stream(residual: Tensor) -> Tensor:
+    """A residual stream for who needs all of it."""
+    return residual.whole() if isinstance(residual, DealtStream) else residual
+
+
+def _whole(given: Any) -> Any:
+    """Streams in arguments made whole."""
+    if isinstance(given, DealtStream):
+        return given.whole()
+    if isinstance(given, dict):
+        return {key: _whole(value) for key, value in given.items()}
+    return type(given)(_whole(value) for value in given) if type(given) in (tuple, list) else given
