@@ -124,13 +124,7 @@ class InputBatch:
         query_start = np.zeros(n + 1, np.int64)
         np.cumsum(lengths, out=query_start[1:])
         num_tokens = int(query_start[-1])
-        token_slots, positions = slots, starts
-        if num_tokens != n:
-            token_slots = np.repeat(slots, lengths)
-            positions = np.repeat(starts - query_start[:-1], lengths) + np.arange(num_tokens)
-        pages = self._page_table_host[token_slots, positions // self.page_size].astype(np.int64)
-        slot_mapping = pages * self.page_size + positions % self.page_size
-
+        token_slots, positions, slot_mapping = self._tokens(slots, starts, lengths, query_start)
         rows = padded_seqs or n
         assert padded_seqs is None or num_tokens == n, "only pure decode steps are padded"
         tokens = rows if padded_seqs else padded_tokens or num_tokens
@@ -176,6 +170,19 @@ class InputBatch:
             next_positions=views["next_positions"],
             metadata=metadata,
         )
+
+    def _tokens(
+        self, slots: np.ndarray, starts: np.ndarray, lengths: np.ndarray, query_start: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every token of a step, int64 [num_tokens]: its sequence's slot, position, and place in the KV cache.
+        `query_start`: int64 [sequences + 1], where the tokens of each begin."""
+        num_tokens = int(query_start[-1])
+        token_slots, positions = slots, starts
+        if num_tokens != len(slots):  # else a token each
+            token_slots = np.repeat(slots, lengths)
+            positions = np.repeat(starts - query_start[:-1], lengths) + np.arange(num_tokens)
+        pages = self._page_table_host[token_slots, positions // self.page_size].astype(np.int64)
+        return token_slots, positions, pages * self.page_size + positions % self.page_size
 
     def gather_page_table(self, inputs: StepInputs) -> None:
         """Set `inputs.metadata.page_table` to the rows of its sequences, int32 [padded_seqs, max_pages].
