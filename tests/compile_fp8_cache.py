@@ -30,7 +30,7 @@ CASES: list[tuple[Any, dict[str, Any], int, int]] = [
     (paged_attention_kernels.decode_kernel, {**ATTENTION, "BLOCK_H": 16, "BLOCK_N": 128, "SPLITS": 4}, 4, 5),
     (paged_attention_kernels.prefill_kernel, {**ATTENTION, "INVARIANT": False, "BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     (widen_pages._widen_kernel, {"BLOCK": 2048}, 4, 3),
-    (rope_cache._rope_kernel, {**ROPE, "DEFERRED": False, "BIASED": False, "AHEAD": False, "PDL": False}, 2, 3),
+    (rope_cache._rope_kernel, {**ROPE, "DEFERRED": False, "BIASED": False, "PDL": False}, 2, 3),
 ]
 
 

@@ -130,7 +130,7 @@ def main() -> None:
     for kernel, constants, num_warps, own in CASES:
         compiled = compile_kernel(kernel, constants, num_warps, own)
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
-        brings = compiled.asm["ptx"].count("cp.async.bulk.prefetch.L2.global")
+        brings = compiled.asm["ptx"].count("ld.global.L2::128B")
         line = {
             "kernel": kernel.__name__,
             "waits": waits,

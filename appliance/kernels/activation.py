@@ -12,6 +12,7 @@ from torch import Tensor
 
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.deferred_scale import Product, apply_scales, as_float
+from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.row_quantization import (
     FP8,
     SMALLEST_AMAX,
@@ -22,23 +23,18 @@ from appliance.kernels.row_quantization import (
     row_block,
 )
 from appliance.kernels.skinny_linear import multiprocessors
-from appliance.kernels.weight_prefetch import Ahead, launch, prefetch_ahead
 
 
-def silu_mul(gate_up: Product, ahead: Ahead | None = None) -> Tensor:
-    """gate_up [n, 2 * size], gate first, rows may be strided -> [n, size], same dtype. `ahead`: what to bring into L2
-    meanwhile."""
-    return silu_mul_triton(gate_up, ahead) if gate_up.is_cuda else silu_mul_reference(gate_up)
+def silu_mul(gate_up: Product) -> Tensor:
+    """gate_up [n, 2 * size], gate first, rows may be strided -> [n, size], same dtype."""
+    return silu_mul_triton(gate_up) if gate_up.is_cuda else silu_mul_reference(gate_up)
 
 
-def silu_mul_quantize(
-    gate_up: Product, dtype: torch.dtype = FP8, scale: Tensor | None = None, ahead: Ahead | None = None
-) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize(gate_up: Product, dtype: torch.dtype = FP8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Like `silu_mul`, quantized per row: `dtype` [n, size] and float32 [n, 1]; `dtype` and `scale` as in
     `row_quantization.quantize_rows`."""
-    if gate_up.is_cuda:
-        return silu_mul_quantize_triton(gate_up, dtype, scale, ahead=ahead)
-    return silu_mul_quantize_reference(gate_up, dtype, scale)
+    quantize = silu_mul_quantize_triton if gate_up.is_cuda else silu_mul_quantize_reference
+    return quantize(gate_up, dtype, scale)
 
 
 # ---------------------------------------------------------------- references
@@ -93,25 +89,15 @@ def _silu_mul_kernel(
     scales_ptr,
     x_stride,
     size,
-    ahead_ptr,
-    ahead_rows,
-    ahead_row_bytes,
-    ahead_piece,
-    ahead_behind,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
     STATIC: tl.constexpr,
     LARGEST: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: BLOCK columns of one row; STATIC: quantized with a scale given beforehand."""
-    if AHEAD:  # noqa: SIM102 - without it there is nothing to compare with
-        if tl.program_id(0) >= ahead_behind:
-            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
-            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -139,11 +125,6 @@ def _silu_mul_quantize_kernel(
     scales_ptr,
     x_stride,
     size,
-    ahead_ptr,
-    ahead_rows,
-    ahead_row_bytes,
-    ahead_piece,
-    ahead_behind,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -152,14 +133,9 @@ def _silu_mul_quantize_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one row; held in registers, PARTS times BLOCK numbers (WHOLE_ROW), or read and computed twice."""
-    if AHEAD:  # noqa: SIM102 - without it there is nothing to compare with
-        if tl.program_id(0) >= ahead_behind:
-            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
-            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -219,10 +195,10 @@ def _operands(gate_up: Product) -> tuple[Tensor, tuple[Tensor | None, ...], dict
     return gate_up.values, scales, {"DEFERRED": True, "BIASED": gate_up.bias is not None}
 
 
-def silu_mul_triton(gate_up: Product, ahead: Ahead | None = None) -> Tensor:
+def silu_mul_triton(gate_up: Product) -> Tensor:
     """`silu_mul` as one kernel."""
     out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
-    _launch_by_blocks(gate_up, out, ahead=ahead)
+    _launch_by_blocks(gate_up, out)
     return out
 
 
@@ -232,14 +208,12 @@ def _launch_by_blocks(
     scales: Tensor | None = None,
     dtype: torch.dtype = FP8,
     static_scale: Tensor | None = None,
-    ahead: Ahead | None = None,
 ) -> None:
     """With `static_scale`, rounded to `dtype`: nothing about a row has to be known, so blocks are independent."""
     x, scaling, flags = _operands(gate_up)
     n, size = out.shape
     block = min(triton.next_power_of_2(size), 1024)
-    grid, options = launch(ahead, (n, triton.cdiv(size, block)), x.device)
-    _silu_mul_kernel[grid](
+    _silu_mul_kernel[(n, triton.cdiv(size, block))](
         x,
         *scaling,
         static_scale,
@@ -252,7 +226,7 @@ def _launch_by_blocks(
         BLOCK=block,
         num_warps=4,
         **flags,
-        **options,
+        **launch_options(x.device),
     )
 
 
@@ -261,18 +235,16 @@ def silu_mul_quantize_triton(
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
-    ahead: Ahead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`silu_mul_quantize` as one kernel; `values_dtype` as in `row_quantization.quantize_rows_triton`."""
     x, scaling, flags = _operands(gate_up)
     n, size = x.shape[0], x.shape[1] // 2
     values, scales = quantized_rows((n, size), values_dtype or dtype, x.device)
     if scale is not None:
-        _launch_by_blocks(gate_up, values, scales, dtype, scale, ahead)
+        _launch_by_blocks(gate_up, values, scales, dtype, scale)
         return values, scales
     block, parts, num_warps = _row_parts(size, n, x.device)
-    grid, options = launch(ahead, (n,), x.device)
-    _silu_mul_quantize_kernel[grid](
+    _silu_mul_quantize_kernel[(n,)](
         x,
         *scaling,
         values,
@@ -286,6 +258,6 @@ def silu_mul_quantize_triton(
         WHOLE_ROW=size <= parts * block,
         num_warps=num_warps,
         **flags,
-        **options,
+        **launch_options(x.device),
     )
     return values, scales

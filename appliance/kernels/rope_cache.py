@@ -12,8 +12,8 @@ from torch import Tensor
 from appliance.kernels._triton import tl, triton
 from appliance.kernels.attention import UNIT_SCALES, KvScales, store_kv
 from appliance.kernels.deferred_scale import DeferredScale, apply_scales
+from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8, FP8_MAX
-from appliance.kernels.weight_prefetch import Ahead, launch, prefetch_ahead
 
 
 def rope_and_write(
@@ -26,7 +26,6 @@ def rope_and_write(
     slot_mapping: Tensor,
     kv_scales: KvScales = UNIT_SCALES,
     deferred: DeferredScale | None = None,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """Rotates q, in place if it keeps its dtype, and returns it; writes rotated k and plain v to the cache.
 
@@ -36,10 +35,10 @@ def rope_and_write(
     written as kernels/attention.py says, with `kv_scales`. slot_mapping int64 [n]: page * page_size + offset, -1: token
     is not written. Slots of a call are distinct. `deferred`: the fused product that q, k and v are the heads of, in
     this order, if its scales are still to be applied: they are, first, and q gets the dtype of the result. Rotation as
-    in Su et al., "RoFormer" (2021), §3.4.2, in float32. `ahead`: what to bring into L2 meanwhile.
+    in Su et al., "RoFormer" (2021), §3.4.2, in float32.
     """
     if q.is_cuda:
-        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred, ahead)
+        return rope_and_write_triton(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred)
     return rope_and_write_reference(q, k, v, positions, cos_sin, kv_cache, slot_mapping, kv_scales, deferred)
 
 
@@ -117,11 +116,6 @@ def _rope_kernel(
     cache_kv_stride,
     cache_token_stride,
     cache_head_stride,
-    ahead_ptr,
-    ahead_rows,
-    ahead_row_bytes,
-    ahead_piece,
-    ahead_behind,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -133,14 +127,9 @@ def _rope_kernel(
     LARGEST: tl.constexpr,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one token, HEADS query heads (program_id(1) < q_blocks) or HEADS key/value heads (the rest)."""
-    if AHEAD:  # noqa: SIM102 - without it there is nothing to compare with
-        if tl.program_id(0) >= ahead_behind:
-            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
-            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -207,7 +196,6 @@ def rope_and_write_triton(
     slot_mapping: Tensor,
     kv_scales: KvScales = UNIT_SCALES,
     deferred: DeferredScale | None = None,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """`rope_and_write` as one Triton kernel; launches only, so it can be captured in a CUDA graph."""
     n, num_heads, head_dim = q.shape
@@ -219,7 +207,7 @@ def rope_and_write_triton(
     heads_per_program = 4 if n <= 64 else 8
     q_blocks = triton.cdiv(num_heads, heads_per_program)
     bias = None if deferred is None else deferred.bias
-    grid, options = launch(ahead, (n, q_blocks + triton.cdiv(num_kv_heads, heads_per_program)), q.device)
+    grid = (n, q_blocks + triton.cdiv(num_kv_heads, heads_per_program))
     _rope_kernel[grid](
         q,
         k,
@@ -255,6 +243,6 @@ def rope_and_write_triton(
         DEFERRED=deferred is not None,
         BIASED=bias is not None,
         num_warps=2 if heads_per_program == 4 else 4,
-        **options,
+        **launch_options(q.device),
     )
     return rotated

@@ -103,8 +103,7 @@ class Attention(nn.Module):
             deferred = None  # applied
         positions, slots = ctx.positions[rows], ctx.metadata.slot_mapping[rows]
         cache = ctx.kv_caches[self.index]
-        ahead = self.o.ahead(q.shape[0])
-        return rope_and_write(q, k, v, positions, self.rotary.cos_sin, cache, slots, self.kv_scales, deferred, ahead)
+        return rope_and_write(q, k, v, positions, self.rotary.cos_sin, cache, slots, self.kv_scales, deferred)
 
     def attend(self, q: Tensor, ctx: ForwardContext) -> Tensor:
         """What the output product takes, [n, heads * head_dim], of the queries of all tokens of the pass."""

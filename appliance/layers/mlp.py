@@ -47,5 +47,4 @@ class GatedMLP(nn.Module):
 
     def inner(self, x: Activation) -> Activation:
         """What the down product takes."""
-        gate_up: Product = self.gate_up(x)
-        return self.down.scheme.silu_mul(gate_up, self.down.prepared, self.down.ahead(gate_up.shape[0]))
+        return self.down.scheme.silu_mul(self.gate_up(x), self.down.prepared)

@@ -138,10 +138,8 @@ class Scheme(PrecisionScheme):
     ) -> tuple[Activation, Tensor]:
         return rms_norm_quantize(x, residual, weight, eps, scale=(behind or {}).get("input_scale"), ahead=ahead)
 
-    def silu_mul(
-        self, gate_up: Product, behind: Mapping[str, Tensor] | None = None, ahead: Ahead | None = None
-    ) -> Activation:
-        return silu_mul_quantize(gate_up, scale=(behind or {}).get("input_scale"), ahead=ahead)
+    def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
+        return silu_mul_quantize(gate_up, scale=(behind or {}).get("input_scale"))
 
 
 # ---------------------------------------------------------------- tactics

@@ -160,9 +160,7 @@ class PrecisionScheme(ABC):
         prepared tensors of that layer. `ahead`: what of them to bring into L2 meanwhile."""
         return norm.rms_norm(x, residual, weight, eps, ahead)
 
-    def silu_mul(
-        self, gate_up: Product, behind: Mapping[str, Tensor] | None = None, ahead: Ahead | None = None
-    ) -> Activation:
+    def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
         """silu(gate) * up of [n, 2 * size]: the input of the next linear layer; see `kernels.activation.silu_mul`.
-        `behind` and `ahead` as of `rms_norm`."""
-        return activation.silu_mul(gate_up, ahead)
+        `behind`: prepared tensors of that layer."""
+        return activation.silu_mul(gate_up)
