@@ -47,8 +47,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_source(path: Path, config: Any, *, layers: int | None = None, seed: int = 0) -> Path:
-    """A random checkpoint with a tokenizer; a few channels of each norm are 12 times as large as the others."""
+def make_source(path: Path, config: Any, *, layers: int | None = None, seed: int = 0, outliers: float = 12.0) -> Path:
+    """A random checkpoint with a tokenizer; a few channels of each norm are `outliers` times as large as the others."""
     from safetensors.torch import load_file, save_file
 
     if layers is not None:
@@ -59,7 +59,7 @@ def make_source(path: Path, config: Any, *, layers: int | None = None, seed: int
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in tensors.items():
         if name.endswith("layernorm.weight"):
-            tensor[torch.randperm(len(tensor), generator=generator)[:4]] *= 12
+            tensor[torch.randperm(len(tensor), generator=generator)[:4]] *= outliers
     save_file(tensors, file, {"format": "pt"})
     byte_tokenizer().save(str(path / "tokenizer.json"))
     return path

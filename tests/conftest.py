@@ -38,7 +38,7 @@ def visible_gpus(visible: str | None, nvml: Any = None) -> list[str]:
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # torch counts as the driver does
 GPUS = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
 GPU_COUNT = len(GPUS)
-if GPU_COUNT == 0:
+if GPU_COUNT == 0 and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in the interpreter, on the CPU
     assert "triton" not in sys.modules, "triton was imported before conftest could choose the interpreter"
 

@@ -41,11 +41,12 @@ class Job:
     dtype: str = "float32"  # of the arithmetic
     packed: bool = False  # products as the CPU backend computes them
     stages: int = 1  # of the pipeline that the ranks are
+    stored: str = ""  # dtype of the engine that its numbers come from, if not that of the arithmetic
+    mistaken: str = ""  # the layer, by a part of its name, of which each rank has the share of the next
 
 
-def run_job(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) -> Tensor:
-    """Logits [tokens, vocab] of two prompts, then of one more token each, on one rank; none of another stage than the
-    last."""
+def make_model(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) -> Decoder:
+    """A rank's share of the model, prepared, of what a builder would store."""
     stage = stage or PipelineStage()
     config = read_model_config(job.checkpoint)
     plugin = registry.load("models", registry.architectures()[config.architecture].name)
@@ -59,15 +60,22 @@ def run_job(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) ->
     for spec in specs:
         if stage_of(spec.name, config, stage.size) != stage.index:
             continue
-        whole = dict(engine_tensors([spec], checkpoint, scheme, dtype))
-        tensors |= {name: part.clone() for name, part in shard(spec, whole, tp.rank, tp.size).items()}
+        whole = dict(engine_tensors([spec], checkpoint, scheme, getattr(torch, job.stored or job.dtype)))
+        rank = (tp.rank + 1) % tp.size if job.mistaken and job.mistaken in spec.name else tp.rank
+        tensors |= {name: part.clone() for name, part in shard(spec, whole, rank, tp.size).items()}
     model.load(tensors.items(), "cpu")
     if job.packed:
         with cpu_linear.packed():
-            model.prepare(64)
+            model.prepare(config.max_position_embeddings)
     else:
-        model.prepare(64)
-    runner = PagedRunner(model)
+        model.prepare(config.max_position_embeddings)
+    return model
+
+
+def run_job(job: Job, tp: TensorParallel, stage: PipelineStage | None = None) -> Tensor:
+    """Logits [tokens, vocab] of two prompts, then of one more token each, on one rank; none of another stage than the
+    last."""
+    runner = PagedRunner(make_model(job, tp, stage))
     sequences = [PagedSequence() for _ in PROMPTS]
     logits = []
     with torch.inference_mode():
