@@ -339,7 +339,7 @@ inline float f16_value(uint32_t bits) {
 inline uint32_t f16_of(float f) {  // to nearest even; numbers in reach only
   int exponent;
   frexpf(f, &exponent);
-  exponent = max(exponent, -13);
+  exponent = f == 0 ? -13 : max(exponent, -13);
   const int fraction = (int)lrintf(ldexpf(fabsf(f), 11 - exponent));
   return (f < 0 ? 0x8000 : 0) | (uint32_t)((exponent + 13) * 1024 + fraction);
 }
@@ -354,7 +354,7 @@ inline uint32_t e4m3_of(float f) {
   const float magnitude = std::min(fabsf(f), 448.f);
   int exponent;
   frexpf(magnitude, &exponent);
-  exponent = max(exponent, -5);
+  exponent = magnitude == 0 ? -5 : max(exponent, -5);
   const int fraction = (int)lrintf(ldexpf(magnitude, 4 - exponent));
   return (f < 0 ? 128 : 0) | (uint32_t)((exponent + 5) * 8 + fraction);
 }

@@ -136,6 +136,8 @@ def load(options: EngineOptions, progress: ProgressFn, timer: PhaseTimer, member
         member.join(device)
         if loaded.model.tp.size > 1:
             _connect(loaded, device)
+    with timer.phase("decode_attention"):
+        _tune_attention(loaded, options, device)
     return loaded
 
 
@@ -151,6 +153,53 @@ def _connect(loaded: LoadedModel, device: torch.device) -> None:
     if not own.known(config.hidden_size, model.dtype):
         choices = own.tune(config.hidden_size, model.dtype, time_in_graph)
         loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
+
+
+def _tune_attention(loaded: LoadedModel, options: EngineOptions, device: torch.device) -> None:
+    """Find out which decode steps our own attention is quicker for, if the engine does not say. Where that cannot be
+    done, the library's serves."""
+    from appliance.kernels import flashinfer
+    from appliance.kernels.decode_attention import decode, tuning
+
+    config, dtype = loaded.config, loaded.model.dtype
+    kv_dtype = _kv_dtype(options, dtype)
+    if options.attention not in ("auto", "flashinfer") or options.batch_invariant:
+        return
+    if flashinfer.available(config.head_dim, dtype, kv_dtype) is not None:
+        return
+    heads, kv_heads = _heads(config, loaded.model.tp.size)
+    shape = decode.attention_shape(heads, kv_heads, config.head_dim, options.page_size, dtype, kv_dtype)
+    if tuning.known(shape):
+        return
+    most = decode.TIMED_ROWS[-1]
+    own = decode.decode_attention_for(shape, windows=(None,), max_rows=most, device=device)
+    if own is None:
+        return
+    try:
+        other = flashinfer.FlashInferAttention(
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.head_dim,
+            page_size=options.page_size,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            max_num_seqs=most,
+            max_model_len=max(tuning.CONTEXTS),
+            device=device,
+            graph_batch_sizes=decode.TIMED_ROWS,
+        )
+        choices = tuning.tune(own, other, time_in_graph, device)
+    except Exception as error:  # no compiler, no memory
+        log.warning("decode attention: not timed, the library's serves: %s", str(error).partition("\n")[0])
+        return
+    loaded.reductions = (*loaded.reductions, *(TimedTactic(**dataclasses.asdict(choice)) for choice in choices))
+    del own, other
+    torch.cuda.empty_cache()
+
+
+def _heads(config: ModelConfig, tp_size: int) -> tuple[int, int]:
+    """Query and key/value heads of a rank."""
+    return config.num_attention_heads // tp_size, max(1, config.num_key_value_heads // tp_size)
 
 
 def _load_kernels(
@@ -299,9 +348,10 @@ def _flashinfer_attention(
 ) -> FlashInferAttention:
     from appliance.kernels import flashinfer
 
+    heads, kv_heads = _heads(config, tp_size)
     return flashinfer.FlashInferAttention(
-        num_heads=config.num_attention_heads // tp_size,
-        num_kv_heads=max(1, config.num_key_value_heads // tp_size),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=config.head_dim,
         page_size=limits.page_size,
         dtype=dtype,

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appliance.kernels.deferred_scale import Product
 from appliance.kernels.fp8_linear import FP8, FP8_MAX
+from appliance.kernels.weight_prefetch import Ahead
 
 FP8_CACHE_CAPABILITY = (8, 9)  # the oldest GPUs with instructions that convert e4m3
 
@@ -87,6 +89,32 @@ class Attention(Protocol):
         the cache was written. Returns [num_tokens, num_heads, head_dim], q's dtype; accumulates in float32.
         """
         ...
+
+
+class FusedDecode(Protocol):
+    """What does all of a decode step's attention in one launch a layer."""
+
+    def attend(
+        self,
+        qkv: Product,
+        cos_sin: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        window: int | None,
+        kv_scales: KvScales,
+        ahead: Ahead | None = None,
+    ) -> Tensor:
+        """`rope_and_write` (rope_cache.py) of the fused product [num_tokens, (heads + 2 * kv_heads) * head_dim] of one
+        token a sequence, then `Attention.attend`. `ahead`: a part of a weight that is brought into L2 meanwhile."""
+        ...
+
+
+def fused_decode(attention: Attention) -> FusedDecode | None:
+    """What serves the step for which `plan` was called last, if that is a decode step and `attention` has such a thing:
+    its property `fused`. Else, and where a step is not run with it all the same, `attend` serves."""
+    found: FusedDecode | None = getattr(attention, "fused", None)
+    return found
 
 
 def gather_pages(kv_cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,9 @@ FP8 caches: FA2 reads the bytes as they are. FA3 takes them only with FP8 querie
 there are many queries per cached token, the step's pages are widened to 16 bits, layer by layer, into pages of this
 object, which FA3 reads. Both see the same numbers. Decode rows go through XQA where it can serve them (xqa.py), in
 graphs and beside prompts: its queries and probabilities are FP8 too on compute capability 9.0. It needs no plan.
+
+Steps with nothing but decodes are left to our own kernel (decode_attention/), which rotates and writes too, for numbers
+of rows that it was timed to be quicker for.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import FP8_CACHE_CAPABILITY, UNIT_SCALES, AttentionMetadata, KvScales
+from appliance.kernels.attention import FP8_CACHE_CAPABILITY, UNIT_SCALES, AttentionMetadata, FusedDecode, KvScales
+from appliance.kernels.decode_attention.decode import attention_shape, decode_attention_for
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.pinned_ring import PinnedRing
 from appliance.kernels.widen_pages import widen_pages
 from appliance.kernels.xqa import XqaDecode, xqa_for
 
@@ -118,24 +122,6 @@ class _Planned:
     widened: Tensor | None  # int32: the pages that `prefill` wants widened; None: it reads the cache itself
 
 
-class _PinnedRing:
-    """Host buffers that FlashInfer writes schedules into and copies from asynchronously: one is used again only after
-    its copy has run. With `size` at least three steps' worth of plans, `next` does not wait in a pipeline of depth two.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._free = deque(
-            (torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
-            for _ in range(size)
-        )
-
-    def next(self) -> tuple[Tensor, torch.cuda.Event]:
-        buffer, event = self._free[0]
-        self._free.rotate(-1)
-        event.synchronize()  # returns at once unless this buffer's copy is still queued
-        return buffer, event
-
-
 class FlashInferAttention:
     """`Attention` on FlashInfer. One instance serves all layers of a rank.
 
@@ -176,7 +162,7 @@ class FlashInferAttention:
         self._device = torch.device(device)
         self._prefill_backend = self._choose_prefill_backend(self._kv_dtype)
         self._float_workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self._device)
-        self._ring = _PinnedRing(3 * 2 * len(self._windows))
+        self._ring = PinnedRing(3 * 2 * len(self._windows), _INT_WORKSPACE_BYTES)
         # Graph wrappers of all sizes share these: a step plans one size, and whatever it replays reads them afterwards.
         rows = max(max_num_seqs, *graph_batch_sizes) if graph_batch_sizes else 0
         pages = -(-max_model_len // page_size)
@@ -202,6 +188,13 @@ class FlashInferAttention:
             max_rows=max(rows, max_num_seqs),
             device=self._device,
         )
+        self._own = decode_attention_for(
+            attention_shape(num_heads, num_kv_heads, head_dim, page_size, dtype, self._kv_dtype),
+            windows=self._windows,
+            max_rows=max(rows, max_num_seqs),
+            device=self._device,
+        )
+        self._fused = False  # whether the step planned is for the own kernel
 
     def _wide_pages(self, most: int) -> Tensor | None:
         """Pages of this object for widened copies, `most` or as many as _WIDE_BYTES hold; None where FA3 is not used or
@@ -291,6 +284,22 @@ class FlashInferAttention:
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Schedules the step for every window, from the host copies; enqueues small copies on the current stream."""
+        self._planned = {}
+        self._fused = (
+            metadata.max_query_len == 1 and self._own is not None and self._own.way(metadata.num_seqs) is not None
+        )
+        if self._fused and self._own is not None:
+            self._own.plan(metadata)
+        else:
+            self._plan(metadata)
+
+    @property
+    def fused(self) -> FusedDecode | None:
+        """What serves the step planned, if that is a decode step that the own kernel was the quickest way for."""
+        return self._own if self._fused else None
+
+    def _plan(self, metadata: AttentionMetadata) -> None:
+        """Of the library's kernels."""
         query_lens = np.diff(metadata.query_start_host)
         if metadata.max_query_len == 1:
             num_decodes, rows = metadata.num_seqs, metadata.num_seqs
@@ -371,6 +380,8 @@ class FlashInferAttention:
         kv_scales: KvScales = UNIT_SCALES,
     ) -> Tensor:
         """See `Attention.attend`. Raises ValueError for a window or scale that the instance was not made for."""
+        if self._fused and not self._planned:  # a step of pieces, which only brings queries here
+            self._plan(metadata)
         planned = self._planned.get(window)
         if planned is None:
             raise ValueError(f"window {window} was not planned; this instance serves the windows {self._windows}")

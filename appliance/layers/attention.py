@@ -85,22 +85,43 @@ class Attention(nn.Module):
 
     def forward(self, x: Activation, ctx: ForwardContext) -> Product:
         """x: [n, hidden] as the scheme takes it. Returns [n, hidden]; writes this layer's KV cache."""
-        out: Product = self.o(self.attend(self.project(x, ctx), ctx))
+        fused = paged.fused_decode(ctx.attention)
+        attended = self.attend(self.project(x, ctx), ctx) if fused is None else self._decode(x, ctx, fused)
+        out: Product = self.o(attended)
         return out
+
+    def _decode(self, x: Activation, ctx: ForwardContext, fused: paged.FusedDecode) -> Tensor:
+        """`project` and `attend` of a decode step in one launch behind the product (and the heads' norm)."""
+        qkv, cache, ahead = self._heads(x), ctx.kv_caches[self.index], self.o.ahead(ctx.metadata.num_tokens)
+        return fused.attend(
+            qkv, self.rotary.cos_sin, cache, ctx.metadata, self._scale, self.window, self.kv_scales, ahead
+        ).flatten(1)
+
+    def _heads(self, x: Activation) -> Product:
+        """The fused product [n, (heads + 2 * kv_heads) * head_dim], its heads normed if the model norms them."""
+        product: Product = self.qkv(x)
+        if self.q_norm is None or self.k_norm is None:
+            return product
+        if isinstance(product, DeferredScale) and not product.in_place:
+            product = product.materialize(product.dtype)  # heads are normalized in place
+        deferred = product if isinstance(product, DeferredScale) else None
+        values = product.values if isinstance(product, DeferredScale) else product
+        q, k, v = self._split(values)
+        qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps, v, deferred)  # applies scales
+        return values
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [n, its heads, head_dim], of the fused product."""
+        qkv = values.unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return q, k, v
 
     def project(self, x: Activation, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Queries [n, heads, head_dim] of tokens whose positions are `rows` of the pass; writes their keys and values
         to this layer's KV cache."""
-        product: Product = self.qkv(x)
-        if self.q_norm is not None and isinstance(product, DeferredScale) and not product.in_place:
-            product = product.materialize(product.dtype)  # heads are normalized in place
+        product = self._heads(x)
         deferred = product if isinstance(product, DeferredScale) else None
-        values = product.values if isinstance(product, DeferredScale) else product
-        qkv = values.unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv_heads, head_dim]
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk_rms_norm_(q, k, self.q_norm.weight, self.k_norm.weight, self._eps, v, deferred)
-            deferred = None  # applied
+        q, k, v = self._split(product.values if isinstance(product, DeferredScale) else product)
         positions, slots = ctx.positions[rows], ctx.metadata.slot_mapping[rows]
         cache = ctx.kv_caches[self.index]
         return rope_and_write(q, k, v, positions, self.rotary.cos_sin, cache, slots, self.kv_scales, deferred)
