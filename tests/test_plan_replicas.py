@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -10,8 +12,11 @@ from selection_cases import LLAMA_8B
 from test_engines import fill
 
 from appliance import hardware
-from appliance.errors import HardwareError, ProfileError, SettingsError
-from appliance.launch.plan import choose, engine_options, make_plan, options_of_directory
+from appliance.builder import BuildRequest
+from appliance.errors import EngineBuildError, HardwareError, ProfileError, SettingsError
+from appliance.ipc import Progress
+from appliance.launch import build
+from appliance.launch.plan import choose, devices_of_build, engine_options, make_plan, options_of_directory
 from appliance.launch.replicas import split
 from appliance.settings import load
 
@@ -33,6 +38,46 @@ def test_a_selections_replicas_get_its_groups_of_gpus(tmp_path: Path) -> None:
     settings = load({"cache": str(tmp_path), "replicas": "5"}, {})
     with pytest.raises(ProfileError, match="5 replicas"):
         make_plan(settings, choose(settings, machine, LLAMA_8B), tmp_path)
+
+
+def test_an_engine_is_built_on_the_gpus_that_will_serve_it(tmp_path: Path) -> None:
+    machine = hardware.load(MACHINES / "busy-node.yaml")
+    settings = load({"cache": str(tmp_path), "replicas": "1"}, {})
+    plan = make_plan(settings, choose(settings, machine, LLAMA_8B), tmp_path)
+    devices = devices_of_build(plan)
+    assert devices == engine_options(plan, tmp_path).devices
+    assert devices and machine.gpus[0].uuid not in devices, "the first one is busy"
+    several = load({"cache": str(tmp_path), "nnodes": "2", "node_rank": "0", "master_addr": "127.0.0.1"}, {})
+    selection = choose(several, hardware.load(MACHINES / "h200-x2.yaml"), LLAMA_8B)
+    assert devices_of_build(make_plan(several, selection, tmp_path)) == ()
+
+
+@pytest.mark.parametrize(("devices", "seen"), [((), "7"), (("GPU-3", "GPU-1"), "GPU-3,GPU-1")])
+async def test_the_builder_sees_these(
+    devices: tuple[str, ...], seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+
+    class NoChild:
+        def __init__(self, *_: Any, environment: dict[str, str], **__: Any) -> None:
+            started.append(environment)
+
+        async def listen(self, _: Callable[[Any], None]) -> str:
+            return "the builder was not started"
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    def ignore(_: Progress) -> None:
+        """Nobody looks."""
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(build, "Child", NoChild)
+    request = BuildRequest("model", str(tmp_path), "bf16", "cuda")
+    settings = load({"cache": str(tmp_path)}, {})
+    with pytest.raises(EngineBuildError, match="was not started"):
+        await build.run_builder(request, settings, tmp_path, ignore, devices)
+    assert started[0]["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_replicas_of_an_engine_directory(tmp_path: Path) -> None:

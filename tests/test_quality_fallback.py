@@ -114,7 +114,7 @@ def damaged_builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str
     forgiving(monkeypatch)
     built: list[str] = []
 
-    async def run(request: BuildRequest, settings: Any, where: Path, progress: Callable[[Progress], None]) -> Built:
+    async def run(request: BuildRequest, _: Any, where: Path, progress: Callable[[Progress], None], *__: Any) -> Built:
         built.append(request.precision)
         path = build(request, progress, load_plugin=damaged)
         return Built(str(path), path.name, 0.0)

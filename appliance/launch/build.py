@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,11 +15,16 @@ from appliance.settings import Settings, child_environment
 
 
 async def run_builder(
-    request: BuildRequest, settings: Settings, directory: Path, on_progress: Callable[[Progress], None]
+    request: BuildRequest,
+    settings: Settings,
+    directory: Path,
+    on_progress: Callable[[Progress], None],
+    devices: Sequence[str] = (),
 ) -> Built:
-    """Build in a child process, killed when cancelled. Raises what it failed with; EngineBuildError if it died."""
+    """Build in a child process, killed when cancelled. Raises what it failed with; EngineBuildError if it died.
+    `devices`: UUIDs of the GPUs that it sees; none given: all that this process does."""
     encoded = msgspec.json.encode(request).decode()
-    environment = child_environment(settings)
+    environment = child_environment(settings) | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
     child = Child("builder", "appliance.builder", ["--request", encoded], directory=directory, environment=environment)
     ended: list[Built | ApplianceError] = []
 

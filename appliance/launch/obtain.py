@@ -35,7 +35,7 @@ from appliance.errors import EngineBuildError, EngineDamagedError
 from appliance.launch.build import run_builder
 from appliance.launch.engine import show_progress
 from appliance.launch.phases import Phases, in_thread
-from appliance.launch.plan import Plan, build_request, needs_text
+from appliance.launch.plan import Plan, build_request, devices_of_build, needs_text
 from appliance.server.state import ServerState
 from appliance.server.tokenizer import load_tokenizer
 from appliance.settings import Settings
@@ -208,7 +208,9 @@ class EngineSupply:
         if (plan.checkpoint / "tokenizer.json").is_file():  # what the server could not read is not worth building
             await self.load_tokenizer(plan.checkpoint)
         life, request = self._state.lifecycle, self._request(plan)
-        built = await run_builder(request, self._settings, self._directory, lambda m: show_progress(life, m))
+        built = await run_builder(
+            request, self._settings, self._directory, lambda m: show_progress(life, m), devices_of_build(plan)
+        )
         log.info("engine %s built in %.1f s", key[:12], built.seconds)
 
 

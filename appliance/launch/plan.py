@@ -246,6 +246,12 @@ def options_of_directory(
     return msgspec.structs.replace(options, **chosen)
 
 
+def devices_of_build(plan: Plan) -> tuple[str, ...]:
+    """UUIDs of the GPUs that will serve the engine, which is also built and tried there: others may be busy. None for
+    whatever there is: on the CPU, and on several nodes, each of which builds all ranks."""
+    return () if plan.settings.nnodes > 1 else tuple(uuid for group in plan.outcome.device_groups for uuid in group)
+
+
 def devices_of_node(plan: Plan, machine: Hardware) -> tuple[str, ...]:
     """GPUs of this machine, one of several nodes, for its ranks of what node 0 has selected. HardwareError."""
     outcome = plan.outcome
