@@ -66,12 +66,19 @@ struct Combined {
   float highest = kNoScore, sum = 0.f;
   float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 
+  // What stands beyond the last warp's may be anything. Loads do not wait for each other.
   __device__ __forceinline__ Combined(const Scratch& s, int warps, int g, int d) {
-    for (int w = 0; w < warps; w++) highest = fmaxf(highest, s.highest[w][g]);
-    for (int w = 0; w < warps; w++) {
-      const float weight = exp2f(s.highest[w][g] - highest);
-      sum += weight * s.sum[w][g];
-      add_scaled(total, *(const float4*)(s.out[w][g] + d), weight);
+    float weight[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      weight[w] = w < warps ? s.highest[w][g] : kNoScore;
+      highest = fmaxf(highest, weight[w]);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      weight[w] = w < warps ? exp2f(weight[w] - highest) : 0.f;
+      sum += weight[w] * (w < warps ? s.sum[w][g] : 0.f);
+      add_scaled(total, w < warps ? *(const float4*)(s.out[w][g] + d) : make_float4(0.f, 0.f, 0.f, 0.f), weight[w]);
     }
   }
 };

@@ -27,8 +27,10 @@ class Cutting:
     smallest: int
 
     def capacity(self, rows: int) -> int:
-        """Items that a step of so many rows has at most."""
-        return rows + self.blocks // self.kv_heads
+        """Items that a step of so many rows has at most. Blocks whose items are not needed have to come and go too:
+        where rows alone are enough for the GPU, a few are to spare, for sequences much longer than the others."""
+        idle = max(self.blocks - rows * self.kv_heads, 0)
+        return rows + idle // self.kv_heads + max(self.blocks // (4 * self.kv_heads), 1)
 
 
 def make_plan(seq_lens: np.ndarray, rows: int, window: int | None, cutting: Cutting) -> np.ndarray:
@@ -40,7 +42,7 @@ def make_plan(seq_lens: np.ndarray, rows: int, window: int | None, cutting: Cutt
     first = np.zeros_like(length) if window is None else np.maximum(length - window, 0)
     begin = first // STRIP * STRIP
     tokens = length - begin
-    chunks, size = _cut(tokens, cutting)
+    chunks, size = _cut(tokens, cutting, cutting.capacity(rows))
     count = int(chunks.sum())
     row = np.repeat(np.arange(rows), chunks)
     place = np.cumsum(chunks) - chunks
@@ -68,15 +70,20 @@ def _differ(tokens: np.ndarray) -> bool:
     return 2 * int(tokens.max()) * len(tokens) > 3 * int(tokens.sum())
 
 
-def _cut(tokens: np.ndarray, cutting: Cutting) -> tuple[np.ndarray, np.ndarray]:
-    """(runs, tokens of a run but the last) of each row. At most tokens / share + 1 runs a row, where all rows' shares
-    together are no more than what blocks run at once."""
+def _cut(tokens: np.ndarray, cutting: Cutting, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """(runs, tokens of a run but the last) of each row; no more runs than `capacity`, which is more than rows."""
     share = -(-int(tokens.sum()) * cutting.kv_heads // cutting.blocks)
     if share > cutting.smallest:
         # What blocks have differs by up to a half of a share; they compete for the memory, so it evens out.
         chunks = (2 * tokens + share) // (2 * share)
     else:
-        chunks = -(-tokens // cutting.smallest)
-    chunks = np.clip(chunks, 1, MOST_CHUNKS)
+        share = cutting.smallest
+        chunks = -(-tokens // share)
+    while True:
+        chunks = np.clip(chunks, 1, MOST_CHUNKS)
+        if int(chunks.sum()) <= capacity:
+            break
+        share += share // 4
+        chunks = (2 * tokens + share) // (2 * share)
     size = np.maximum(-(-tokens // (chunks * STRIP)) * STRIP, STRIP)
     return np.maximum(-(-tokens // size), 1), size
