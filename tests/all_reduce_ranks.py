@@ -9,7 +9,7 @@ from appliance.distributed import GroupCollectives
 from appliance.kernels import sum_norm_group
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
-from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
+from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_reference
 from appliance.kernels.all_reduce_push import push_rms_norm
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.exchange import all_to_all_reference
@@ -17,6 +17,7 @@ from appliance.kernels.partial_sum import whole_stream
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sampling import score_blocks
 from appliance.kernels.tactics import TABLE
+from appliance.kernels.weight_prefetch import beginning
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.timing import time_in_graph
 from appliance.settings import share_gpu
@@ -44,6 +45,7 @@ def run(rank: int, size: int, address: str) -> None:
     with torch.inference_mode():
         eager(own, rank, size, device)
         in_graphs(own, rank, size, device)
+        with_weights_ahead(own, rank, size, device)
         with_scales(own, rank, size, device)
         exchanged(own, rank, size, device)
         chosen = own.tune(4096, torch.bfloat16, time_in_graph)
@@ -137,6 +139,32 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
     torch.cuda.synchronize()
     for place in places + streams + [whole_stream(stream) for stream in summed[-3:]]:
         assert torch.equal(place, expected)
+
+
+def with_weights_ahead(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Sums of few rows and of more rows than slots, while their kernels bring a weight into L2."""
+    assert own.push is not None
+    ahead = beginning(torch.zeros(4096, 8192, dtype=torch.uint8, device=device), 16 << 20)
+    assert ahead is not None
+    for rows in (5, 200):
+        xs = partials(size, rows, 4096, device, rows)
+        expected, weight = all_reduce_reference(xs), torch.ones_like(xs[0][0])
+        streams = [torch.empty_like(xs[rank]) for _ in range(3)]
+
+        def step(x: Tensor = xs[rank], weight: Tensor = weight, streams: list[Tensor] = streams) -> None:
+            for stream in streams:
+                stream.zero_()
+            assert own.push is not None
+            push_rms_norm(x, streams[0], weight, 1e-5, own.push, ahead)
+            for stream, two_shot in zip(streams[1:], (False, True), strict=True):
+                all_reduce_rms_norm(x, stream, weight, 1e-5, own.workspace, ahead, two_shot=two_shot)
+
+        step()
+        graph, _ = capture(step)
+        for _ in range(30):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(stream, expected) for stream in streams)
 
 
 def exchanged(own: AllReduce, rank: int, size: int, device: torch.device) -> None:

@@ -80,7 +80,7 @@ def launch(ahead: Ahead | None, grid: tuple[int, ...], device: torch.device) -> 
     AHEAD, and those of `dependent_launch.launch_options`. The programs that bring something have the numbers from
     grid[0] on along the first axis."""
     options = launch_options(device)
-    if ahead is None or not options["PDL"]:
+    if ahead is None or not options["PDL"] or 0 in grid:  # somebody must wait for what is in front
         names = ("ahead_ptr", "ahead_rows", "ahead_row_bytes", "ahead_piece", "ahead_behind")
         return grid, options | dict.fromkeys(names) | {"AHEAD": False}
     others = 1
