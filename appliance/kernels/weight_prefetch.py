@@ -14,7 +14,7 @@ A kernel that takes it begins with
 
 and is launched with `launch`'s grid and arguments. Of every cache line one word is loaded, with the hint that the
 others will be wanted. Instructions that only prefetch would let a program end at once, but on an H200 products behind
-them (prefetch.global.L2, cp.async.bulk.prefetch) gain a fifth of what they gain here.
+them (prefetch.global.L2, cp.async.bulk.prefetch) gained a tenth to a third of what they gain here.
 
 What a product gains is less than what memory would take: 0.1 µs a MiB on an H200, where reading it takes 0.24, since
 multiprocessors take in numbers from L2 not twice as fast. What there is no time for delays the kernel that brings it,
