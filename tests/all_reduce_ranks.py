@@ -143,20 +143,17 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
 
 def with_weights_ahead(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
     """Sums of few rows and of more rows than slots, while their kernels bring a weight into L2."""
-    assert own.push is not None
     ahead = beginning(torch.zeros(4096, 8192, dtype=torch.uint8, device=device), 16 << 20)
     assert ahead is not None
     for rows in (5, 200):
         xs = partials(size, rows, 4096, device, rows)
         expected, weight = all_reduce_reference(xs), torch.ones_like(xs[0][0])
-        streams = [torch.empty_like(xs[rank]) for _ in range(3)]
+        streams = [torch.empty_like(xs[rank]) for _ in range(2)]
 
         def step(x: Tensor = xs[rank], weight: Tensor = weight, streams: list[Tensor] = streams) -> None:
             for stream in streams:
                 stream.zero_()
-            assert own.push is not None
-            push_rms_norm(x, streams[0], weight, 1e-5, own.push, ahead)
-            for stream, two_shot in zip(streams[1:], (False, True), strict=True):
+            for stream, two_shot in zip(streams, (False, True), strict=True):
                 all_reduce_rms_norm(x, stream, weight, 1e-5, own.workspace, ahead, two_shot=two_shot)
 
         step()

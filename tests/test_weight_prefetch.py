@@ -9,12 +9,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import test_all_reduce
-import test_all_reduce_push
 import torch
 from quantized_helpers import DEVICE, randn
 from torch import Tensor
 
-from appliance.kernels import all_reduce_norm, all_reduce_push, norm, weight_prefetch
+from appliance.kernels import all_reduce_norm, norm, weight_prefetch
 from appliance.kernels._triton import HAS_TRITON, tl, triton
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.tactics import TABLE
@@ -156,19 +155,6 @@ def test_sums_over_ranks_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, two
     xs = test_all_reduce.partials(2, 6, 64)
     test_all_reduce.check_fused(xs, torch.ones(64), two_shot, None)
     assert len(brought) == 128 * 6, "two ranks, three steps"
-
-
-@interpreted
-def test_pushed_sums_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    brought = on_hopper(monkeypatch, all_reduce_push)
-    pushed = all_reduce_push.launch_push
-    ahead = Ahead(a_weight(), 256)
-    monkeypatch.setattr(test_all_reduce_push, "launch_push", lambda *args, **named: pushed(*args, ahead=ahead, **named))
-    spaces = test_all_reduce_push.spaces_of(2)
-    for turn, rows in enumerate((9, 3)):
-        xs = test_all_reduce.partials(2, rows, 64, dtype=torch.float16, seed=turn)
-        test_all_reduce_push.check(spaces, xs, torch.ones(64, dtype=torch.float16), None)
-    assert len(brought) == 128 * 12
 
 
 @pytest.mark.gpu
