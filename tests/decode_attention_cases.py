@@ -9,11 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import UNIT_SCALES, AttentionMetadata, KvScales, ReferenceAttention, store_kv
+from appliance.kernels.attention import (
+    UNIT_SCALES,
+    AttentionMetadata,
+    HeadNorms,
+    KvScales,
+    ReferenceAttention,
+    store_kv,
+)
 from appliance.kernels.decode_attention.kernel import Buffers, DecodeAttentionShape, DecodeInputs
 from appliance.kernels.decode_attention.plan import FIELDS, Cutting, make_plan
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.norm import qk_rms_norm_
 from appliance.kernels.rope_cache import rope_and_write_reference
 from appliance.kernels.weight_prefetch import Ahead
 
@@ -74,6 +82,10 @@ class Step:
                 shape.dtype if shape.int32 else None,
             )
         self.scale = shape.head_dim**-0.5
+        self.norms = None
+        if shape.normed:
+            weights = (1 + 0.3 * torch.randn(2, shape.head_dim, generator=rng)).to(shape.dtype)
+            self.norms = HeadNorms(weights[0].to(self.device), weights[1].to(self.device), 1e-5)
 
     def metadata(self) -> AttentionMetadata:
         lens = np.array(self.lens, np.int32)
@@ -98,10 +110,22 @@ class Step:
         """Copies of q, k and v of some rows."""
         values = self.qkv.values if isinstance(self.qkv, DeferredScale) else self.qkv
         heads = values[rows].clone().unflatten(-1, (-1, self.shape.head_dim))
-        q, k, v = heads.split((self.shape.heads, self.shape.kv_heads, self.shape.kv_heads), dim=1)
+        sizes = (self.shape.heads, self.shape.kv_heads, self.shape.kv_heads)
+        q, k, v = heads.split(sizes, dim=1)
+        if self.norms is not None:
+            deferred = self._raw_deferred(rows)
+            if deferred is not None:
+                plain = deferred.scaled().to(self.shape.dtype)
+                q, k, v = plain.unflatten(-1, (-1, self.shape.head_dim)).split(sizes, dim=1)
+            q_weight, k_weight = self.norms.q_weight.cpu(), self.norms.k_weight.cpu()
+            qk_rms_norm_(q, k, q_weight, k_weight, self.norms.eps, v, deferred)
         return q, k, v
 
     def _deferred(self, rows: slice = slice(None)) -> DeferredScale | None:
+        """Scales that `_heads` left."""
+        return None if self.norms is not None else self._raw_deferred(rows)
+
+    def _raw_deferred(self, rows: slice) -> DeferredScale | None:
         if not isinstance(self.qkv, DeferredScale):
             return None
         return replace(self.qkv, values=self.qkv.values[rows].clone(), row_scales=self.qkv.row_scales[rows])
@@ -153,6 +177,7 @@ class Step:
             out=out,
             scale=self.scale,
             kv_scales=self.scales,
+            norms=self.norms,
             ahead=ahead,
         )
 

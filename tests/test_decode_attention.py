@@ -94,7 +94,7 @@ def emulate(step: Step, cutting: Cutting, library: Path) -> tuple[torch.Tensor, 
     cache = step.cache.clone()
     out = torch.full((step.rows, shape.heads, shape.head_dim), float("nan"), dtype=shape.dtype)
     buffers, inputs = step.buffers(cutting), step.inputs(cache, out, beginning(torch.zeros(70, 64), 9000))
-    given = (ctypes.c_int64 * 25)(*arguments(inputs, buffers, blocks))
+    given = (ctypes.c_int64 * 28)(*arguments(inputs, buffers, blocks))
     pointers = (ctypes.c_void_p * 7)(ctypes.addressof(given))
     assert ctypes.CDLL(str(library)).emulate(pointers, 1) == 0, "the kernel does not end"
     assert not buffers.arrived.any()
@@ -113,6 +113,16 @@ CASES = {
     "window, cut": (SHAPE, [300, 5], 2, 130, False, (), CUT),
     "deferred": (replace(SHAPE, deferred=True), [70, 5], 2, None, True, (), WHOLE),
     "deferred, whole numbers": (replace(SHAPE, deferred=True, int32=True), [70, 5], 2, None, False, (), WHOLE),
+    "normed": (replace(SHAPE, normed=True, heads=6), [70, 5], 2, None, False, (0,), WHOLE),
+    "normed, whole numbers, size 128": (
+        replace(SHAPE, normed=True, deferred=True, int32=True, head_dim=128, heads=2),
+        [70, 5],
+        2,
+        None,
+        True,
+        (),
+        WHOLE,
+    ),
     "size 128": (replace(SHAPE, head_dim=128), [70, 128], 2, None, False, (), WHOLE),
     "16 heads": (replace(SHAPE, heads=16, kv_heads=1), [150, 1], 2, None, False, (), Cutting(3, 1, 64)),
     "13 heads": (replace(SHAPE, heads=13, kv_heads=1), [150, 16], 2, None, False, (), WHOLE),
@@ -146,6 +156,7 @@ COMPILED = {
     "8B, fp8": (replace(BIG, kv_dtype=FP8), "sm_90"),
     "eight heads": (replace(BIG, heads=16, kv_heads=2, deferred=True, int32=True), "sm_90"),
     "sixteen heads": (replace(BIG, heads=16, kv_heads=1), "sm_90"),
+    "normed": (replace(BIG, normed=True, warps=16), "sm_90"),
     "sm_100": (replace(BIG, deferred=True), "sm_100"),
     "sm_80": (replace(BIG, deferred=True), "sm_80"),
     "sm_89, fp8, size 64": (replace(BIG, kv_dtype=FP8, head_dim=64, dtype=F16), "sm_89"),
@@ -199,6 +210,14 @@ GPU_CASES = {
     "16 heads": (replace(BIG, heads=16, kv_heads=1), [70, 2000], 2, None, Cutting(396, 1, 64)),
     "window": (replace(BIG, heads=12, kv_heads=4), [70, 2000, 513, 4], 6, 512, Cutting(528, 4, 128)),
     "deferred": (replace(BIG, deferred=True), [70, 2000], 2, None, Cutting(528, 8, 128)),
+    "normed": (replace(BIG, deferred=True, normed=True), [70, 2000], 2, None, Cutting(528, 8, 128)),
+    "normed, size 64": (
+        replace(BIG, normed=True, heads=6, kv_heads=2, head_dim=64),
+        [70, 9],
+        2,
+        None,
+        Cutting(528, 2, 64),
+    ),
     "whole numbers": (replace(BIG, deferred=True, int32=True), [70, 2000], 2, None, Cutting(528, 8, 128)),
     "fp8": (replace(BIG, kv_dtype=FP8), [70, 2000, 16], 3, None, Cutting(528, 8, 128)),
     "fp8, float16, size 64": (

@@ -13,7 +13,7 @@ from model_helpers import PagedRunner, PagedSequence, load_model, make_checkpoin
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
-from appliance.kernels.attention import AttentionMetadata, KvScales, ReferenceAttention
+from appliance.kernels.attention import AttentionMetadata, HeadNorms, KvScales, ReferenceAttention
 from appliance.kernels.decode_attention import tuning
 from appliance.kernels.decode_attention.decode import (
     OTHER,
@@ -23,6 +23,7 @@ from appliance.kernels.decode_attention.decode import (
     table_key,
 )
 from appliance.kernels.deferred_scale import DeferredScale, Product
+from appliance.kernels.norm import qk_rms_norm_
 from appliance.kernels.rope_cache import rope_and_write
 from appliance.kernels.tactics import TABLE
 
@@ -66,6 +67,7 @@ class FusedReference(ReferenceAttention):
             scale: float,
             window: int | None,
             kv_scales: KvScales,
+            norms: HeadNorms | None = None,
             ahead: Any = None,
         ) -> Tensor:
             self._owner.calls += 1
@@ -74,6 +76,9 @@ class FusedReference(ReferenceAttention):
             heads = values.unflatten(-1, (-1, dim))
             q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
             deferred = qkv if isinstance(qkv, DeferredScale) else None
+            if norms is not None:
+                qk_rms_norm_(q, k, norms.q_weight, norms.k_weight, norms.eps, v, deferred)
+                deferred = None
             positions = metadata.seq_lens.long() - 1
             q = rope_and_write(q, k, v, positions, cos_sin, kv_cache, metadata.slot_mapping, kv_scales, deferred)
             return self._owner.attend(q, kv_cache, metadata, scale, window, kv_scales)

@@ -91,6 +91,15 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Of the RMS norm over each head of q and of k: weights [head_dim]."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
 class FusedDecode(Protocol):
     """What does all of a decode step's attention in one launch a layer."""
 
@@ -103,10 +112,12 @@ class FusedDecode(Protocol):
         scale: float,
         window: int | None,
         kv_scales: KvScales,
+        norms: HeadNorms | None = None,
         ahead: Ahead | None = None,
     ) -> Tensor:
-        """`rope_and_write` (rope_cache.py) of the fused product [num_tokens, (heads + 2 * kv_heads) * head_dim] of one
-        token a sequence, then `Attention.attend`. `ahead`: a part of a weight that is brought into L2 meanwhile."""
+        """`qk_rms_norm_` (norm.py) with `norms`, if there are any, and `rope_and_write` (rope_cache.py) of the fused
+        product [num_tokens, (heads + 2 * kv_heads) * head_dim] of one token a sequence, which may be written over, then
+        `Attention.attend`. `ahead`: a part of a weight that is brought into L2 meanwhile."""
         ...
 
 

@@ -91,10 +91,20 @@ class Attention(nn.Module):
         return out
 
     def _decode(self, x: Activation, ctx: ForwardContext, fused: paged.FusedDecode) -> Tensor:
-        """`project` and `attend` of a decode step in one launch behind the product (and the heads' norm)."""
-        qkv, cache, ahead = self._heads(x), ctx.kv_caches[self.index], self.o.ahead(ctx.metadata.num_tokens)
+        """`project` and `attend` of a decode step in one launch behind the product."""
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = paged.HeadNorms(self.q_norm.weight, self.k_norm.weight, self._eps)
         return fused.attend(
-            qkv, self.rotary.cos_sin, cache, ctx.metadata, self._scale, self.window, self.kv_scales, ahead
+            self.qkv(x),
+            self.rotary.cos_sin,
+            ctx.kv_caches[self.index],
+            ctx.metadata,
+            self._scale,
+            self.window,
+            self.kv_scales,
+            norms,
+            self.o.ahead(ctx.metadata.num_tokens),
         ).flatten(1)
 
     def _heads(self, x: Activation) -> Product:

@@ -111,7 +111,7 @@ def own(step: Step, kernel: DecodeAttentionKernel, smallest: int, ahead: Ahead |
     def call(qkv: Tensor, cache: Tensor, out: Tensor) -> Tensor:
         table, slots = step.meta.page_table, step.meta.slot_mapping
         kernel.launch(
-            DecodeInputs(qkv, step.cos_sin, cache, table, slots, out, DIM**-0.5, SCALES, ahead), buffers, items
+            DecodeInputs(qkv, step.cos_sin, cache, table, slots, out, DIM**-0.5, SCALES, None, ahead), buffers, items
         )
         return out
 

@@ -33,8 +33,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     decode_attention(const void* qkv, const float* row_scales, const float* column_scales, const uint16_t* bias, const float* cos_sin,
                      uint8_t* cache, const int* page_table, const int64_t* slots, const int* plan, uint16_t* out, float* partial,
                      float* statistics, int* arrived, int64_t rows, int64_t qkv_stride, int64_t max_pages, int64_t score_factor, int64_t out_factor,
-                     int64_t inverse_k_scale, int64_t inverse_v_scale, int64_t blocks, const uint8_t* ahead, int64_t ahead_rows,
-                     int64_t ahead_row_bytes, int64_t ahead_piece) {
+                     int64_t inverse_k_scale, int64_t inverse_v_scale, const uint16_t* q_norm, const uint16_t* k_norm, int64_t eps,
+                     int64_t blocks, const uint8_t* ahead, int64_t ahead_rows, int64_t ahead_row_bytes, int64_t ahead_piece) {
   Scratch& s = *(Scratch*)dynamic_shared;
   const int item = (int)blockIdx.x / KV_HEADS, kv_head = (int)blockIdx.x % KV_HEADS, warp = threadIdx.x / 32;
   // Most often an item is the row of its number from its first token on: its pages are asked for together with the plan.
@@ -72,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   if (span.begin < span.end) {
     token.qkv = (const uint8_t*)qkv + work.row * qkv_stride * (QKV_INT32 ? 4 : 2);
     token.row_scale = row_scales + work.row, token.column_scales = column_scales, token.bias = bias;
+    token.q_norm = q_norm, token.k_norm = k_norm, token.eps = BITS_AS_FLOAT(eps);
     NewRows to;
     to.k = s.new_k, to.v = s.new_v;
     const int64_t row_at = ((slot / PAGE_SIZE * 2 * PAGE_SIZE + slot % PAGE_SIZE) * KV_HEADS + kv_head) * kRowBytes;

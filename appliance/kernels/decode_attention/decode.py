@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import AttentionMetadata, KvScales
+from appliance.kernels.attention import AttentionMetadata, HeadNorms, KvScales
 from appliance.kernels.decode_attention.kernel import (
     Buffers,
     DecodeAttentionKernel,
@@ -30,6 +32,17 @@ log = logging.getLogger(__name__)
 WARPS = (4, 8, 16)  # of a block; more for few sequences, whose tokens they all take at once
 TIMED_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # steps of more rows do as the last
 OTHER = "library"  # what `TABLE` calls doing without this kernel
+
+
+class Form(NamedTuple):
+    """Of the fused product."""
+
+    int32: bool  # whole numbers
+    deferred: bool  # scales are still to be applied
+    normed: bool  # heads of q and k have a norm that is still to come
+
+
+PLAIN = Form(int32=False, deferred=False, normed=False)
 
 
 def name_of(warps: int) -> str:
@@ -77,12 +90,8 @@ class DecodeAttention:
         self._planned: tuple[int, int] | None = None  # warps, rows
         self.forced: int | None = None  # warps to plan with whatever `TABLE` says, while ways are being timed
 
-    def _of(self, warps: int, form: tuple[bool, bool] = (False, False)) -> DecodeAttentionShape:
-        whole, deferred = form
-        s = self._shape
-        return DecodeAttentionShape(
-            s.heads, s.kv_heads, s.head_dim, s.page_size, s.dtype, s.kv_dtype, warps, int32=whole, deferred=deferred
-        )
+    def _of(self, warps: int, form: Form = PLAIN) -> DecodeAttentionShape:
+        return replace(self._shape, warps=warps, int32=form.int32, deferred=form.deferred, normed=form.normed)
 
     def _cutting(self, warps: int) -> Cutting:
         blocks = self._multiprocessors * self._of(warps).blocks_per_sm
@@ -121,30 +130,31 @@ class DecodeAttention:
         scale: float,
         window: int | None,
         kv_scales: KvScales,
+        norms: HeadNorms | None = None,
         ahead: Ahead | None = None,
     ) -> Tensor:
-        """`rope_and_write` and then `Attention.attend`, of the step that was planned: the fused product of each
-        sequence's new token, [rows, (heads + 2 * kv_heads) * head_dim], at the last of the planned lengths' positions.
-        Returns [rows, heads, head_dim]; zeros for rows of padding. `ahead`: brought into L2 meanwhile."""
+        """`FusedDecode.attend` of the step that was planned: each sequence's new token is the last of its planned
+        length. Zeros for rows of padding."""
         assert self._planned is not None and self._planned[1] == qkv.shape[0]
         warps, rows = self._planned
         deferred = isinstance(qkv, DeferredScale)
         values = qkv.values if isinstance(qkv, DeferredScale) else qkv
-        form = (values.dtype == torch.int32, deferred)
-        assert values.stride(1) == 1 and kv_cache.is_contiguous() and (form[0] or values.dtype == self._shape.dtype)
+        form = Form(values.dtype == torch.int32, deferred, norms is not None)
+        assert values.stride(1) == 1 and kv_cache.is_contiguous() and (form.int32 or values.dtype == self._shape.dtype)
         if isinstance(qkv, DeferredScale) and qkv.bias is not None:
             assert qkv.bias.dtype == self._shape.dtype
+        assert norms is None or norms.q_weight.dtype == norms.k_weight.dtype == self._shape.dtype
         out = torch.empty(
             (rows, self._shape.heads, self._shape.head_dim), dtype=self._shape.dtype, device=values.device
         )
         slots = metadata.slot_mapping
-        inputs = DecodeInputs(qkv, cos_sin, kv_cache, metadata.page_table, slots, out, scale, kv_scales, ahead)
+        inputs = DecodeInputs(qkv, cos_sin, kv_cache, metadata.page_table, slots, out, scale, kv_scales, norms, ahead)
         items = self._cutting(warps).capacity(rows)
         self.kernel(warps, form).launch(inputs, self._buffers[window], items)
         return out
 
-    def kernel(self, warps: int, form: tuple[bool, bool]) -> DecodeAttentionKernel:
-        """For a form of the fused product: (whole numbers, scales to be applied). Compiled where nobody has it."""
+    def kernel(self, warps: int, form: Form = PLAIN) -> DecodeAttentionKernel:
+        """Compiled where nobody has it."""
         shape = self._of(warps, form)
         if shape not in self._kernels:
             self._kernels[shape] = DecodeAttentionKernel(shape, self._device)

@@ -1,12 +1,14 @@
-// One new token of a sequence: heads of the fused product, its scales applied, rotated; queries into shared memory, K and V
-// there and into the cache. Macros beside those of strip.cuh: QKV_INT32 (what the product gives, else the model's dtype),
-// DEFERRED (its scales are still to be applied).
+// One new token of a sequence: heads of the fused product, its scales applied, normed, rotated; queries into shared memory, K
+// and V there and into the cache. Macros beside those of strip.cuh: QKV_INT32 (what the product gives, else the model's
+// dtype), DEFERRED (its scales are still to be applied), NORMED (heads of q and k have a norm).
 
 struct Token {  // of the fused product
   const void* qkv;  // the row's (HEADS + 2 * KV_HEADS) heads
   const float *row_scale, *column_scales;
   const uint16_t* bias;  // in the model's dtype; null: none
   const float* cos_sin;  // of the token's position
+  const uint16_t *q_norm, *k_norm;  // weights [HEAD_DIM] in the model's dtype
+  float eps;
 };
 
 __device__ __forceinline__ float2 floats(uint32_t pair) {
@@ -77,6 +79,25 @@ struct Rotation {
   }
 };
 
+// RMS norm of a head, rounded as a tensor of the model's dtype is. All lanes of the warp; each head's threads are in one.
+__device__ __forceinline__ void norm_head(const uint16_t* weight, float eps, int lane, float (&first)[4], float (&second)[4]) {
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) squares += first[i] * first[i] + second[i] * second[i];
+#pragma unroll
+  for (int off = kHeadThreads / 2; off; off /= 2) squares += __shfl_xor_sync(~0u, squares, off);
+  const float rstd = rsqrtf(squares / HEAD_DIM + eps);
+  float by[2][4];
+  load_floats(weight + lane, by[0]);
+  load_floats(weight + HEAD_DIM / 2 + lane, by[1]);
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const float2 low = floats(rounded(first[i] * rstd * by[0][i], first[i + 1] * rstd * by[0][i + 1]));
+    const float2 high = floats(rounded(second[i] * rstd * by[1][i], second[i + 1] * rstd * by[1][i + 1]));
+    first[i] = low.x, first[i + 1] = low.y, second[i] = high.x, second[i + 1] = high.y;
+  }
+}
+
 struct NewRows {  // of K and V, where they go
   uint8_t *k, *v;              // shared memory
   uint8_t *k_cache, *v_cache;  // null: nowhere
@@ -90,11 +111,25 @@ __device__ __forceinline__ void take_token(const Token& token, const Rotation& r
   const int jobs = kGroup + (attended ? 2 : 0);
   float row_scale = 1.f;
   if constexpr (DEFERRED) row_scale = load_shared_state(token.row_scale);
-  for (int job = threadIdx.x / kHeadThreads; job < jobs; job += kThreads / kHeadThreads) {
-    const int head = job < kGroup ? kv_head * kGroup + job : HEADS + (job - kGroup) * KV_HEADS + kv_head;
+  constexpr int kWarpJobs = 32 / kHeadThreads;
+  for (int first_job = threadIdx.x / 32 * kWarpJobs; first_job < jobs; first_job += WARPS * kWarpJobs) {
+    const int job = first_job + threadIdx.x % 32 / kHeadThreads, there_is = min(job, jobs - 1);
+    const int head = there_is < kGroup ? kv_head * kGroup + there_is : HEADS + (there_is - kGroup) * KV_HEADS + kv_head;
     float first[4], second[4];
     load_product(token, head * HEAD_DIM + lane, row_scale, first);
     load_product(token, head * HEAD_DIM + HEAD_DIM / 2 + lane, row_scale, second);
+    if constexpr (NORMED) {
+      if (first_job <= kGroup) {
+        float x[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[0][i] = first[i], x[1][i] = second[i];
+        norm_head(job < kGroup ? token.q_norm : token.k_norm, token.eps, lane, x[0], x[1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (job <= kGroup) first[i] = x[0][i], second[i] = x[1][i];
+      }
+    }
+    if (job >= jobs) continue;
     if (job <= kGroup) rotation.turn(first, second);
     if (job < kGroup) {
       uint32_t* to = (uint32_t*)(queries + job * kQueryRow + lane);

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appliance.kernels.attention import KvScales
+from appliance.kernels.attention import HeadNorms, KvScales
 from appliance.kernels.compiled import KERNELS
 from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
 from appliance.kernels.deferred_scale import DeferredScale
@@ -47,6 +47,7 @@ class DecodeAttentionShape:
     warps: int  # of a block
     int32: bool = False  # the fused product is whole numbers
     deferred: bool = False  # its scales are still to be applied
+    normed: bool = False  # heads of q and k have a norm
 
     @property
     def group(self) -> int:
@@ -97,6 +98,7 @@ class DecodeAttentionShape:
             "FLOAT16": int(self.dtype == torch.float16),
             "QKV_INT32": int(self.int32),
             "DEFERRED": int(self.deferred),
+            "NORMED": int(self.normed),
         }
         return {name: str(number) for name, number in numbers.items()}
 
@@ -132,6 +134,7 @@ class DecodeInputs:
     out: Tensor  # [rows, heads, head_dim], contiguous
     scale: float
     kv_scales: KvScales
+    norms: HeadNorms | None = None
     ahead: Ahead | None = None  # of the product that follows: what to bring into L2 meanwhile
 
 
@@ -164,6 +167,9 @@ def arguments(inputs: DecodeInputs, buffers: Buffers, blocks: int) -> tuple[int,
         _bits(inputs.kv_scales.v),
         _bits(1.0 / inputs.kv_scales.k),
         _bits(1.0 / inputs.kv_scales.v),
+        0 if inputs.norms is None else inputs.norms.q_weight.data_ptr(),
+        0 if inputs.norms is None else inputs.norms.k_weight.data_ptr(),
+        0 if inputs.norms is None else _bits(inputs.norms.eps),
         blocks,
         *ahead,
     )

@@ -81,7 +81,7 @@ def tune(own: DecodeAttention, other: Attention, timer: Timer, device: torch.dev
 def _made(own: DecodeAttention, device: torch.device, warps: int) -> bool:
     torch.cuda.set_device(device)
     try:
-        own.kernel(warps, (False, False))
+        own.kernel(warps)
     except Exception as error:  # of the compiler or the driver
         log.warning("decode attention: %s is left out: %s", name_of(warps), str(error).partition("\n")[0])
         return False
