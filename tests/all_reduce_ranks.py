@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, distributed
 
 from appliance.distributed import GroupCollectives
-from appliance.kernels import sum_norm_group
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_reference
-from appliance.kernels.all_reduce_push import push_rms_norm
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.exchange import all_to_all_reference
+from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.partial_sum import whole_stream
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sampling import score_blocks
+from appliance.kernels.sum_norm import rows_at_once
+from appliance.kernels.sum_norm_group import CAPABILITY, CLUSTER_DEALT, WAYS, Norms
 from appliance.kernels.tactics import TABLE
 from appliance.kernels.weight_prefetch import beginning
 from appliance.runtime.cuda_graphs import capture
@@ -40,15 +43,20 @@ def run(rank: int, size: int, address: str) -> None:
     group = GroupCollectives(size, device)
     own = connect(group, rank, size, device)
     assert own is not None, "no peer access here"
-    own.use_sums(sum_norm_group.connect(group.library(), rank, size, device))
-    assert own.sums is not None, "its check found something"
     with torch.inference_mode():
-        eager(own, rank, size, device)
+        eager(own, rank, size, device)  # by kernels that read their peers' memory
+        own.connect_norms(Norms(4096, torch.bfloat16, FP8))
+        clusters = torch.cuda.get_device_capability() >= CAPABILITY
+        assert (own.sums is not None) == clusters, "its check found something"
+        if clusters:
+            eager(own, rank, size, device)
+            in_rounds(own, rank, size, device)
+            beside(own, rank, size, device)
         in_graphs(own, rank, size, device)
         with_weights_ahead(own, rank, size, device)
         with_scales(own, rank, size, device)
         exchanged(own, rank, size, device)
-        chosen = own.tune(4096, torch.bfloat16, time_in_graph)
+        chosen = own.tune(4096, torch.bfloat16, time_in_graph, FP8)
     rows = torch.tensor([[c.rows, len(c.tactic)] for c in chosen], dtype=torch.int64, device=device)
     gathered = group.all_gather(rows)
     assert (gathered == gathered[:1]).all() and own.known(4096, torch.bfloat16), "ranks chose differently"
@@ -70,18 +78,68 @@ def eager(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
             if dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
                 continue
             want, want_stream = all_reduce_rms_norm_reference(xs, residual.clone(), weight, 1e-5, dtype)
-            for way in own._norm_ways(xs[rank]):
-                own._forced = way
+            for way in own.norm_ways(xs[rank]):
                 given = (xs[rank].clone(), residual.clone(), weight, 1e-5)
-                if dtype is None:
-                    out, stream = own.rms_norm(*given)
-                    torch.testing.assert_close(out, want, rtol=1.6e-2, atol=1e-3)
-                else:
-                    (values, scales), stream = own.rms_norm_quantize(*given, dtype, None)
-                    torch.testing.assert_close(scales, want[1], rtol=1e-4, atol=0)
-                    torch.testing.assert_close(values.float() * scales, want[0].float() * want[1], rtol=0.14, atol=0.05)
-                own._forced = None
+                with own.by(way):
+                    if dtype is None:
+                        out, stream = own.rms_norm(*given)
+                        torch.testing.assert_close(out, want, rtol=1.6e-2, atol=1e-3)
+                    else:
+                        found, stream = own.rms_norm_quantize(*given, dtype, None)
+                        same_numbers(found, want)
                 assert torch.equal(stream, want_stream), f"{rows} x {columns}, {way}"
+
+
+def same_numbers(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    (values, scales), (want_values, want_scales) = found, want
+    torch.testing.assert_close(scales, want_scales, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values.float() * scales, want_values.float() * want_scales, rtol=0.14, atol=0.05)
+
+
+def in_rounds(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """More rows than a launch takes, the last round with fewer; and again with the stream that is dealt out."""
+    rows = 2 * rows_at_once(4096, size) + 5
+    xs = [torch.randn(rows, 4096, generator=torch.Generator(device).manual_seed(r), device=device) for r in range(size)]
+    xs = [x.bfloat16() for x in xs]
+    weight, residual = partials(1, 1, 4096, device, 77)[0][0], torch.zeros_like(xs[0])
+    with own.by(CLUSTER_DEALT):
+        _, stream = own.rms_norm(xs[rank], residual.clone(), weight, 1e-5)
+        found, stream = own.rms_norm_quantize(xs[rank], stream, weight, 1e-5, FP8, None)
+    _, want_stream = all_reduce_rms_norm_reference(xs, residual, weight, 1e-5)
+    want, want_stream = all_reduce_rms_norm_reference(xs, want_stream, weight, 1e-5, FP8)
+    same_numbers(found, want)
+    assert torch.equal(whole_stream(stream), want_stream)
+
+
+def beside(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
+    """Sums begun one after the other beside products that fill the GPU, as halves of a prompt do: with many blocks and
+    with few, ranks slow in turns, memory that is given back as soon as it may be."""
+    rows, turns = 2500, 12
+    weight, left = partials(1, 1, 4096, device, 77)[0][0], torch.randn(4096, 4096, device=device).bfloat16()
+    every = [partials(size, 1, 4096, device, turn) for turn in range(turns)]
+    stream, want_stream = torch.zeros(rows, 4096, dtype=torch.bfloat16, device=device), None
+    waiting, got = None, []
+    for turn, xs in enumerate(every):
+        if turn % size == rank:
+            torch.cuda._sleep(2_000_000)
+        x = xs[rank].expand(rows, -1).contiguous()
+        if waiting is not None:
+            found, stream = waiting()
+            got.append(found)
+        take = partial(rms_norm_quantize, residual=stream, weight=weight, eps=1e-5)
+        waiting = own.begin(x, take, soon=bool(turn % 2))
+        del x
+        for _ in range(3):
+            left = (left @ left).clamp(-1, 1)
+    assert waiting is not None
+    found, stream = waiting()
+    got.append(found)
+    want_stream = torch.zeros(rows, 4096, dtype=torch.bfloat16, device=device)
+    for xs, found in zip(every, got, strict=True):
+        wide = [x.expand(rows, -1) for x in xs]
+        want, want_stream = all_reduce_rms_norm_reference(wide, want_stream, weight, 1e-5, FP8)
+        same_numbers(found, want)
+    assert torch.equal(whole_stream(stream), want_stream)
 
 
 def with_scales(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
@@ -97,35 +155,32 @@ def with_scales(own: AllReduce, rank: int, size: int, device: torch.device) -> N
         want, want_stream = all_reduce_rms_norm_reference(
             products, residual.clone(), weight[0], 1e-5, torch.int8, static
         )
-        for way in sum_norm_group.WAYS:
-            own._forced = way
-            given = (products[rank], residual.clone(), weight[0], 1e-5, torch.int8, static)
-            (values, got_scales), stream = own.rms_norm_quantize(*given)
-            own._forced = None
+        for way in own.norm_ways(products[rank]):
+            copied = DeferredScale(xs[rank].clone(), *scales, bias[0], torch.bfloat16)
+            given = (copied, residual.clone(), weight[0], 1e-5, torch.int8, static)
+            with own.by(way):
+                (values, got_scales), stream = own.rms_norm_quantize(*given)
             assert torch.equal(stream, want_stream) and torch.equal(got_scales, want[1]), f"{dtype}, {way}"
             assert (values.int() - want[0].int()).abs().max() <= 1, f"{dtype}, {way}"
 
 
 def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
     """Graphs with an odd number of all-reduces of each kind, replayed while ranks are slow in turns."""
-    assert own.push is not None, "its check found something"
     xs = partials(size, 5, 4096, device, 5)
     expected = all_reduce_reference(xs)
     places = [torch.empty_like(xs[rank]) for _ in range(3)]
     summed: list[Tensor] = []
-    streams, weight = [torch.empty_like(xs[rank]) for _ in range(5)], torch.ones_like(xs[0][0])
+    ways = [way for way in WAYS if own.sums is not None] * 2 + own.norm_ways(xs[rank])[-1:]  # an odd number of calls
+    weight = torch.ones_like(xs[0][0])
 
     def step() -> None:
         for at, place in enumerate(places):
             place.copy_(xs[rank])
             all_reduce_(place, own.workspace, two_shot=at == 1)
-        for stream in streams:
-            stream.zero_()
-            push_rms_norm(xs[rank], stream, weight, 1e-5, own.push)
-        for way in sum_norm_group.WAYS:  # an odd number of calls
-            own._forced = way
-            summed.append(own.rms_norm(xs[rank], torch.zeros_like(xs[rank]), weight, 1e-5)[1])
-        own._forced = None
+        summed.clear()
+        for way in ways:
+            with own.by(way):
+                summed.append(own.rms_norm(xs[rank].clone(), torch.zeros_like(xs[rank]), weight, 1e-5)[1])
 
     step()
     graph, _ = capture(step)
@@ -134,10 +189,10 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
             torch.cuda._sleep(20_000)
         graph.replay()
         if turn % 20 == 0:
-            for place in places + streams + [whole_stream(stream) for stream in summed[-3:]]:
+            for place in places + [whole_stream(stream) for stream in summed]:
                 assert torch.equal(place, expected), f"replay {turn}"
     torch.cuda.synchronize()
-    for place in places + streams + [whole_stream(stream) for stream in summed[-3:]]:
+    for place in places + [whole_stream(stream) for stream in summed]:
         assert torch.equal(place, expected)
 
 
@@ -149,19 +204,23 @@ def with_weights_ahead(own: AllReduce, rank: int, size: int, device: torch.devic
         xs = partials(size, rows, 4096, device, rows)
         expected, weight = all_reduce_reference(xs), torch.ones_like(xs[0][0])
         streams = [torch.empty_like(xs[rank]) for _ in range(2)]
+        dealt: list[Tensor] = []
 
         def step(x: Tensor = xs[rank], weight: Tensor = weight, streams: list[Tensor] = streams) -> None:
             for stream in streams:
                 stream.zero_()
             for stream, two_shot in zip(streams, (False, True), strict=True):
                 all_reduce_rms_norm(x, stream, weight, 1e-5, own.workspace, ahead, two_shot=two_shot)
+            if own.sums is not None:
+                with own.by(CLUSTER_DEALT):
+                    dealt[:] = [own.rms_norm(x, torch.zeros_like(x), weight, 1e-5, ahead)[1]]
 
         step()
         graph, _ = capture(step)
         for _ in range(30):
             graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(stream, expected) for stream in streams)
+        assert all(torch.equal(stream, expected) for stream in [*streams, *map(whole_stream, dealt)])
 
 
 def exchanged(own: AllReduce, rank: int, size: int, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from compile_kernels import FP8, TO_FP8, stack_bytes, type_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from appliance.kernels import all_reduce, all_reduce_norm, all_reduce_push, exchange, sharded_draw
+from appliance.kernels import all_reduce, all_reduce_norm, exchange, sharded_draw
 
 COMMON: dict[str, Any] = {
     "STEPS": all_reduce.ALL_STEPS,
@@ -37,9 +37,6 @@ def cases(arch: int) -> list[tuple[Any, dict[str, Any], int, dict[str, str]]]:
             out = TO_FP8 if arch >= 89 else {"out": "*bf16"}
             found.append((all_reduce._all_reduce_kernel, plain, 16, ADDRESSES))
             found.append((all_reduce_norm._all_reduce_rms_norm_kernel, fused, 16, ADDRESSES | out))
-        pushed = {**fused, "BUFFERS": all_reduce_push.BUFFERS, "MISSING": all_reduce_push.MISSING}
-        own = ADDRESSES | out | {"state": "*i32", "stopped": "*i32"}
-        found.append((all_reduce_push._push_rms_norm_kernel, pushed, 16, own))
         common = {**COMMON, "RANKS": ranks, "PDL": arch >= 90, "TWO_SHOT": False}
         moved = ADDRESSES | {"x": "*bf16", "out": "*bf16"}
         for to_each in (False, True):
@@ -78,8 +75,6 @@ def main() -> None:
             "releases": lines.count("st.release.sys.global.u32"),
             "acquires": lines.count("ld.acquire.sys.global.u32"),
             "wide_loads": lines.count("ld.global.v4.b32") + lines.count("ld.global.v2.b64"),
-            "volatile": [name for name in lines if name.startswith("ld.volatile")],
-            "wide_stores": sum(name.startswith("st.global.v4.b32") for name in lines),
             "cached_loads": sum(name.startswith("ld.global.nc") for name in lines),
             "single_loads": lines.count("ld.global.b16"),
             "order": [

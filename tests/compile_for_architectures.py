@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 
 from appliance.kernels import (
     activation,
-    copy_sums,
     deferred_scale,
     filtered_draw,
     int4_triton,
@@ -78,7 +77,6 @@ def common(arch: int) -> list[Case]:
         (paged_attention_kernels.merge_kernel, decode, 4, 3, halves),
         (paged_attention_kernels.prefill_kernel, prefill, 8 if arch >= 80 else 4, 3 if arch >= 80 else 2, halves),
         (skinny_linear._skinny_kernel, {**NOW, **SKINNY, "SCALED": False, "PROMOTE": 0, "WHOLE": False}, 4, 3, halves),
-        (copy_sums._add_up_kernel, {"RANKS": 8, "BLOCK": copy_sums._BLOCK}, 8, 3, halves | {"slots": HALF}),
     ]
     packed = halves | {"weight": "*i32", "scale_zero": "*fp16"}
     for rows in (1, 16, 64, 128):

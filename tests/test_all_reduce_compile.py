@@ -19,13 +19,8 @@ def test_all_reduce_kernels_compile(arch: int, tmp_path: Path) -> None:
     """A wait is: barrier, release, acquire, barrier. Nothing that peers write is read as if it were constant. Best
     tokens are few numbers, so their kernel has no wide loads."""
     compiled = lines_of("compile_all_reduce.py", tmp_path, str(arch))
-    assert len(compiled) == 24
-    pushed = [line for line in compiled if "push" in line["kernel"]]
-    for line in pushed:
-        assert line["releases"] == line["acquires"] == line["cached_loads"] == line["single_loads"] == 0, line
-        assert "ld.volatile.global.v4.b32" in line["volatile"] and line["waits"] == (arch >= 90), line
-        assert line["stack"] <= 64 or line["ranks"] == 8, line
-    for line in [line for line in compiled if line not in pushed]:
+    assert len(compiled) == 21
+    for line in compiled:
         waits = 2 if line["two_shot"] else 1
         assert (line["releases"], line["acquires"]) == (waits, waits), line
         order = line["order"]

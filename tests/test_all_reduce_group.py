@@ -9,18 +9,16 @@ import pytest
 import torch
 from quantized_helpers import DEVICE
 from test_all_reduce import workspaces
-from test_all_reduce_push import spaces_of
 from torch import Tensor
 
 from appliance.distributed import GroupCollectives, TensorParallel
-from appliance.kernels import all_reduce_group, norm
+from appliance.kernels import all_reduce_tuning, norm
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce_group import (
     LIBRARY,
     ONE_SHOT,
     SEPARATE,
     TWO_SHOT,
-    TWO_SHOT_PUSH,
     AllReduce,
     connect,
     key,
@@ -101,13 +99,14 @@ def test_what_is_no_sum_goes_by_own_kernels_if_it_fits() -> None:
 
 def test_choices_are_those_of_the_slowest_rank_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank takes twice as long, whatever it is."""
-    monkeypatch.setattr(all_reduce_group, "ROW_BUCKETS", (1, 8, 512))
+    monkeypatch.setattr(all_reduce_tuning, "ROW_BUCKETS", (1, 8, 512))
     own, group = made()
     microseconds = {"library": 9.0, ONE_SHOT: 5.0, TWO_SHOT: 6.0, SEPARATE: 12.0, "norm one-shot": 8.0}
     order: list[str] = []
 
     def timer(calls: Sequence[Callable[[], object]], launches: int) -> float:
-        way, launched = own._forced or LIBRARY, len(group.calls)
+        way, launched = own._forced, len(group.calls)
+        assert way is not None
         calls[0]()
         order.append(way)
         assert (len(group.calls) > launched) == (way == LIBRARY)
@@ -148,26 +147,6 @@ def test_partial_sum_in_front_of_a_norm(tactic: str, deferred: bool) -> None:
     again = PartialSum.of(x.clone(), own)
     values, _ = norm.rms_norm_quantize(again, want_stream - x, weight, 1e-5, torch.int8)
     assert values[0].dtype == torch.int8
-
-
-def test_pushed_numbers_in_front_of_a_norm() -> None:
-    """As chosen, where they fit and are of 16 bits; else by what serves untimed. The other rank's have come before."""
-    spaces = spaces_of(2, slots=4, region_bytes=1 << 10)
-    for space in spaces:
-        space.memory.zero_()
-    own = AllReduce(_Library(), workspaces(2)[0], spaces[0])
-    weight = torch.ones(HIDDEN, dtype=torch.float16)
-    for dtype, rows, pushed in ((torch.float16, 3, True), (torch.float32, 3, False), (torch.float16, 64, False)):
-        TABLE.choose(key("all_reduce_norm", dtype), HIDDEN, 2, 64, TWO_SHOT_PUSH)
-        x, before = torch.randn(rows, HIDDEN).to(dtype), spaces[0].state.clone()
-        residual = torch.zeros_like(x)
-        norm.rms_norm(PartialSum.of(x.clone(), own), residual, weight.to(dtype), 1e-5)
-        norm.rms_norm_quantize(PartialSum.of(x.clone(), own), x.clone(), weight.to(dtype), 1e-5, torch.int8, None)
-        assert bool((spaces[0].state != before).any()) == pushed
-        if not pushed:  # of which the other rank adds up half
-            assert torch.equal(residual, x)
-    own.give_up_push("of a test")
-    assert own.push is None and own._norm_ways(torch.zeros(1, HIDDEN).half()) == [SEPARATE, ONE_SHOT, TWO_SHOT]
 
 
 def test_partial_sum_is_added_up_when_somebody_wants_numbers() -> None:

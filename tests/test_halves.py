@@ -1,9 +1,11 @@
-"""Passes in two halves, or more parts, give the numbers of passes in one piece; which passes go in halves."""
+"""Passes in two halves give the numbers of passes in one piece; which passes go in halves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from test_tensor_parallel import ARCHITECTURES
 from thread_ranks import Meeting
 
 from appliance.distributed import TensorParallel
+from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.tactics import TABLE
 from appliance.layers import halves
 from appliance.layers.linear import RowParallelLinear
+from appliance.quantization.scheme import Activation
 from appliance.quantization.unquantized import Scheme
 
 # Scheme, parameters, tolerance, as in test_tensor_parallel.py: 8-bit activations are rounded by a scale of the inputs
@@ -27,27 +31,24 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
-def test_parts_compute_what_the_whole_does(
-    architecture: str, scheme: str, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_halves_compute_what_the_whole_does(
+    architecture: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten prompt tokens of two sequences, the first part ending within one; then two more tokens in one piece. Each
-    layer adds up twice, in the background, each part for itself."""
+    """Ten prompt tokens of two sequences, the first half ending within one; then two more tokens in one piece. Each
+    layer adds up twice, in the background, each half for itself."""
     make_checkpoint(tmp_path / "m", ARCHITECTURES[architecture])
     name, parameters, limit = SCHEMES[scheme]
     job = Job(tmp_path / "m", 2, name, parameters)
     alone = run_job(job, TensorParallel())
     whole = Meeting(2).run(lambda tp: run_job(job, tp))
     monkeypatch.setattr(halves, "MIN_TOKENS", 4)
-    monkeypatch.setattr(halves, "PART_TOKENS", 3)
-    monkeypatch.setattr(halves, "MAX_PARTS", parts)
     monkeypatch.setattr(halves, "MIN_BYTES", 0)
     meeting = Meeting(2)
     found = meeting.run(lambda tp: run_job(job, tp))
     layers = ARCHITECTURES[architecture].num_hidden_layers
-    assert meeting.calls.count("background all_reduce") == 2 * parts * layers
+    assert meeting.calls.count("background all_reduce") == 2 * 2 * layers
     assert meeting.calls.count("all_reduce") == 2 * layers, "two tokens go in one piece"
     assert torch.equal(found[0], found[1])
     for other in (alone, whole[0]):
@@ -65,13 +66,6 @@ def test_what_goes_in_halves() -> None:
         TABLE.batch_invariant = False
 
 
-def test_parts_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert halves.parts_of(4097) == [slice(0, 2048), slice(2048, 4097)]
-    monkeypatch.setattr(halves, "MAX_PARTS", 4)
-    sizes = {tokens: [part.stop - part.start for part in halves.parts_of(tokens)] for tokens in (2049, 8192, 16384)}
-    assert sizes == {2049: [1024, 1025], 8192: [2048] * 4, 16384: [4096] * 4}
-
-
 def test_a_sum_in_the_background_counts_the_bias_once() -> None:
     x, weight, bias = torch.randn(3, 8), torch.randn(5, 16), torch.randn(5)
 
@@ -79,7 +73,7 @@ def test_a_sum_in_the_background_counts_the_bias_once() -> None:
         layer = RowParallelLinear(8, 5, bias=True, scheme=Scheme(), dtype=torch.float32, tp=tp, defer=True)
         layer.load_state_dict({"weight": weight[:, 8 * tp.rank :][:, :8], "bias": bias})
         layer.prepare()
-        return layer.begin(x)()
+        return layer.begin(x, lambda product: materialize(product, torch.float32), soon=True)()
 
     for found in Meeting(2).run(act):
         torch.testing.assert_close(found, torch.cat([x, x], 1) @ weight.T + bias)
@@ -87,4 +81,25 @@ def test_a_sum_in_the_background_counts_the_bias_once() -> None:
     layer = RowParallelLinear(8, 5, bias=True, scheme=Scheme(), dtype=torch.float32, tp=replace(single), defer=True)
     layer.load_state_dict({"weight": weight[:, :8], "bias": bias})
     layer.prepare()
-    torch.testing.assert_close(layer.begin(x)(), x @ weight[:, :8].T + bias)
+    torch.testing.assert_close(
+        layer.begin(x, lambda product: materialize(product, torch.float32), soon=True)(), x @ weight[:, :8].T + bias
+    )
+
+
+def test_two_of_four_sums_are_wanted_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have one product of the other half to hide behind: the first half's behind attention, the second's
+    behind the MLP."""
+    make_checkpoint(tmp_path / "m", ARCHITECTURES["llama"])
+    asked: list[bool] = []
+    begin = RowParallelLinear.begin
+
+    def noted(layer: RowParallelLinear, x: Activation, take: Callable[[Product], Any], *, soon: bool) -> Any:
+        asked.extend([soon] if layer._tp.rank == 0 else [])
+        return begin(layer, x, take, soon=soon)
+
+    monkeypatch.setattr(RowParallelLinear, "begin", noted)
+    monkeypatch.setattr(halves, "MIN_TOKENS", 4)
+    monkeypatch.setattr(halves, "MIN_BYTES", 0)
+    job = Job(tmp_path / "m", 2, "none", {})
+    Meeting(2).run(lambda tp: run_job(job, tp))
+    assert asked == [True, False, False, True] * ARCHITECTURES["llama"].num_hidden_layers

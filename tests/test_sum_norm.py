@@ -11,13 +11,25 @@ import torch
 from nvrtc import compile_cubin, machine_code, spilled_bytes, unavailable
 from torch import Tensor
 
-from appliance.kernels import norm, sum_norm_group
+from appliance.kernels import norm, sum_norm, sum_norm_group
 from appliance.kernels.all_reduce import Workspace
-from appliance.kernels.all_reduce_group import LIBRARY, SEPARATE, AllReduce, key
+from appliance.kernels.all_reduce_group import LIBRARY, ONE_SHOT, SEPARATE, TWO_SHOT, AllReduce, key
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.norm import rms_norm_reference
 from appliance.kernels.partial_sum import DealtStream, PartialSum, dealt_rows, whole_rows, whole_stream
-from appliance.kernels.sum_norm import SumSpace, Way, cuts, grid, macros, source
+from appliance.kernels.row_quantization import FP8
+from appliance.kernels.sum_norm import (
+    Launch,
+    SumSpace,
+    Way,
+    cuts,
+    grid,
+    macros,
+    pieces_of,
+    rows_at_once,
+    source,
+    sum_rms_norm,
+)
 from appliance.kernels.sum_norm_group import SumNorms
 from appliance.kernels.tactics import TABLE
 
@@ -38,44 +50,68 @@ def space(rank: int = 0, size: int = 4) -> SumSpace:
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 1024])
 def test_all_blocks_of_a_launch_run_at_once(way: Way, hidden: int, rows: int) -> None:
     for ranks in (2, 4, 8):
-        if not cuts(hidden, ranks, way):
+        if not cuts(hidden, ranks):
             continue
-        for pieces in (None, *cuts(hidden, ranks, way)):
-            blocks, cut = grid(rows, hidden, ranks, way, 132, pieces)
+        for pieces, most in ((None, None), (None, 24), *((pieces, None) for pieces in cuts(hidden, ranks))):
+            blocks, cut = grid(rows, hidden, ranks, way, 132, pieces, most)
             threads = hidden // 8 // cut
-            assert cut in cuts(hidden, ranks, way) and pieces in (None, cut)
+            assert cut in cuts(hidden, ranks) and pieces in (None, cut)
             assert threads % 32 == 0 and threads * cut * 8 == hidden
-            assert 0 < blocks <= 132 * min(way.threads(ranks) // threads, 8) and blocks % cut == 0
+            assert 0 < blocks <= 132 * min((512 if ranks > 4 else 1024) // threads, 8) and blocks % cut == 0
+            assert most is None or blocks <= max(most, cut)
             units = rows if way is Way.ONE_SHOT else -(-rows // ranks)
             assert blocks // cut <= units  # no cluster without a row
 
 
 def test_few_rows_are_cut_into_more_pieces() -> None:
-    assert [grid(rows, 8192, 4, Way.DEALT, 132) for rows in (64, 256, 1024)] == [(128, 8), (128, 2), (132, 1)]
-    assert (
-        cuts(5120, 4, Way.DEALT) == [4, 2, 1]
-        and cuts(8192, 4, Way.TWO_SHOT) == [8, 4, 2]
-        and cuts(4100, 4, Way.DEALT) == []
-    )
+    assert [grid(rows, 8192, 4, Way.DEALT, 132) for rows in (64, 128, 256, 1024)] == [
+        (128, 8),
+        (128, 4),
+        (128, 2),
+        (264, 2),
+    ]
+    assert cuts(5120, 4) == [4, 2, 1] and cuts(16384, 4) == [8, 4, 2] and cuts(4100, 4) == []
+    assert [pieces_of(rows, 5120, 4) for rows in (1, 65, 129)] == [4, 4, 2] and pieces_of(300, 16384, 8) == 4
+    assert grid(1024, 8192, 4, Way.DEALT, 132, None, 48) == (48, 2)
 
 
 def test_what_the_kernel_takes() -> None:
     def fits(rows: int, way: Way, hidden: int = 8192, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return space().fits(torch.empty(rows, hidden, dtype=dtype), way)
+        return space().fits(torch.empty(rows, hidden, dtype=dtype, device="meta"), way)
 
-    assert fits(1024, Way.DEALT) and not fits(1028, Way.DEALT) and fits(256, Way.ONE_SHOT)
+    assert fits(1024, Way.DEALT) and fits(100_000, Way.DEALT) and fits(256, Way.ONE_SHOT)
     assert not fits(257, Way.ONE_SHOT) and not fits(0, Way.DEALT) and not fits(4, Way.DEALT, 8200)
     assert not fits(4, Way.DEALT, dtype=torch.float16)
-    scales = torch.ones(4, 1), torch.ones(1, 8192)
-    for values, bias, taken in (
-        (torch.bfloat16, None, True),
-        (torch.int32, torch.bfloat16, True),
-        (torch.int32, torch.float32, False),
-        (torch.float16, None, False),
+    scales = torch.ones(4, 1), torch.ones(1, 8200)
+    for values, bias, first, taken in (
+        (torch.bfloat16, None, 0, True),
+        (torch.int32, torch.bfloat16, 0, True),
+        (torch.int32, torch.float32, 0, False),
+        (torch.float16, None, 0, False),
+        (torch.bfloat16, None, 1, False),  # 16 bytes are loaded at a time
     ):
         added = None if bias is None else torch.zeros(8192, dtype=bias)
-        product = DeferredScale(torch.zeros(4, 8192, dtype=values), *scales, added, torch.bfloat16)
-        assert space().fits(product, Way.TWO_SHOT) is taken
+        columns = scales[1][:, first : first + 8192]
+        product = DeferredScale(torch.zeros(4, 8192, dtype=values), scales[0], columns, added, torch.bfloat16)
+        assert space().fits(product, Way.DEALT) is taken
+
+
+def test_more_rows_go_in_rounds_that_begin_with_the_first_ranks_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a rank's rows are the same, of however many rounds."""
+    launched: list[tuple[slice, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        sum_norm, "_launch", lambda x, rows, residual, *_: launched.append((rows, tuple(residual.shape)))
+    )
+    x = torch.zeros(2100, 8192, dtype=torch.bfloat16)
+    sum_rms_norm(x, x, x[0], 1e-5, space(), Launch(Way.DEALT))
+    assert launched == [
+        (slice(0, 1024), (1024, 8192)),
+        (slice(1024, 2048), (1024, 8192)),
+        (slice(2048, 2100), (52, 8192)),
+    ]
+    for ranks in (2, 4, 8):
+        for hidden in (512, 5120, 16384):
+            assert rows_at_once(hidden, ranks) % ranks == 0 < rows_at_once(hidden, ranks)
 
 
 # ---------------------------------------------------------------- compiling
@@ -84,14 +120,14 @@ def test_what_the_kernel_takes() -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("way", Way)
 def test_kernels_for_hopper_compile_and_spill_next_to_nothing(way: Way) -> None:
-    for ranks, hidden, values, biased, result, static in (
-        (4, 8192, 0, False, 1, False),
-        (4, 8192, 1, True, 1, True),
-        (2, 4096, 2, False, 2, False),
-        (8, 5120, 0, False, 0, False),
+    for ranks, hidden, integers, result in (
+        (4, 8192, False, FP8),
+        (4, 8192, False, None),
+        (2, 4096, True, torch.int8),
+        (8, 5120, False, None),
     ):
-        for pieces in cuts(hidden, ranks, way):
-            constants = macros(way.value, ranks, hidden, pieces, values, biased, result, static)
+        for pieces in cuts(hidden, ranks):
+            constants = macros(way, ranks, hidden, pieces, integers, result)
             code = compile_cubin(source(), "sm_90a", constants)
             assert (spilled_bytes(code) or 0) <= 32, constants
             instructions = machine_code(code)
@@ -167,10 +203,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, type]]:
     what kind of stream."""
     calls: list[tuple[str, type]] = []
 
-    def run(x: Tensor, residual: Tensor, weight: Tensor, eps: float, at: SumSpace, way: Way, *_: Any) -> Tensor:
-        calls.append((way.name, type(residual)))
+    def run(x: Tensor, residual: Tensor, weight: Tensor, eps: float, at: SumSpace, how: Launch) -> Tensor:
+        calls.append((how.way.name, type(residual)))
         result, stream = rms_norm_reference(x, residual.clone(), weight, eps)
-        kept = slice(at.rank, None, at.size) if way is Way.DEALT else slice(None)
+        kept = slice(at.rank, None, at.size) if how.way is Way.DEALT else slice(None)
         residual[kept] = stream[kept]
         return result
 
@@ -181,7 +217,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, type]]:
 def reducer() -> AllReduce:
     workspace = Workspace(0, 4, torch.zeros(4, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), 1 << 16)
     own = AllReduce(_Library(), workspace)
-    own.use_sums(SumNorms(space(), _Library().all_gather))
+    own.use_sums(SumNorms(space(), _Library().all_gather, _Library().all_reduce))
     return own
 
 
@@ -200,9 +236,9 @@ def test_a_stream_stays_dealt_out_from_norm_to_norm_and_is_whole_elsewhere(kerne
         _, again = norms(stream)
         assert isinstance(stream, DealtStream) and again is stream and kernel == [("DEALT", Tensor)] * 2
         assert torch.equal(first[::4], 2 * x[::4]) and not first[1].any()
-        choose("cluster two-shot")
+        choose("cluster one-shot")
         _, whole = norms(again)
-        assert type(whole) is Tensor and kernel[-1] == ("TWO_SHOT", Tensor)
+        assert type(whole) is Tensor and kernel[-1] == ("ONE_SHOT", Tensor)
         assert torch.equal(whole[::4], 3 * x[::4])
         choose("cluster dealt")
         _, stream = norms(whole)
@@ -217,16 +253,50 @@ def test_a_stream_stays_dealt_out_from_norm_to_norm_and_is_whole_elsewhere(kerne
         TABLE.clear()
 
 
-def test_one_shot_is_for_few_rows_and_other_dtypes_for_other_kernels() -> None:
+def test_which_ways_are_tried_and_which_serves_untimed() -> None:
+    """Clusters where they take rows; else, as for other dtypes, the kernels that read their peers' memory."""
     own = reducer()
-    ways = own._norm_ways(torch.empty(64, HIDDEN, dtype=torch.bfloat16))
-    assert ways[-3:] == ["cluster one-shot", "cluster two-shot", "cluster dealt"]
-    assert own._norm_ways(torch.empty(65, HIDDEN, dtype=torch.bfloat16))[-2:] == ["cluster two-shot", "cluster dealt"]
-    assert not any("cluster" in way for way in own._norm_ways(torch.empty(8, HIDDEN)))
+
+    def ways(rows: int, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        return own.norm_ways(torch.empty(rows, HIDDEN, dtype=dtype, device="meta"))
+
+    def untimed(rows: int) -> str:
+        x = torch.empty(rows, HIDDEN, dtype=torch.bfloat16, device="meta")
+        return own._norm_tactic(x, x)
+
+    assert ways(16) == [SEPARATE, "cluster one-shot", "cluster dealt"] and ways(100_000) == [SEPARATE, "cluster dealt"]
+    assert ways(8, torch.float32) == [SEPARATE, ONE_SHOT, TWO_SHOT]
+    assert [untimed(rows) for rows in (16, 17, 100_000)] == ["cluster one-shot", "cluster dealt", "cluster dealt"]
     own.use_sums(None)
-    assert not any("cluster" in way for way in own._norm_ways(torch.empty(64, HIDDEN, dtype=torch.bfloat16)))
+    assert ways(16) == [SEPARATE, ONE_SHOT, TWO_SHOT] and ways(100_000) == [SEPARATE]
+    assert [untimed(rows) for rows in (8, 9)] == [ONE_SHOT, SEPARATE], "of more rows than there are slots"
 
 
 def test_the_first_abort_lets_blocks_that_wait_go_on() -> None:
     own = reducer()
     assert [release.__name__ for release in own.on_abort] == ["stop"]
+
+
+def test_sums_are_begun_by_clusters_or_left_to_the_library() -> None:
+    own, x = reducer(), torch.empty(8, HIDDEN, device="meta")
+    assert own.begin(x, lambda product: product, soon=True) is None, "float32"
+    TABLE.batch_invariant = True
+    try:
+        assert own.begin(x.bfloat16(), lambda product: product, soon=True) is None
+    finally:
+        TABLE.batch_invariant = False
+    own.use_sums(None)
+    assert own.begin(x.bfloat16(), lambda product: product, soon=True) is None
+
+
+# ---------------------------------------------------------------- engines
+
+
+def test_all_kernels_that_rows_may_need_are_loaded_and_noted_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(sum_norm, "kernel_for", lambda *given: loaded.append(given))
+    sum_norm.prepare(8192, 4, [None, FP8], False, torch.device("cuda", 0))
+    served = {(Way.ONE_SHOT, pieces_of(rows, 8192, 4)) for rows in range(1, sum_norm.MOST_ONE_SHOT + 1)}
+    served |= {(Way.DEALT, pieces_of(rows, 8192, 4)) for rows in range(1, 1025)}
+    assert {(way, pieces) for way, _, _, pieces, *_ in loaded} == served
+    assert len(loaded) == len(set(loaded)) == 2 * len(served)

@@ -26,7 +26,7 @@ from appliance.profiles.places import worst_link
 from appliance.settings import cuda_visible_devices
 
 _SUMS = ("library", "one-shot", "two-shot")
-_SHOTS = ("one-shot", "two-shot", "two-shot push")
+_SHOTS = ("one-shot", "two-shot", "cluster one-shot", "cluster dealt")
 _WAYS = (*_SUMS, "norm separate", *(f"norm {way}" for way in _SHOTS))
 _POLL_SECONDS = 0.05
 

@@ -33,10 +33,14 @@ class Kernel:
         self._threads, self._shared = threads, shared
         self._configs: dict[tuple[int, bool], Any] = {}
 
-    def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
+    def note(self) -> None:
+        """To be gathered with what was launched, launched or not."""
         if self._record != KERNELS.record:
             self._record = KERNELS.record
             KERNELS.used_native(self._name, self._code)
+
+    def launch(self, blocks: int, dependent: bool, arguments: tuple[int, ...]) -> None:
+        self.note()
         config = self._configs.get((blocks, dependent))
         if config is None:
             config = self._configs[blocks, dependent] = cuda_core().LaunchConfig(

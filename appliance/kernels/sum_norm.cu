@@ -2,8 +2,9 @@
 // 8 bits, as one kernel that pushes numbers into the other ranks' memory. What it computes and why it may wait as it does:
 // sum_norm.py. Without headers, as NVRTC compiles it; compute capability 9.0.
 //
-// Compile-time constants: MODE, RANKS, HIDDEN (numbers of a row), PIECES (blocks that share a row, a cluster), VALUES (0:
-// bf16; 1: bf16 with scales still to be applied; 2: int32, likewise), BIASED, RESULT (0: bf16, 1: e4m3, 2: int8), STATIC.
+// Compile-time constants: MODE, RANKS, HIDDEN (numbers of a row), PIECES (blocks that share a row, a cluster), INTEGERS
+// (summands are int32 with scales still to be applied; else bf16, with scales or without), RESULT (0: bf16, 1: e4m3, 2:
+// int8).
 
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
@@ -11,25 +12,25 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using int64_t = long long;
 
-constexpr int kOneShot = 0, kTwoShot = 1, kDealt = 2;
+constexpr int kOneShot = 0, kDealt = 1;
 constexpr int kThreads = HIDDEN / 8 / PIECES;         // each has 8 numbers of a row
-constexpr int kThreadsPerSm = MODE == kTwoShot || RANKS > 4 ? 512 : 1024;  // what its registers are shared out among
+constexpr int kThreadsPerSm = RANKS > 4 ? 512 : 1024;  // what its registers are shared out among
 constexpr int kBlocksPerSm = kThreadsPerSm / kThreads > 8 ? 8 : kThreadsPerSm / kThreads;
-constexpr int kRowsAtOnce = RANKS;                    // most that are normed behind one barrier
 constexpr int kParts = HIDDEN / 256;                  // warps that share a row
 constexpr uint32_t kMissing = 0x80008000u;            // two minus zeros: has not come
 constexpr int kLooksPerCheck = 256;                   // at what is not there, between looks at whether to give up
+constexpr int kLineBytes = 128;                       // of the cache
 constexpr float kLargest = RESULT == 1 ? 448.f : 127.f;
 constexpr float kSmallestAmax = 1e-12f;
 static_assert(HIDDEN % (256 * PIECES) == 0 && kThreads <= kThreadsPerSm, "a row is cut into whole warps");
 
 struct Arguments {
   const uint8_t* x;
-  const float* row_scales;
+  const float* row_scales;     // null: x has none to be applied
   const float* column_scales;
-  const uint16_t* bias;
+  const uint16_t* bias;        // null: none
   uint16_t* residual;
-  const float* static_scale;
+  const float* static_scale;   // null: each row has its own
   uint8_t* out;
   float* scales;
   const uint32_t* stopped;
@@ -48,7 +49,7 @@ struct Arguments {
   uint32_t epoch, came_before;
 };
 
-__shared__ float2 shared_parts[2][kRowsAtOnce][kParts];
+__shared__ float2 shared_parts[2][kParts];
 
 // ---------------------------------------------------------------- memory
 
@@ -135,30 +136,35 @@ __device__ __forceinline__ uint4 narrow(const float (&v)[8]) {
 __device__ __forceinline__ uint4 summand(const Arguments& a, int row) {
   const int64_t at = row * a.x_stride + a.column;
   uint4 v;
-#if VALUES == 0
-  load(a.x + at * 2, v);
-  return sendable(v);
-#else
   float x[8];
-#if VALUES == 1
-  load(a.x + at * 2, v);
-  widen(v, x);
-#else
+#if INTEGERS
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     load(a.x + at * 4 + half * 16, v);
     x[4 * half] = (float)(int)v.x, x[4 * half + 1] = (float)(int)v.y, x[4 * half + 2] = (float)(int)v.z, x[4 * half + 3] = (float)(int)v.w;
   }
+#else
+  load(a.x + at * 2, v);
+  if (a.row_scales == nullptr) return sendable(v);
+  widen(v, x);
 #endif
   const float row_scale = a.row_scales[row];
 #pragma unroll
-  for (int j = 0; j < 8; j++) x[j] = __fmul_rn(__fmul_rn(x[j], row_scale), a.column_scales[a.column + j]);
-#if BIASED
+  for (int half = 0; half < 2; half++) {
+    load(a.column_scales + a.column + 4 * half, v);
+    x[4 * half] = __fmul_rn(__fmul_rn(x[4 * half], row_scale), __uint_as_float(v.x));
+    x[4 * half + 1] = __fmul_rn(__fmul_rn(x[4 * half + 1], row_scale), __uint_as_float(v.y));
+    x[4 * half + 2] = __fmul_rn(__fmul_rn(x[4 * half + 2], row_scale), __uint_as_float(v.z));
+    x[4 * half + 3] = __fmul_rn(__fmul_rn(x[4 * half + 3], row_scale), __uint_as_float(v.w));
+  }
+  if (a.bias != nullptr) {
+    float bias[8];
+    load(a.bias + a.column, v);
+    widen(v, bias);
 #pragma unroll
-  for (int j = 0; j < 8; j++) x[j] = __fadd_rn(x[j], __uint_as_float((uint32_t)a.bias[a.column + j] << 16));
-#endif
+    for (int j = 0; j < 8; j++) x[j] = __fadd_rn(x[j], bias[j]);
+  }
   return sendable(narrow(x));
-#endif
 }
 
 // The sum of a row's summands of all ranks, in their order, rounded: `mine` is this rank's.
@@ -222,38 +228,32 @@ __device__ __forceinline__ void over_lanes(float& square, float& largest) {
   }
 }
 
-// Over whole rows: the sum of squares and the largest number. `turn` counts calls.
-template <int COUNT>
-__device__ __forceinline__ void over_rows(float (&square)[COUNT], float (&largest)[COUNT], int turn) {
+// Over a whole row: the sum of squares and the largest number. `turn` counts calls.
+__device__ __forceinline__ void over_row(float& square, float& largest, int turn) {
   const uint32_t lane = threadIdx.x % 32, part = (piece_of_row() * kThreads + threadIdx.x) / 32;
-#pragma unroll
-  for (int k = 0; k < COUNT; k++) {
-    over_lanes(square[k], largest[k]);
-    if (lane >= PIECES) continue;
+  over_lanes(square, largest);
+  if (lane < PIECES) {
     if (PIECES == 1) {
-      shared_parts[turn & 1][k][part] = make_float2(square[k], largest[k]);
+      shared_parts[turn & 1][part] = make_float2(square, largest);
     } else {
-      const uint32_t here = (uint32_t)__cvta_generic_to_shared(&shared_parts[turn & 1][k][part]);
+      const uint32_t here = (uint32_t)__cvta_generic_to_shared(&shared_parts[turn & 1][part]);
       asm volatile("{.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.v2.f32 [there], {%2, %3};\n}" ::"r"(here),
-                   "r"(lane), "f"(square[k]), "f"(largest[k])
+                   "r"(lane), "f"(square), "f"(largest)
                    : "memory");
     }
   }
   __syncwarp();
   cluster_arrive();
   cluster_wait();
-#pragma unroll
-  for (int k = 0; k < COUNT; k++) {
-    square[k] = largest[k] = 0.f;
-    for (int i = lane; i < kParts; i += 32) {
-      const float2 found = shared_parts[turn & 1][k][i];
-      square[k] += found.x, largest[k] = fmaxf(largest[k], found.y);
-    }
-    over_lanes(square[k], largest[k]);
+  square = largest = 0.f;
+  for (int i = lane; i < kParts; i += 32) {
+    const float2 found = shared_parts[turn & 1][i];
+    square += found.x, largest = fmaxf(largest, found.y);
   }
+  over_lanes(square, largest);
 }
 
-// Sums (bf16, of rows that are `there`) and residuals become the new stream, in `sums`; over_rows' summands.
+// A sum (bf16) and the residual become the new stream, in `sum`; over_row's summands.
 __device__ __forceinline__ void add_residual(const Arguments& a, uint4& sum, uint4 residual, float& square, float& largest) {
   float x[8], r[8], w[8];
   widen(sum, x), widen(residual, r), widen(a.weight, w);
@@ -280,7 +280,7 @@ __device__ __forceinline__ Result normed(const Arguments& a, uint4 stream, float
 #if RESULT == 0
   return narrow(x);
 #else
-  scale = STATIC ? *a.static_scale : fmaxf(largest * factor, kSmallestAmax) / kLargest;
+  scale = a.static_scale != nullptr ? *a.static_scale : fmaxf(largest * factor, kSmallestAmax) / kLargest;
   return make_uint2(rounded4(x, scale), rounded4(x + 4, scale));
 #endif
 }
@@ -300,9 +300,9 @@ __device__ __forceinline__ uint64_t buffer_of(const Arguments& a, int peer) { re
 __device__ __forceinline__ uint64_t summand_at(const Arguments& a, int peer, int line, int sender) {
   return buffer_of(a, peer) + ((uint64_t)(line * RANKS + sender) * HIDDEN + a.column) * 2;
 }
-// ... a row of sums or results, `bytes` a number; and where the row's scale is.
-__device__ __forceinline__ uint64_t result_at(const Arguments& a, int peer, int row, int bytes) {
-  return buffer_of(a, peer) + a.results_at + ((uint64_t)row * HIDDEN + a.column) * bytes;
+// ... a row of results; and where the row's scale is.
+__device__ __forceinline__ uint64_t result_at(const Arguments& a, int peer, int row) {
+  return buffer_of(a, peer) + a.results_at + ((uint64_t)row * HIDDEN + a.column) * kResultBytes;
 }
 __device__ __forceinline__ uint64_t scale_at(const Arguments& a, int peer, int row) {
   return buffer_of(a, peer) + a.scales_at + (uint64_t)row * 4;
@@ -322,7 +322,7 @@ __device__ __forceinline__ uint4 received_sum(const Arguments& a, int line, uint
   return sum_of(a, others, mine);
 }
 
-// ---------------------------------------------------------------- the three ways
+// ---------------------------------------------------------------- the two ways
 
 // What each way does when its first numbers are under way. All threads know the epoch then, and one of them counts the block;
 // all blocks of the cluster have begun: their shared memory is there.
@@ -346,11 +346,11 @@ __device__ __forceinline__ void one_shot(Arguments& a, int slot, int slots) {
     uint4 residual, mine = summand(a, row);
     load(stream_of(a, row), residual);
     uint4 sum = received_sum(a, row, mine);
-    float square[1], largest[1], scale;
-    add_residual(a, sum, residual, square[0], largest[0]);
+    float square, largest, scale;
+    add_residual(a, sum, residual, square, largest);
     *(uint4*)stream_of(a, row) = sum;
-    over_rows(square, largest, turn);
-    const Result result = normed(a, sum, square[0], largest[0], scale);
+    over_row(square, largest, turn);
+    const Result result = normed(a, sum, square, largest, scale);
     put(a, row, result, scale);
   }
 }
@@ -369,49 +369,6 @@ __device__ __forceinline__ void send_to_owners(Arguments& a, int slot, int slots
   sent(a);
 }
 
-// Owners add up and hand the sums to all, which norm all rows.
-__device__ __forceinline__ void two_shot(Arguments& a, int slot, int slots) {
-  const int groups = (a.n + RANKS - 1) / RANKS;
-  send_to_owners(a, slot, slots, groups);
-  for (int g = slot; g < groups; g += slots) {
-    const int row = g * RANKS + a.rank;
-    if (row >= a.n) continue;
-    const uint4 sum = sendable(received_sum(a, g, summand(a, row)));
-#pragma unroll
-    for (int i = 0; i < RANKS; i++) store_system(result_at(a, i, row, 2), sum);
-  }
-  int turn = 0;
-  for (int g = slot; g < groups; g += slots, turn++) {
-    uint64_t from[RANKS];
-    bool wanted[RANKS];
-    uint4 sums[RANKS], residual[RANKS];
-    float square[RANKS], largest[RANKS];
-#pragma unroll
-    for (int r = 0; r < RANKS; r++) {
-      const int row = g * RANKS + r;
-      wanted[r] = row < a.n;
-      from[r] = result_at(a, 0, row, 2);
-      if (wanted[r]) load(stream_of(a, row), residual[r]);
-    }
-    receive(a, from, wanted, sums);
-#pragma unroll
-    for (int r = 0; r < RANKS; r++) {
-      square[r] = largest[r] = 0.f;
-      if (!wanted[r]) continue;
-      add_residual(a, sums[r], residual[r], square[r], largest[r]);
-      *(uint4*)stream_of(a, g * RANKS + r) = sums[r];
-    }
-    over_rows(square, largest, turn);
-#pragma unroll
-    for (int r = 0; r < RANKS; r++) {
-      if (!wanted[r]) continue;
-      float scale;
-      const Result result = normed(a, sums[r], square[r], largest[r], scale);
-      put(a, g * RANKS + r, result, scale);
-    }
-  }
-}
-
 // Owners add up and norm their rows of the stream, and hand the results to all.
 __device__ __forceinline__ void dealt(Arguments& a, int slot, int slots) {
   const int groups = (a.n + RANKS - 1) / RANKS;
@@ -423,13 +380,13 @@ __device__ __forceinline__ void dealt(Arguments& a, int slot, int slots) {
     uint4 residual, mine = summand(a, row);
     load(stream_of(a, row), residual);
     uint4 sum = received_sum(a, g, mine);
-    float square[1], largest[1], scale;
-    add_residual(a, sum, residual, square[0], largest[0]);
-    over_rows(square, largest, turn);
-    const Result result = sendable(normed(a, sum, square[0], largest[0], scale));
+    float square, largest, scale;
+    add_residual(a, sum, residual, square, largest);
+    over_row(square, largest, turn);
+    const Result result = sendable(normed(a, sum, square, largest, scale));
 #pragma unroll
     for (int i = 1; i < RANKS; i++) {
-      store_system(result_at(a, i, row, kResultBytes), result);
+      store_system(result_at(a, i, row), result);
       if (RESULT != 0 && a.column == 0) store_system(scale_at(a, i, row), __float_as_uint(scale));
     }
     *(uint4*)stream_of(a, row) = sum;
@@ -444,7 +401,7 @@ __device__ __forceinline__ void dealt(Arguments& a, int slot, int slots) {
     for (int r = 0; r < RANKS; r++) {
       const int row = g * RANKS + r;
       wanted[r] = r != a.rank && row < a.n;
-      from[r] = result_at(a, 0, row, kResultBytes);
+      from[r] = result_at(a, 0, row);
       scale_from[r] = scale_at(a, 0, row);
     }
     receive(a, from, wanted, results);
@@ -457,10 +414,17 @@ __device__ __forceinline__ void dealt(Arguments& a, int slot, int slots) {
 
 // ---------------------------------------------------------------- kernel
 
-// Brings the first `piece` bytes of each row of the next product's weight into L2 (weight_prefetch.py).
-__device__ __forceinline__ void prefetch(uint64_t ahead, int64_t rows, int64_t row_bytes, int64_t piece) {
-  for (int64_t row = blockIdx.x * kThreads + threadIdx.x; row < rows; row += (int64_t)gridDim.x * kThreads)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead + row * row_bytes), "r"((uint32_t)piece) : "memory");
+// Brings the first `piece` bytes of each row of the next product's weight into L2 (weight_prefetch.py): a word of each
+// line. `helpers` blocks do, this one being number `helper`.
+__device__ __forceinline__ void bring(int helper, int helpers, uint64_t ahead, int64_t rows, int64_t row_bytes, int64_t piece) {
+  const int64_t lines = piece / kLineBytes;
+  uint32_t seen = 0;
+  for (int64_t line = (int64_t)helper * kThreads + threadIdx.x; line < rows * lines; line += (int64_t)helpers * kThreads) {
+    uint32_t word;
+    asm volatile("ld.global.L2::128B.u32 %0, [%1];" : "=r"(word) : "l"(ahead + line / lines * row_bytes + line % lines * kLineBytes));
+    seen ^= word;
+  }
+  if (seen == 0x5f3759dfu) asm volatile("nanosleep.u32 1;");  // somebody wants what was loaded, or the loads are left out
 }
 
 #if PIECES > 1
@@ -474,10 +438,14 @@ sum_norm(const uint8_t* x, const float* row_scales, const float* column_scales, 
          const uint16_t* weight, const float* static_scale, uint8_t* out, float* scales, const uint64_t* addresses,
          uint32_t* counters, const uint32_t* stopped, int64_t rank, int64_t n, int64_t x_stride, int64_t residual_stride,
          uint64_t results_at, uint64_t scales_at, uint64_t buffer_bytes, uint64_t eps_bits, uint64_t ahead, int64_t ahead_rows,
-         int64_t ahead_row_bytes, int64_t ahead_piece) {
+         int64_t ahead_row_bytes, int64_t ahead_piece, int64_t workers) {
+  if (blockIdx.x >= workers) {
+    bring(blockIdx.x - (int)workers, gridDim.x - (int)workers, ahead, ahead_rows, ahead_row_bytes, ahead_piece);
+    return;
+  }
   Arguments a{x, row_scales, column_scales, bias, residual, static_scale, out, scales, stopped, (int)rank, (int)n, x_stride,
               residual_stride, results_at, scales_at, __uint_as_float((uint32_t)eps_bits), buffer_bytes, counters};
-  const int slot = blockIdx.x / PIECES, slots = gridDim.x / PIECES;
+  const int slot = blockIdx.x / PIECES, slots = (int)workers / PIECES;
   a.column = (int)(piece_of_row() * kThreads + threadIdx.x) * 8;
   // Neither addresses nor weights change: they may be read while the kernel in front still runs.
 #pragma unroll
@@ -486,15 +454,13 @@ sum_norm(const uint8_t* x, const float* row_scales, const float* column_scales, 
     a.inbox[i] = addresses[a.peer[i]];
   }
   load(weight + a.column, a.weight);
-  prefetch(ahead, ahead_rows, ahead_row_bytes, ahead_piece);
   cluster_arrive();
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   load_system((uint64_t)counters, a.epoch);
   if (MODE == kOneShot) one_shot(a, slot, slots);
-  if (MODE == kTwoShot) two_shot(a, slot, slots);
   if (MODE == kDealt) dealt(a, slot, slots);
-  if (threadIdx.x == 0 && a.came_before == gridDim.x - 1) {  // all blocks have read the epoch
+  if (threadIdx.x == 0 && a.came_before == workers - 1) {  // all blocks have read the epoch
     counters[1] = 0;
     counters[0] = a.epoch + 1;
   }

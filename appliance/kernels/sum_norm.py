@@ -1,16 +1,16 @@
 """Sum over ranks, residual add, RMS norm and 8-bit rounding as one kernel of our own CUDA C++ (`sum_norm.cu`), which
-pushes numbers into the other ranks' memory: three ways, for few and for many rows.
+pushes numbers into the other ranks' memory: two ways, for few and for many rows.
 
 - *One-shot*: every rank's rows to all ranks; each adds up and norms all rows. One trip.
-- *Two-shot*: row r belongs to rank r mod size. The others send it theirs, it adds them up and hands the sums, in 16
-  bits, to all, which norm all rows. Two trips, (size - 1) / size of the bytes twice.
-- *Dealt*: owners add up *and* norm, and hand the results to all: in 8 bits where they are rounded, and a norm is made
-  once instead of by every rank. In return the residual stream is dealt out, a rank keeps its own rows only
-  (`partial_sum.DealtStream`). That is sequence parallelism of Korthikanti et al., "Reducing Activation Recomputation in
-  Large Transformer Models" (2022), section 4.2.2: reduce-scatter in front of the norm, all-gather behind it.
+- *Dealt*: row r belongs to rank r mod size. The others send it theirs, it adds them up and norms the sum, and hands the
+  result to all: in 8 bits where it is rounded, and a norm is made once instead of by every rank. In return the residual
+  stream is dealt out, a rank keeps its own rows only (`partial_sum.DealtStream`). That is sequence parallelism of
+  Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4.2.2:
+  reduce-scatter in front of the norm, all-gather behind it.
 
 A row is cut into pieces, one for each block of a cluster, eight numbers for each thread: few rows are sent and received
 by many multiprocessors at once. Blocks of a cluster meet once a row, for the sum of squares and the largest number.
+More rows than the memory between ranks holds are dealt out in rounds, a launch each, through the same memory.
 
 **Protocol.** Numbers are their own flags (Lamport, "Concurrent Reading and Writing", 1977; NCCL's protocol LL): a
 receiver looks at a place until it is no longer *missing*, a pair of 16-bit minus zeros, or of bytes 0x00 0x80, in 32
@@ -25,8 +25,9 @@ way of an owner who needs all; and a rank sends in call e + 1 when its own call 
 missing then. The number of the call is in device memory, where the last block to have read it counts it up, so that
 replays of CUDA graphs count on.
 
-A launch has no more blocks than can be on the GPU at once, so all run at once, as soon as the kernel in front leaves
-room, and none waits for one that cannot start. Sending waits for nothing.
+A launch has no more blocks than can be on the GPU at once, so all run at once, as soon as other kernels leave room, and
+none waits for one that cannot start: what else runs on a GPU, in front or in another stream, ends without any rank's
+help. Block b needs block b of the other ranks only, and sending waits for nothing.
 
 Sums are in float32, in the order of ranks, rounded to bf16 once, as in `all_reduce.py`; results have the same bits on
 every rank. All ranks must launch the same in the same order. Knows nothing of how the memory came to be
@@ -37,6 +38,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -56,21 +58,21 @@ MISSING = 0x80008000 - (1 << 32)  # what has not come, as an int32
 _BUFFERS = 2
 _MESSAGE_BYTES = 16 << 20  # of the most numbers that are added up at once, and of their results
 _SCALES_BYTES = 64 << 10  # of as many rows' scales
-_PIECES = (8, 4, 2, 1)  # blocks of a cluster
-_MAX_BLOCKS = 8  # of a multiprocessor at once, as the kernel's registers have it; threads: `Way.threads`
+_MAX_BLOCKS = 8  # of a multiprocessor at once, as the kernel's registers have it
+_HELPERS = 128  # blocks that bring something into L2
+_ALIGNMENT = 16  # bytes of the widest load
 _RESULTS = {None: 0, FP8: 1, torch.int8: 2}
+MOST_ONE_SHOT = 16  # rows: beyond, sending all to all is slower everywhere (four H200s: 32 rows of 8192)
+# Blocks of a cluster that share a row, by up to how many rows: many where rows are few, or multiprocessors are idle.
+_PIECES = ((64, 8), (128, 4))
+_FEWEST_PIECES = 2  # with more rows
 
 
 class Way(Enum):
     """Values: of the kernel's MODE."""
 
     ONE_SHOT = 0
-    TWO_SHOT = 1
-    DEALT = 2
-
-    def threads(self, ranks: int) -> int:
-        """Of a multiprocessor at once, as the kernel's registers have it."""
-        return 512 if self is Way.TWO_SHOT or ranks > 4 else 1024
+    DEALT = 1
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,15 @@ class SumSpace:
     def fits(self, x: Product, way: Way) -> bool:
         """Whether the kernel takes x, of bf16 numbers, that way."""
         rows, hidden = x.shape
-        lines = rows * self.size if way is Way.ONE_SHOT else -(-rows // self.size) * self.size
-        held = 0 < lines * hidden * 2 <= _MESSAGE_BYTES and rows * 4 <= _SCALES_BYTES
-        if isinstance(x, DeferredScale):
-            biased = x.bias is None or x.bias.dtype == torch.bfloat16
-            held = held and biased and x.values.dtype in (torch.bfloat16, torch.int32)
-        return x.dtype == torch.bfloat16 and held and bool(cuts(hidden, self.size, way))
+        held = x.dtype == torch.bfloat16 and rows > 0 and takes_rows_of(hidden, self.size)
+        if held and isinstance(x, DeferredScale):
+            held = x.values.dtype in (torch.bfloat16, torch.int32) and _takes(x.column_scales, torch.float32)
+            held = held and (x.bias is None or _takes(x.bias, torch.bfloat16))
+        return held and (way is Way.DEALT or rows * self.size * hidden * 2 <= _MESSAGE_BYTES)
+
+
+def _takes(vector: Tensor, dtype: torch.dtype) -> bool:
+    return vector.dtype == dtype and vector.data_ptr() % _ALIGNMENT == 0
 
 
 def sum_bytes() -> int:
@@ -109,47 +114,76 @@ def sum_bytes() -> int:
 
 
 def _buffer_bytes() -> int:
-    """Summands, sums or results, and these rows' scales."""
+    """Summands, results, and these rows' scales."""
     return 2 * _MESSAGE_BYTES + _SCALES_BYTES
 
 
-def cuts(hidden: int, ranks: int, way: Way) -> list[int]:
+def takes_rows_of(hidden: int, ranks: int) -> bool:
+    """Whether the kernel takes rows of so many numbers, however many rows."""
+    return bool(cuts(hidden, ranks)) and rows_at_once(hidden, ranks) > 0
+
+
+def rows_at_once(hidden: int, ranks: int) -> int:
+    """Most rows of a launch that deals them out, a multiple of the ranks."""
+    return min(_MESSAGE_BYTES // (hidden * 2), _SCALES_BYTES // 4) // ranks * ranks
+
+
+def _threads(ranks: int) -> int:
+    """Of a multiprocessor at once, as the kernel's registers have it."""
+    return 512 if ranks > 4 else 1024
+
+
+def cuts(hidden: int, ranks: int) -> list[int]:
     """How many pieces a row may be cut into, most first: of whole warps, no more threads than a multiprocessor has."""
-    most = way.threads(ranks)
-    return [pieces for pieces in _PIECES if hidden % (256 * pieces) == 0 and hidden // (8 * pieces) <= most]
+    most = _threads(ranks)
+    return [pieces for pieces in (8, 4, 2, 1) if hidden % (256 * pieces) == 0 and hidden // (8 * pieces) <= most]
+
+
+def pieces_of(rows: int, hidden: int, ranks: int) -> int:
+    """How many pieces rows are cut into, if so many are normed."""
+    wanted = next((pieces for most, pieces in _PIECES if rows <= most), _FEWEST_PIECES)
+    possible = cuts(hidden, ranks)
+    return next((cut for cut in possible if cut <= wanted), possible[-1])
 
 
 def grid(
-    rows: int, hidden: int, ranks: int, way: Way, multiprocessors: int, pieces: int | None = None
+    rows: int,
+    hidden: int,
+    ranks: int,
+    way: Way,
+    multiprocessors: int,
+    pieces: int | None = None,
+    blocks: int | None = None,
 ) -> tuple[int, int]:
-    """(blocks, pieces): rows in as many pieces as keep all multiprocessors busy at once, if it is not said how many,
-    and as many blocks as run at once at most."""
+    """(blocks, pieces): as many blocks as run at once at most, and no more than `blocks` (but a cluster), if that is
+    said. `pieces` None: `pieces_of`."""
+    pieces = pieces or pieces_of(rows, hidden, ranks)
     units = rows if way is Way.ONE_SHOT else -(-rows // ranks)
-    if pieces is None:
-        possible = cuts(hidden, ranks, way)
-        pieces = next((cut for cut in possible if units * cut <= multiprocessors), possible[-1])
-    at_once = multiprocessors * min(_MAX_BLOCKS, way.threads(ranks) * 8 * pieces // hidden)
+    at_once = multiprocessors * min(_MAX_BLOCKS, _threads(ranks) * 8 * pieces // hidden)
+    if blocks is not None:
+        at_once = max(min(at_once, blocks), pieces)
     return min(units, at_once // pieces) * pieces, pieces
 
 
 # ---------------------------------------------------------------- kernel
 
 
-def sum_rms_norm(
-    x: Product,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    space: SumSpace,
-    way: Way,
-    ahead: Ahead | None = None,
-    pieces: int | None = None,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a sum is launched. None: as many as serve it best."""
+
+    way: Way
+    blocks: int | None = None  # at most: the others are for what runs beside it
+    pieces: int | None = None  # of a row
+    ahead: Ahead | None = None  # what to bring into L2 for the next product
+
+
+def sum_rms_norm(x: Product, residual: Tensor, weight: Tensor, eps: float, space: SumSpace, how: Launch) -> Tensor:
     """The sum over the ranks of x [n, hidden] is added to residual [n, hidden], bf16, which is overwritten (if dealt,
     its `partial_sum.dealt_rows` are), and normalized with weight [hidden]: what is returned, bf16. The reference is
-    `all_reduce_norm.all_reduce_rms_norm_reference`. `SumSpace.fits` x. `pieces`: of a row; None: `grid` says."""
+    `all_reduce_norm.all_reduce_rms_norm_reference`. `SumSpace.fits` x."""
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch(x, residual, weight, eps, space, way, result, None, None, ahead, pieces)
+    launch(x, residual, weight, eps, space, how, result, None, None)
     return result
 
 
@@ -159,15 +193,13 @@ def sum_rms_norm_quantize(
     weight: Tensor,
     eps: float,
     space: SumSpace,
-    way: Way,
+    how: Launch,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    ahead: Ahead | None = None,
-    pieces: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Likewise, rounded as in `norm.rms_norm_quantize`: `dtype` [n, hidden] and float32 [n, 1]."""
     values, scales = quantized_rows(x.shape, dtype, x.device)
-    launch(x, residual, weight, eps, space, way, values, scales, scale, ahead, pieces)
+    launch(x, residual, weight, eps, space, how, values, scales, scale)
     return values, scales
 
 
@@ -177,41 +209,62 @@ def launch(
     weight: Tensor,
     eps: float,
     space: SumSpace,
-    way: Way,
+    how: Launch,
     result: Tensor,
     scales: Tensor | None,
     static_scale: Tensor | None,
-    ahead: Ahead | None = None,
-    pieces: int | None = None,
 ) -> None:
-    """Writes `result` [n, hidden] and, where it is rounded, `scales`; enqueues one kernel, capturable in CUDA graphs.
-    `ahead`: what it brings into L2 for the next product."""
-    assert space.fits(x, way) and space.size in SIZES and residual.dtype == weight.dtype == torch.bfloat16
-    n, hidden = x.shape
-    deferred = x if isinstance(x, DeferredScale) else None
+    """Writes `result` [n, hidden] and, where it is rounded, `scales`; enqueues one kernel, or one for each of
+    `rows_at_once`, capturable in CUDA graphs."""
+    assert space.fits(x, how.way) and space.size in SIZES and residual.dtype == weight.dtype == torch.bfloat16
     values = x.values if isinstance(x, DeferredScale) else x
-    bias = None if deferred is None else deferred.bias
     assert values.stride(1) == 1 and residual.stride(1) == 1 and result.is_contiguous() and weight.is_contiguous()
-    blocks, pieces = grid(n, hidden, space.size, way, space.multiprocessors, pieces)
-    kernel = _kernel(
-        way.value,
+    n, hidden = x.shape
+    most = rows_at_once(hidden, space.size)
+    for first in range(0, n, most):
+        rows = slice(first, min(first + most, n))
+        part = None if scales is None else scales[rows]
+        _launch(x, rows, residual[rows], weight, eps, space, how, result[rows], part, static_scale)
+
+
+def _launch(
+    x: Product,
+    rows: slice,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    space: SumSpace,
+    how: Launch,
+    result: Tensor,
+    scales: Tensor | None,
+    static_scale: Tensor | None,
+) -> None:
+    """`rows` of x; the others' are those given."""
+    deferred = x if isinstance(x, DeferredScale) else None
+    values = (x.values if isinstance(x, DeferredScale) else x)[rows]
+    n, hidden = values.shape
+    blocks, pieces = grid(n, hidden, space.size, how.way, space.multiprocessors, how.pieces, how.blocks)
+    kernel = kernel_for(
+        how.way,
         space.size,
         hidden,
         pieces,
-        0 if deferred is None else 2 if values.dtype == torch.int32 else 1,
-        bias is not None,
-        _RESULTS[None if scales is None else result.dtype],
-        static_scale is not None,
+        values.dtype == torch.int32,
+        None if scales is None else result.dtype,
         x.device.index or 0,
     )
+    dependent, ahead = launch_options(x.device)["PDL"], how.ahead
+    bringing = ahead is not None and dependent  # or somebody must wait for what is in front
+    for other in _loaded:
+        other.note()
     kernel.launch(
-        blocks,
-        launch_options(x.device)["PDL"],
+        blocks + (_HELPERS if bringing else 0),
+        dependent,
         (
             values.data_ptr(),
-            0 if deferred is None else deferred.row_scales.data_ptr(),
+            0 if deferred is None else deferred.row_scales[rows].data_ptr(),
             0 if deferred is None else deferred.column_scales.data_ptr(),
-            _address(bias),
+            _address(None if deferred is None else deferred.bias),
             residual.data_ptr(),
             weight.data_ptr(),
             _address(static_scale),
@@ -228,24 +281,33 @@ def launch(
             2 * _MESSAGE_BYTES,
             _buffer_bytes(),
             struct.unpack("<I", struct.pack("<f", eps))[0],
-            *(
-                (0, 0, 0, 0)
-                if ahead is None
-                else (ahead.weight.data_ptr(), len(ahead.weight), ahead.row_bytes, ahead.piece)
-            ),
+            *((ahead.weight.data_ptr(), len(ahead.weight), ahead.row_bytes, ahead.piece) if ahead else (0, 0, 0, 0)),
+            blocks,
         ),
     )
 
 
-def compile_for(rows: int, hidden: int, ranks: int, way: Way, multiprocessors: int, device: torch.device) -> None:
-    """Have the kernel compiled that norms so many plain rows, unrounded. RuntimeError or ImportError where that cannot
-    be."""
-    _, pieces = grid(rows, hidden, ranks, way, multiprocessors)
-    _kernel(way.value, ranks, hidden, pieces, 0, False, 0, False, device.index or 0)
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def prepare(
+    hidden: int, ranks: int, results: Sequence[torch.dtype | None], integers: bool, device: torch.device
+) -> None:
+    """Have all kernels loaded that sums of rows of `hidden` numbers may need, for whatever number of rows: so that one
+    that a start did not need does not hold up a prompt, and is in an engine that is tried. `results`: dtypes, None for
+    norms that are not rounded; `integers`: summands may be int32. RuntimeError or ImportError where that cannot be."""
+    of_more = {(Way.DEALT, pieces_of(most + 1, hidden, ranks)) for most, _ in _PIECES}
+    for way, pieces in {(way, pieces_of(1, hidden, ranks)) for way in Way} | of_more:
+        for result in results:
+            for whole in (False, True) if integers else (False,):
+                kernel_for(way, ranks, hidden, pieces, whole, result, device.index or 0)
+
+
+_loaded: list[Kernel] = []  # of this process: all are in an engine if one is, see `prepare`
 
 
 @functools.cache
@@ -254,24 +316,25 @@ def source() -> str:
 
 
 def macros(
-    way: int, ranks: int, hidden: int, pieces: int, values: int, biased: bool, result: int, static: bool
+    way: Way, ranks: int, hidden: int, pieces: int, integers: bool, result: torch.dtype | None
 ) -> dict[str, int]:
     """Compile-time constants of `sum_norm.cu`."""
     return {
-        "MODE": way,
+        "MODE": way.value,
         "RANKS": ranks,
         "HIDDEN": hidden,
         "PIECES": pieces,
-        "VALUES": values,
-        "BIASED": int(biased),
-        "RESULT": result,
-        "STATIC": int(static),
+        "INTEGERS": int(integers),
+        "RESULT": _RESULTS[result],
     }
 
 
 @functools.cache
-def _kernel(
-    way: int, ranks: int, hidden: int, pieces: int, values: int, biased: bool, result: int, static: bool, index: int
+def kernel_for(
+    way: Way, ranks: int, hidden: int, pieces: int, integers: bool, result: torch.dtype | None, index: int
 ) -> Kernel:
-    constants = macros(way, ranks, hidden, pieces, values, biased, result, static)
-    return load(source(), constants, hidden // 8 // pieces, 0, index, "sum_norm", "a")
+    """On the GPU of that index, which is current."""
+    constants = macros(way, ranks, hidden, pieces, integers, result)
+    found = load(source(), constants, hidden // 8 // pieces, 0, index, "sum_norm", "a")
+    _loaded.append(found)
+    return found

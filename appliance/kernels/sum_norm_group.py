@@ -1,5 +1,5 @@
-"""The ways of `sum_norm.py` as tactics of a group's norms: their memory, what is tried of them before they are relied
-on, and which of them take what.
+"""The ways of `sum_norm.py` as tactics of a group's norms, in a step or beside other work of a long prompt: their
+memory, what is tried of them before they are relied on, and which of them take what.
 
 Knows `sum_norm.py` and its reference; which way serves how many rows is `all_reduce_group.py`'s choice.
 """
@@ -7,60 +7,140 @@ Knows `sum_norm.py` and its reference; which way serves how many rows is `all_re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.deferred_scale import Product
-from appliance.kernels.partial_sum import DealtStream, dealt_rows, whole_stream
+from appliance.kernels.partial_sum import DealtStream, PartialSum, dealt_rows, whole_stream
 from appliance.kernels.peer_memory import Agreement, agree, share
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.sum_norm import (
     MISSING,
+    MOST_ONE_SHOT,
+    Launch,
     SumSpace,
     Way,
-    compile_for,
+    prepare,
     sum_bytes,
     sum_rms_norm,
     sum_rms_norm_quantize,
+    takes_rows_of,
 )
 from appliance.kernels.weight_prefetch import Ahead
 
 log = logging.getLogger(__name__)
 
-WAYS = {"cluster one-shot": Way.ONE_SHOT, "cluster two-shot": Way.TWO_SHOT, "cluster dealt": Way.DEALT}  # by tactic
-_MOST_ONE_SHOT = 64  # rows; with more, sending all to all is slower everywhere
-_CHECK_COLUMNS = 1024
-_CHECK_ROWS = (3, 70)
+T = TypeVar("T")
+
+CLUSTER_ONE_SHOT, CLUSTER_DEALT = "cluster one-shot", "cluster dealt"
+WAYS = {CLUSTER_ONE_SHOT: Way.ONE_SHOT, CLUSTER_DEALT: Way.DEALT}  # by tactic
+CAPABILITY = (9, 0)  # clusters, and the instructions that the kernel is made of
+# Of a sum beside long products: pushing takes few multiprocessors to fill the links, and products miss the others.
+BACKGROUND_BLOCKS = 48
+_PRIORITY = -1  # of its stream: its blocks go first where products' blocks end
+_CHECK_ROWS = (3, 70, 150)  # of each number of pieces
 _CHECK_EPS = 1e-5
 
 
 class SumNorms:
     """Sum over ranks, residual add and norm by one kernel, all ways. All ranks call the same in the same order."""
 
-    def __init__(self, space: SumSpace, gather: Callable[[Tensor], Tensor]) -> None:
-        """`gather`: x [m, hidden] of every rank: [size, m, hidden]."""
+    def __init__(
+        self, space: SumSpace, gather: Callable[[Tensor], Tensor], all_reduce: Callable[[Tensor], Tensor]
+    ) -> None:
+        """`gather`: x [m, hidden] of every rank: [size, m, hidden]. `all_reduce`: for who wants a sum alone."""
         self.space = space
         self._gather = gather
+        self.all_reduce = all_reduce
+        self._beside: torch.cuda.Stream | None = None
+
+    # -------------------------------------------------- in a step
 
     def tactics(self, x: Product) -> list[str]:
-        """Those that take x."""
-        few = x.shape[0] <= _MOST_ONE_SHOT
+        """Those that take x and may serve it best."""
+        few = x.shape[0] <= MOST_ONE_SHOT
         return [name for name, way in WAYS.items() if self.space.fits(x, way) and (few or way is not Way.ONE_SHOT)]
 
-    def rms_norm(
-        self, tactic: str, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, how: Launch, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `partial_sum.Reducer.rms_norm`."""
-        stream, result_stream = self._stream(tactic, residual)
-        return sum_rms_norm(x, stream, weight, eps, self.space, WAYS[tactic], ahead), result_stream
+        stream, result_stream = self._stream(how, residual)
+        return sum_rms_norm(x, stream, weight, eps, self.space, how), result_stream
 
     def rms_norm_quantize(
         self,
-        tactic: str,
+        how: Launch,
+        x: Product,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        scale: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """As `partial_sum.Reducer.rms_norm_quantize`."""
+        stream, result_stream = self._stream(how, residual)
+        return sum_rms_norm_quantize(x, stream, weight, eps, self.space, how, dtype, scale), result_stream
+
+    def _stream(self, how: Launch, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the kernel takes, and what stands for it behind."""
+        if how.way is not Way.DEALT:
+            whole = whole_stream(residual)
+            return whole, whole
+        if isinstance(residual, DealtStream):
+            return residual.rows, residual
+        return residual, DealtStream.of(residual, self.space.rank, self.space.size, self._gather)
+
+    # -------------------------------------------------- beside other work
+
+    def begin(self, x: Product, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T] | None:
+        """As `partial_sum.Reducer.begin`: on a stream of its own. What is enqueued meanwhile on the current stream must
+        neither use the residual stream that `take` norms nor add up over ranks."""
+        if not self.space.fits(x, Way.DEALT):
+            return None
+        device = self.space.counters.device
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(device, priority=_PRIORITY)
+        reducer = _Dealing(self, Launch(Way.DEALT, blocks=None if soon else BACKGROUND_BLOCKS))
+        self._beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._beside):
+            found = take(PartialSum.of(x, reducer))
+        return _Begun(found, self._beside.record_event(), x)
+
+
+class _Begun(Generic[T]):
+    """To be called once. Keeps what the other stream reads until the current one is behind it: the memory may be given
+    to others then, on either."""
+
+    def __init__(self, found: T, event: torch.cuda.Event, reads: object) -> None:
+        self._found, self._event, self._reads = found, event, reads
+
+    def __call__(self) -> T:
+        torch.cuda.current_stream().wait_event(self._event)
+        self._reads = None
+        return self._found
+
+
+@dataclass(frozen=True)
+class _Dealing:
+    """A `partial_sum.Reducer` that norms one way."""
+
+    sums: SumNorms
+    how: Launch
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self.sums.all_reduce(x)
+
+    def rms_norm(
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.sums.rms_norm(replace(self.how, ahead=ahead), x, residual, weight, eps)
+
+    def rms_norm_quantize(
+        self,
         x: Product,
         residual: Tensor,
         weight: Tensor,
@@ -69,44 +149,57 @@ class SumNorms:
         scale: Tensor | None,
         ahead: Ahead | None = None,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """As `partial_sum.Reducer.rms_norm_quantize`."""
-        stream, result_stream = self._stream(tactic, residual)
-        found = sum_rms_norm_quantize(x, stream, weight, eps, self.space, WAYS[tactic], dtype, scale, ahead)
-        return found, result_stream
+        how = replace(self.how, ahead=ahead)
+        return self.sums.rms_norm_quantize(how, x, residual, weight, eps, dtype, scale)
 
-    def _stream(self, tactic: str, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """What the kernel takes, and what stands for it behind."""
-        if WAYS[tactic] is not Way.DEALT:
-            whole = whole_stream(residual)
-            return whole, whole
-        if isinstance(residual, DealtStream):
-            return residual.rows, residual
-        return residual, DealtStream.of(residual, self.space.rank, self.space.size, self._gather)
+    def begin(self, x: Product, take: Callable[[Product], Any], *, soon: bool) -> Callable[[], Any] | None:
+        return self.sums.begin(x, take, soon=soon)
 
 
-class Group(Agreement, Protocol):
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x [n, k] of every rank: [size, n, k]."""
+# ---------------------------------------------------------------- setting up
 
 
-def connect(group: Group, rank: int, size: int, device: torch.device) -> SumNorms | None:
-    """The group's; None, with a line in the log that says why, where other kernels have to do. Called by all ranks,
-    whose GPUs see each other's memory; waits for the device."""
+@dataclass(frozen=True)
+class Norms:
+    """Which norms of a model follow sums."""
+
+    hidden: int  # numbers of a row
+    dtype: torch.dtype  # of the residual stream
+    quantized: torch.dtype | None = None  # of their results; None: `dtype`, as of the final one always
+
+
+def connect(
+    group: Agreement,
+    rank: int,
+    size: int,
+    device: torch.device,
+    norms: Norms,
+    gather: Callable[[Tensor], Tensor],
+    all_reduce: Callable[[Tensor], Tensor],
+) -> SumNorms | None:
+    """The group's, `gather` and `all_reduce` as of `SumNorms`; None, with a line in the log that says why, where other
+    kernels have to do, and without one where the model is not for these. Called by all ranks, whose GPUs see each
+    other's memory; waits for the device."""
+    if norms.dtype != torch.bfloat16 or not takes_rows_of(norms.hidden, size):
+        return None
     reason = None
-    try:
-        for way in Way:  # no rank waits for one that cannot compile
-            for rows in _CHECK_ROWS:
-                compile_for(rows, _CHECK_COLUMNS, size, way, multiprocessors(device), device)
-    except (ImportError, RuntimeError) as error:
-        reason = f"the kernel cannot be compiled: {str(error).splitlines()[0]}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        reason = f"they need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    else:
+        try:
+            integers = norms.quantized == torch.int8
+            results = dict.fromkeys((None, norms.quantized))
+            prepare(norms.hidden, size, list(results), integers, device)
+        except (ImportError, RuntimeError) as error:  # no rank waits for one that cannot compile
+            reason = f"the kernel cannot be compiled: {str(error).splitlines()[0]}"
     reason = agree(group, rank, size, reason)
     if reason is None:
         try:
-            found = _make(group, rank, size, device)
+            found = SumNorms(_space(group, rank, size, device), gather, all_reduce)
         except RuntimeError as error:  # the same on all ranks
             reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
         else:
-            reason = agree(group, rank, size, check(found, device))
+            reason = agree(group, rank, size, check(found, device, norms.hidden))
             if reason is None:
                 return found
     if reason:
@@ -114,7 +207,8 @@ def connect(group: Group, rank: int, size: int, device: torch.device) -> SumNorm
     return None
 
 
-def _make(group: Group, rank: int, size: int, device: torch.device) -> SumNorms:
+def _space(group: Agreement, rank: int, size: int, device: torch.device) -> SumSpace:
+    """RuntimeError where torch cannot map it."""
     shared = share(group, rank, sum_bytes(), device)
     shared.memory.view(torch.int32).fill_(MISSING)
     counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -122,31 +216,35 @@ def _make(group: Group, rank: int, size: int, device: torch.device) -> SumNorms:
     count = group.minimum(multiprocessors(device))
     torch.cuda.synchronize(device)
     group.minimum(0)  # nobody sends before all memory says that nothing has come
-    space = SumSpace(rank, size, addresses, counters, torch.zeros_like(counters[:1]), count, shared)
-    return SumNorms(space, group.all_gather)
+    return SumSpace(rank, size, addresses, counters, torch.zeros_like(counters[:1]), count, shared)
 
 
-def check(sums: SumNorms, device: torch.device) -> str | None:
+@torch.inference_mode()
+def check(sums: SumNorms, device: torch.device, hidden: int) -> str | None:
     """Run all ways on numbers whose sum is known; more calls than there are buffers. Ranks wait for each other in every
     call, so each rank makes all calls, whatever comes out."""
     space = sums.space
     wrong: list[str] = []
-    weight = torch.ones(_CHECK_COLUMNS, dtype=torch.bfloat16)
+    weight = torch.ones(hidden, dtype=torch.bfloat16, device=device)
     for rows in _CHECK_ROWS:
-        for name, way in WAYS.items():
-            for turn in range(3):
-                generator = torch.Generator().manual_seed(turn)
-                shape = rows, _CHECK_COLUMNS
-                partials = [torch.randn(shape, generator=generator).bfloat16() for _ in range(space.size)]
-                zeros = torch.zeros_like(partials[0])
-                expected, stream = all_reduce_rms_norm_reference(partials, zeros, weight, _CHECK_EPS)
-                assert isinstance(expected, Tensor)
-                x = partials[space.rank].to(device)
-                got_stream = torch.zeros_like(x)
-                got = sum_rms_norm(x, got_stream, weight.to(device), _CHECK_EPS, space, way).cpu()
-                streams = got_stream.cpu(), stream
-                if way is Way.DEALT:
-                    streams = tuple(dealt_rows(kept, space.rank, space.size) for kept in streams)  # type: ignore[assignment]
+        for turn in range(3):
+            partials = [_numbers(rows, hidden, 10 * turn + rank, device) for rank in range(space.size)]
+            zeros = torch.zeros_like(partials[0])
+            expected, stream = all_reduce_rms_norm_reference(partials, zeros.clone(), weight, _CHECK_EPS)
+            assert isinstance(expected, Tensor)
+            for name in sums.tactics(partials[0]):
+                got_stream = zeros.clone()
+                how = Launch(WAYS[name])
+                got = sum_rms_norm(partials[space.rank], got_stream, weight, _CHECK_EPS, space, how)
+                streams: Sequence[Tensor] = (got_stream, stream)
+                if how.way is Way.DEALT:
+                    streams = [dealt_rows(kept, space.rank, space.size) for kept in streams]
                 if not torch.equal(*streams) or not torch.allclose(got.float(), expected.float(), rtol=1e-2):
                     wrong.append(f"the {name} kernel gives wrong sums on rank {space.rank}")
     return wrong[0] if wrong else None
+
+
+def _numbers(rows: int, hidden: int, seed: int, device: torch.device) -> Tensor:
+    """The same on every device."""
+    at = torch.arange(rows * hidden, device=device).view(rows, hidden)
+    return ((at * 7919 + seed * 104729) % 1009 - 504).div(256).bfloat16()

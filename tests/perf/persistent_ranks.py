@@ -35,6 +35,8 @@ from appliance.distributed import GroupCollectives, TensorParallel
 from appliance.kernels.all_reduce_group import connect
 from appliance.kernels.persistent import exchange
 from appliance.kernels.persistent.kernel import compile_all
+from appliance.kernels.row_quantization import FP8
+from appliance.kernels.sum_norm_group import Norms
 from appliance.layers.decoder import Decoder
 from appliance.layers.linear import Linear, RowParallelLinear
 from appliance.runtime.loading import build_model
@@ -164,7 +166,9 @@ def main() -> int:
     apart = difference(tp, scheme, shape, sizes[-1])
     say(f"four layers: the kernel is {apart:.4f} from the layers")
     if size > 1:
-        tp.own_reducer.tune(shape["hidden_size"], torch.bfloat16, time_in_graph)
+        norms = Norms(shape["hidden_size"], torch.bfloat16, FP8 if arguments.scheme == "fp8" else None)
+        tp.own_reducer.connect_norms(norms)
+        tp.own_reducer.tune(norms.hidden, norms.dtype, time_in_graph, norms.quantized)
     model = random_share(*scheme, tp, shape)
     say("model")
     probe = Step(model, [1])
