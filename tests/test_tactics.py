@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from appliance.builder import timings as timings_module
 from appliance.builder.tactics import Tuner, describe
@@ -128,6 +128,36 @@ def test_row_buckets() -> None:
 def costs(name: str, rows: int) -> float:
     """The library is the better the more rows there are."""
     return {"library": 20.0, "skinny a": 10.0 + rows / 8, "skinny b": 9.0 + rows}[name]
+
+
+class Quantizing(Scheme):
+    """Inputs are made by a kernel of their own."""
+
+    made = 0
+
+    def tactic_input(self, x: Tensor) -> Tensor:
+        self.made += 1
+        return x.clone()
+
+
+def test_products_of_few_rows_are_timed_between_the_kernels_in_front_of_them() -> None:
+    """What is told is the product's time: 2 µs of the kernel between are taken off."""
+    scheme = Quantizing()
+    launched: dict[int, list[str]] = {}
+
+    def timer(calls: Sequence[Callable[[], object]], launches: int) -> float:
+        made, ran = scheme.made, len(scheme.ran)
+        out = calls[0]()
+        assert isinstance(out, Tensor)
+        kernels = ["between"] * (scheme.made - made) + scheme.ran[ran:]
+        launched.setdefault(len(out), []).append(" ".join(kernels))
+        return 2.0 * (scheme.made - made) + (costs(scheme.ran[-1], len(out)) if len(scheme.ran) > ran else 0.0)
+
+    tuner = Tuner(torch.float32, torch.device("cpu"), Timings(None, "Test GPU 80GB"), timer=timer, threads=1)
+    chosen = {c.rows: c for c in tuner.tune(Model(scheme)) if c.product == "qkv"}
+    assert set(launched[64]) == {"between", "between library", "between skinny a", "between skinny b"}
+    assert set(launched[1024]) == {"library", "skinny a", "skinny b"}, "beyond, a launch is not seen"
+    assert (chosen[8].microseconds, chosen[1024].microseconds) == (11.0, 20.0)
 
 
 def test_the_quickest_is_chosen_said_and_used(caplog: pytest.LogCaptureFixture) -> None:

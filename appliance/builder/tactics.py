@@ -1,8 +1,10 @@
 """Times the ways to compute each product of a loaded model, and says which to use.
 
 A product is run as it is served: layer after layer of the same shape, so that weights come from memory, with the input
-that the scheme's other kernels give it, inside a CUDA graph. Knows layers and the table of tactics; knows nothing of
-what a tactic does. Timings are remembered per type of GPU (`timings.py`), so a second build only times what is new.
+that the scheme's other kernels give it, inside a CUDA graph. Of few rows also between kernels that quantize, as a step
+has it: own kernels begin while the one in front ends, and let the next one do so, which the library's do not. Knows
+layers and the table of tactics; knows nothing of what a tactic does. Timings are remembered per type of GPU
+(`timings.py`), so a second build only times what is new.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _ROTATED_BYTES = 256 << 20  # weights that a timing goes through: several times 
 _KEPT = 6  # of each family of tactics, the quickest at the nearest row count that was timed
 _TIMED_TWICE = 3  # tactics of a product that are timed again after all were
 _TOLERANCE = 2e-2  # relative difference between two ways to compute a product, both rounded to 16 bits
+_MOST_ROWS_BETWEEN = 256  # rows up to which products are timed between other kernels: beyond, a launch is not seen
 _MOST_LOGIT_ROWS = 512  # logits are computed for a token of each sequence, not for all of a prompt
 
 Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (one call per weight, launches) -> µs of a call
@@ -88,10 +91,17 @@ class _Product:
     def shape(self) -> str:
         return f"{self.name} {self.out_features}x{self.in_features}"
 
-    def inputs(self, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
+    def dense(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         generator = torch.Generator(device).manual_seed(rows)
-        x = torch.randn(rows, self.layers[0].in_features, generator=generator, device=device).to(dtype)
-        return self.layers[0].scheme.tactic_input(x)
+        return torch.randn(rows, self.layers[0].in_features, generator=generator, device=device).to(dtype)
+
+    def inputs(self, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
+        return self.layers[0].scheme.tactic_input(self.dense(rows, dtype, device))
+
+    def between(self, rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object] | None:
+        """What launches the kernel that makes the product's input; None if there is none, or nobody would notice."""
+        x, scheme = self.dense(rows, dtype, device), self.layers[0].scheme
+        return None if rows > _MOST_ROWS_BETWEEN or scheme.tactic_input(x) is x else lambda: scheme.tactic_input(x)
 
 
 def _products(model: nn.Module) -> list[_Product]:
@@ -126,6 +136,7 @@ class Tuner:
         self._probe = _Probe()
         self._left_out: set[tuple[str, str]] = set()  # (product, tactic) that was said to fail
         self._compiled: set[tuple[str, str]] = set()  # (key of product and rows, tactic) that ran once
+        self._between: dict[tuple[int, ...], float] = {}  # µs of kernels between products, by rows and width
         self.measured = 0  # tactics timed, those remembered not counted
         self.compile_seconds = 0.0  # of which were spent running each once, compiling it
 
@@ -257,8 +268,13 @@ class Tuner:
             if not error <= _TOLERANCE:
                 raise ArithmeticError(f"differs from the default by {error:.2g}")
             layers = product.layers[: layers_timed(product.out_features * product.in_features)]
+            between = product.between(rows, self._dtype, self._device)
+            launches = 24 if rows <= 256 else 4
             with self._probe.force(tactic):
-                return self._timer([_call(layer, x) for layer in layers], 24 if rows <= 256 else 4)
+                if between is None:
+                    return self._timer([_call(layer, x) for layer in layers], launches)
+                both = self._timer([_call(layer, x, between) for layer in layers], launches)
+                return max(0.01, both - self._alone(between, rows, product.in_features))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -266,6 +282,12 @@ class Tuner:
             self._left_out.add((product.shape, name))
             log.log(level, "tactics: %s m=%d: %s is left out: %s", product.shape, rows, name, _first_line(error))
             return float("inf")
+
+    def _alone(self, between: Callable[[], object], *size: int) -> float:
+        """µs of the kernel between products, one after the other: without it what is told is a product's own time."""
+        if size not in self._between:
+            self._between[size] = self._timer([between], 48)
+        return self._between[size]
 
     def _expected(self, product: _Product, x: Any, tactics: dict[str, Tactic]) -> Tensor:
         """What the first tactic that works gives, the default if it does. Raises what the last one raises."""
@@ -315,8 +337,12 @@ def layers_timed(weights: int) -> int:
     return max(2, -(-_ROTATED_BYTES // max(weights, 1)))
 
 
-def _call(layer: Linear, x: Any) -> Callable[[], object]:
-    return lambda: layer.multiply(x)
+def _call(layer: Linear, x: Any, between: Callable[[], object] = lambda: None) -> Callable[[], object]:
+    def call() -> object:
+        between()
+        return layer.multiply(x)
+
+    return call
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
     <cache>/timings/<gpu>-<digest>.json
 
-The digest covers what may change a timing or the meaning of a name: sources of kernels and schemes, torch and Triton.
+The digest covers what may change a timing or the meaning of a name: sources of kernels and schemes, how they are timed,
+torch and Triton.
 Knows nothing of how anything is timed. An unreadable or unwritable file only costs timing again.
 """
 
@@ -33,10 +34,10 @@ class _File(msgspec.Struct):
 
 @functools.cache
 def code_version() -> str:
-    """What a timing depends on besides the GPU: versions of the libraries, and a digest of our kernels and schemes."""
+    """What a timing depends on besides the GPU: versions of the libraries, and a digest of our sources."""
     root = Path(appliance.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("kernels/**/*"), *root.glob("quantization/*")]):
+    for path in sorted([*root.glob("kernels/**/*"), *root.glob("quantization/*"), root / "builder" / "tactics.py"]):
         if path.suffix in (".py", ".cu", ".cuh"):
             digest.update(path.read_bytes())
     found = {}
