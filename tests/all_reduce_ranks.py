@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from appliance.distributed import GroupCollectives
 from appliance.kernels.all_reduce import all_reduce_, all_reduce_reference
 from appliance.kernels.all_reduce_group import AllReduce, connect
-from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_reference
+from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.exchange import all_to_all_reference
 from appliance.kernels.norm import rms_norm_quantize
@@ -20,7 +20,6 @@ from appliance.kernels.sampling import score_blocks
 from appliance.kernels.sum_norm import rows_at_once
 from appliance.kernels.sum_norm_group import CAPABILITY, CLUSTER_DEALT, WAYS, Norms
 from appliance.kernels.tactics import TABLE
-from appliance.kernels.weight_prefetch import beginning
 from appliance.runtime.cuda_graphs import capture
 from appliance.runtime.timing import time_in_graph
 from appliance.settings import share_gpu
@@ -53,7 +52,6 @@ def run(rank: int, size: int, address: str) -> None:
             in_rounds(own, rank, size, device)
             beside(own, rank, size, device)
         in_graphs(own, rank, size, device)
-        with_weights_ahead(own, rank, size, device)
         with_scales(own, rank, size, device)
         exchanged(own, rank, size, device)
         chosen = own.tune(4096, torch.bfloat16, time_in_graph, FP8)
@@ -194,33 +192,6 @@ def in_graphs(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
     torch.cuda.synchronize()
     for place in places + [whole_stream(stream) for stream in summed]:
         assert torch.equal(place, expected)
-
-
-def with_weights_ahead(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
-    """Sums of few rows and of more rows than slots, while their kernels bring a weight into L2."""
-    ahead = beginning(torch.zeros(4096, 8192, dtype=torch.uint8, device=device), 16 << 20)
-    assert ahead is not None
-    for rows in (5, 200):
-        xs = partials(size, rows, 4096, device, rows)
-        expected, weight = all_reduce_reference(xs), torch.ones_like(xs[0][0])
-        streams = [torch.empty_like(xs[rank]) for _ in range(2)]
-        dealt: list[Tensor] = []
-
-        def step(x: Tensor = xs[rank], weight: Tensor = weight, streams: list[Tensor] = streams) -> None:
-            for stream in streams:
-                stream.zero_()
-            for stream, two_shot in zip(streams, (False, True), strict=True):
-                all_reduce_rms_norm(x, stream, weight, 1e-5, own.workspace, ahead, two_shot=two_shot)
-            if own.sums is not None:
-                with own.by(CLUSTER_DEALT):
-                    dealt[:] = [own.rms_norm(x, torch.zeros_like(x), weight, 1e-5, ahead)[1]]
-
-        step()
-        graph, _ = capture(step)
-        for _ in range(30):
-            graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(stream, expected) for stream in [*streams, *map(whole_stream, dealt)])
 
 
 def exchanged(own: AllReduce, rank: int, size: int, device: torch.device) -> None:

@@ -30,7 +30,7 @@ def cases(arch: int) -> list[tuple[Any, dict[str, Any], int, dict[str, str]]]:
     found = []
     for ranks in all_reduce.SIZES:
         for two_shot in (False, True):
-            common = {**COMMON, "RANKS": ranks, "TWO_SHOT": two_shot, "PDL": arch >= 90, "AHEAD": arch >= 90}
+            common = {**COMMON, "RANKS": ranks, "TWO_SHOT": two_shot, "PDL": arch >= 90}
             plain = {**common, "PART": 4096}
             # 8.0 has no FP8: what it has is a norm in 16 bits.
             fused = {**common, **FP8, "PART": HIDDEN // ranks, "QUANTIZE": arch >= 89, "DEFERRED": True, "BIASED": True}

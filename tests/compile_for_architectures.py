@@ -39,8 +39,7 @@ Case = tuple[Any, dict[str, Any], int, int, dict[str, str]]
 
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 142}  # T4, A100, RTX 3090 Ti, L40S
 HALF = "*half"  # the model's 16 bits, by architecture
-# Nothing deferred, nothing brought ahead, nothing launched early.
-NOW: dict[str, Any] = {"DEFERRED": False, "BIASED": False, "AHEAD": False, "PDL": False}
+NOW: dict[str, Any] = {"DEFERRED": False, "BIASED": False, "PDL": False}  # nothing deferred, nothing launched early
 MORE_TYPES = {
     "*i32": "seq_lens table tiles query_start pages top_k weight",
     "*fp32": "partial stats top_p min_p",

@@ -1,7 +1,6 @@
 """Compiles kernels for Hopper as the engine launches them, deferred scales and dependent launch on; needs no GPU. Run
 by tests/test_triton_compile.py in a process of its own, because there kernels must not be interpreted. Prints a line of
-JSON per kernel: its name, how often it waits for the kernel before it, bytes of registers spilled, and instructions
-that bring a weight into L2."""
+JSON per kernel: its name, how often it waits for the kernel before it, and bytes of registers spilled."""
 
 from __future__ import annotations
 
@@ -34,10 +33,9 @@ TYPES = {  # of arguments, by name; int32 where not listed
     "thresholds partial",
     "*i64": "positions slots best_token",
     "*i32": "seeds counter",
-    "*u8": "ahead",
     "fp32": "eps inverse_k_scale inverse_v_scale greedy_temperature",
 }
-DEFERRED: dict[str, Any] = {"DEFERRED": True, "BIASED": True, "AHEAD": True, "PDL": True}
+DEFERRED: dict[str, Any] = {"DEFERRED": True, "BIASED": True, "PDL": True}
 FP8: dict[str, Any] = {"LARGEST": 448.0, "WHOLE": False, "STATIC": False, "SMALLEST_AMAX": 1e-12, "WHOLE_ROW": True}
 INT8 = {**FP8, "LARGEST": 127.0, "WHOLE": True}
 ROPE: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "q_blocks": 8}
@@ -130,13 +128,7 @@ def main() -> None:
     for kernel, constants, num_warps, own in CASES:
         compiled = compile_kernel(kernel, constants, num_warps, own)
         waits = compiled.asm["ptx"].count("griddepcontrol.wait")
-        brings = compiled.asm["ptx"].count("ld.global.L2::128B")
-        line = {
-            "kernel": kernel.__name__,
-            "waits": waits,
-            "stack": stack_bytes(compiled.asm["cubin"]),
-            "brings": brings,
-        }
+        line = {"kernel": kernel.__name__, "waits": waits, "stack": stack_bytes(compiled.asm["cubin"])}
         print(json.dumps(line), flush=True)
 
 

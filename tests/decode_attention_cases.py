@@ -23,7 +23,6 @@ from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.norm import qk_rms_norm_
 from appliance.kernels.rope_cache import rope_and_write_reference
-from appliance.kernels.weight_prefetch import Ahead
 
 SCALES = KvScales(k=0.5, v=0.037)  # of FP8 caches
 
@@ -158,7 +157,7 @@ class Step:
     def plan(self, cutting: Cutting) -> np.ndarray:
         return make_plan(np.array(self.lens), self.rows, self.window, cutting)
 
-    def inputs(self, cache: Tensor, out: Tensor, ahead: Ahead | None = None) -> DecodeInputs:
+    def inputs(self, cache: Tensor, out: Tensor) -> DecodeInputs:
         """On the step's device; `cache` and `out` are there."""
         qkv = self.qkv
         if isinstance(qkv, DeferredScale):
@@ -178,7 +177,6 @@ class Step:
             scale=self.scale,
             kv_scales=self.scales,
             norms=self.norms,
-            ahead=ahead,
         )
 
     def buffers(self, cutting: Cutting) -> Buffers:

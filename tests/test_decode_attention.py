@@ -19,7 +19,6 @@ from nvrtc import compile_cubin, machine_code, spilled_bytes, unavailable
 from appliance.kernels.decode_attention.kernel import DecodeAttentionShape, arguments, kernel_source
 from appliance.kernels.decode_attention.plan import STRIP, Cutting, make_plan
 from appliance.kernels.fp8_linear import FP8
-from appliance.kernels.weight_prefetch import beginning
 
 HERE = Path(__file__).parent
 BF16, F16 = torch.bfloat16, torch.float16
@@ -93,8 +92,8 @@ def emulate(step: Step, cutting: Cutting, library: Path) -> tuple[torch.Tensor, 
     subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
     cache = step.cache.clone()
     out = torch.full((step.rows, shape.heads, shape.head_dim), float("nan"), dtype=shape.dtype)
-    buffers, inputs = step.buffers(cutting), step.inputs(cache, out, beginning(torch.zeros(70, 64), 9000))
-    given = (ctypes.c_int64 * 28)(*arguments(inputs, buffers, blocks))
+    buffers, inputs = step.buffers(cutting), step.inputs(cache, out)
+    given = (ctypes.c_int64 * 23)(*arguments(inputs, buffers))
     pointers = (ctypes.c_void_p * 7)(ctypes.addressof(given))
     assert ctypes.CDLL(str(library)).emulate(pointers, 1) == 0, "the kernel does not end"
     assert not buffers.arrived.any()
@@ -191,10 +190,7 @@ def run_on_gpu(step: Step, cutting: Cutting) -> tuple[torch.Tensor, torch.Tensor
     out = torch.full(
         (step.rows, step.shape.heads, step.shape.head_dim), float("nan"), dtype=step.shape.dtype, device="cuda"
     )
-    buffers, inputs = (
-        step.buffers(cutting),
-        step.inputs(cache, out, beginning(torch.zeros(4096, 1024, device="cuda"), 1 << 20)),
-    )
+    buffers, inputs = step.buffers(cutting), step.inputs(cache, out)
     torch.cuda.synchronize()
     kernel.launch(inputs, buffers, cutting.capacity(step.rows))
     torch.cuda.synchronize()

@@ -68,7 +68,6 @@ class FusedReference(ReferenceAttention):
             window: int | None,
             kv_scales: KvScales,
             norms: HeadNorms | None = None,
-            ahead: Any = None,
         ) -> Tensor:
             self._owner.calls += 1
             values = qkv.values if isinstance(qkv, DeferredScale) else qkv

@@ -241,8 +241,6 @@ def assemble(
         if reason is not None:
             log.info("no persistent decode kernel: %s", reason)
     if options.cuda_graphs:
-        with timer.phase("weights_ahead"):
-            loaded.reductions = (*loaded.reductions, *runner.choose_ahead())
         with timer.phase("cuda_graphs"):
             runner.capture_graphs(
                 lambda done, total: progress("warmup", f"CUDA graph {done} of {total}", 100 * done / total)

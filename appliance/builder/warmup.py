@@ -166,7 +166,7 @@ def _try(
     loaded: LoadedModel = backend.load(options, progress, timer, member)
     loaded.model.prepare(loaded.config.max_position_embeddings)
     gpu = torch.cuda.get_device_name(device)
-    tactics: list[TimedTactic] = [*(timed or ())]
+    tactics: list[TimedTactic] = [*loaded.reductions, *(timed or ())]
     if request.tactics and timed is None:
         with timer.phase("tactics"):
             tuner = Tuner(loaded.model.dtype, device, Timings(Path(request.cache), gpu))
@@ -175,7 +175,6 @@ def _try(
         log.info("tactics: %d timed in %.1f s", tuner.measured, timer.seconds["tactics"])
     KERNELS.forget_launched()
     executor, _ = backend.assemble(loaded, options, progress, timer)
-    tactics += loaded.reductions
     with timer.phase("other_graphs"):
         while executor.prepare_more():
             pass

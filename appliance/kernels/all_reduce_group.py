@@ -32,7 +32,6 @@ from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.sum_norm import MOST_ONE_SHOT, Launch
 from appliance.kernels.sum_norm_group import CLUSTER_DEALT, CLUSTER_ONE_SHOT, WAYS, Norms, SumNorms
 from appliance.kernels.tactics import TABLE
-from appliance.kernels.weight_prefetch import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -107,38 +106,26 @@ class AllReduce:
             return self._in_pieces(x)
         return all_reduce_(x, self._workspace, two_shot=tactic == TWO_SHOT)
 
-    def rms_norm(
-        self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         way = self._norm_tactic(x, residual)
         if self._sums is not None and way in WAYS:
-            return self._sums.rms_norm(Launch(WAYS[way], ahead=ahead), x, residual, weight, eps)
+            return self._sums.rms_norm(Launch(WAYS[way]), x, residual, weight, eps)
         residual = whole_stream(residual)
         if way == SEPARATE:
-            return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps, ahead)
-        two_shot = way == TWO_SHOT
-        return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, ahead, two_shot=two_shot)
+            return norm.rms_norm(self.all_reduce(materialize(x, x.dtype)), residual, weight, eps)
+        return all_reduce_rms_norm(x, residual, weight, eps, self._workspace, two_shot=way == TWO_SHOT)
 
     def rms_norm_quantize(
-        self,
-        x: Product,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        scale: Tensor | None,
-        ahead: Ahead | None = None,
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         way, space = self._norm_tactic(x, residual), self._workspace
         if self._sums is not None and way in WAYS:
-            how = Launch(WAYS[way], ahead=ahead)
-            return self._sums.rms_norm_quantize(how, x, residual, weight, eps, dtype, scale)
+            return self._sums.rms_norm_quantize(Launch(WAYS[way]), x, residual, weight, eps, dtype, scale)
         residual = whole_stream(residual)
         if way == SEPARATE:
             total = self.all_reduce(materialize(x, x.dtype))
-            return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale, ahead)
-        two_shot = way == TWO_SHOT
-        return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, ahead, two_shot=two_shot)
+            return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
+        return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
 
     def begin(self, x: Product, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T] | None:
         """`SumNorms.begin`, where there is one."""

@@ -27,7 +27,6 @@ from appliance.kernels.all_reduce import (
 )
 from appliance.kernels.deferred_scale import Product, apply_scales
 from appliance.kernels.row_quantization import FP8, SMALLEST_AMAX, in_range, quantized_rows, rounding
-from appliance.kernels.weight_prefetch import Ahead, launch, prefetch_ahead
 
 
 def all_reduce_rms_norm_reference(
@@ -104,11 +103,6 @@ def _all_reduce_rms_norm_kernel(
     size,
     share,
     eps,
-    ahead_ptr,
-    ahead_rows,
-    ahead_row_bytes,
-    ahead_piece,
-    ahead_behind,
     TWO_SHOT: tl.constexpr,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -125,21 +119,15 @@ def _all_reduce_rms_norm_kernel(
     SLOTS: tl.constexpr,
     STRIDE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: whole rows. A row lies in registers as [RANKS, PART], of which a rank adds up one line (TWO_SHOT) or
     all; PART holds share = size / RANKS numbers. Numbers travel in the residual stream's dtype."""
-    stride = tl.num_programs(0)
-    if AHEAD:
-        stride = ahead_behind
-        if tl.program_id(0) >= ahead_behind:
-            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
-            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.program_id(0)
+    stride = tl.num_programs(0)
     part = tl.arange(0, PART)
     part_there = part < share
     line = tl.arange(0, RANKS)
@@ -205,20 +193,13 @@ def _all_reduce_rms_norm_kernel(
 
 
 def all_reduce_rms_norm(
-    x: Product,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    workspace: Workspace,
-    ahead: Ahead | None = None,
-    *,
-    two_shot: bool,
+    x: Product, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, *, two_shot: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum over the ranks of x [n, size] is added to residual [n, size], which is overwritten, and normalized with
     weight [size]: one kernel for `all_reduce_` and `norm.rms_norm`, with what that returns. x's scales, if it has any,
     are applied in front of the sum. `Workspace.fits_fused` x, whose dtype is that of the residual stream."""
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_fused(x, residual, weight, eps, workspace, result, None, ahead=ahead, two_shot=two_shot)
+    launch_fused(x, residual, weight, eps, workspace, result, None, two_shot=two_shot)
     return result, residual
 
 
@@ -230,13 +211,12 @@ def all_reduce_rms_norm_quantize(
     workspace: Workspace,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    ahead: Ahead | None = None,
     *,
     two_shot: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Like `all_reduce_rms_norm`, with `norm.rms_norm_quantize` behind; `dtype` and `scale` as there."""
     values, scales = quantized_rows(x.shape, dtype, x.device)
-    launch_fused(x, residual, weight, eps, workspace, values, scales, dtype, scale, ahead, two_shot=two_shot)
+    launch_fused(x, residual, weight, eps, workspace, values, scales, dtype, scale, two_shot=two_shot)
     return (values, scales), residual
 
 
@@ -288,7 +268,6 @@ def launch_fused(
     scales: Tensor | None,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    ahead: Ahead | None = None,
     *,
     two_shot: bool,
     steps: int = ALL_STEPS,
@@ -297,8 +276,7 @@ def launch_fused(
     each, the last does."""
     assert workspace.fits_fused(x) and workspace.size in SIZES
     tensors, numbers, options = fused_arguments(x, residual, weight, eps, workspace.size, result, scales, dtype, scale)
-    grid, bringing = launch(ahead, (min(x.shape[0], workspace.slots),), x.device)
-    _all_reduce_rms_norm_kernel[grid](
+    _all_reduce_rms_norm_kernel[(min(x.shape[0], workspace.slots),)](
         *tensors,
         workspace.addresses,
         workspace.epochs,
@@ -308,5 +286,5 @@ def launch_fused(
         *numbers,
         TWO_SHOT=two_shot,
         **options,
-        **(launch_arguments(workspace, steps, x.device) | bringing),
+        **launch_arguments(workspace, steps, x.device),
     )

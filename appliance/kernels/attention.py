@@ -23,7 +23,6 @@ from torch import Tensor
 
 from appliance.kernels.deferred_scale import Product
 from appliance.kernels.fp8_linear import FP8, FP8_MAX
-from appliance.kernels.weight_prefetch import Ahead
 
 FP8_CACHE_CAPABILITY = (8, 9)  # the oldest GPUs with instructions that convert e4m3
 
@@ -113,11 +112,10 @@ class FusedDecode(Protocol):
         window: int | None,
         kv_scales: KvScales,
         norms: HeadNorms | None = None,
-        ahead: Ahead | None = None,
     ) -> Tensor:
         """`qk_rms_norm_` (norm.py) with `norms`, if there are any, and `rope_and_write` (rope_cache.py) of the fused
         product [num_tokens, (heads + 2 * kv_heads) * head_dim] of one token a sequence, which may be written over, then
-        `Attention.attend`. `ahead`: a part of a weight that is brought into L2 meanwhile."""
+        `Attention.attend`."""
         ...
 
 

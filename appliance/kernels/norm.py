@@ -23,22 +23,18 @@ from appliance.kernels.row_quantization import (
     quantized_rows,
     rounding,
 )
-from appliance.kernels.weight_prefetch import Ahead, launch, prefetch_ahead
 
 
-def rms_norm(
-    x: Product, residual: Tensor | None, weight: Tensor, eps: float, ahead: Ahead | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [n, size], rows may be strided; residual [n, size] or None; weight [size]. Returns the normalized sum in x's
     dtype and the sum itself: `residual`, overwritten, or x where there was none (of a deferred product its values,
-    overwritten with the scaled ones). A `PartialSum` is added up over the ranks first, perhaps by the same kernel.
-    `ahead`: what to bring into L2 meanwhile."""
+    overwritten with the scaled ones). A `PartialSum` is added up over the ranks first, perhaps by the same kernel."""
     if isinstance(x, PartialSum):
         if residual is not None:
-            return x.rms_norm(residual, weight, eps, ahead)
+            return x.rms_norm(residual, weight, eps)
         x = x.materialize(x.dtype)
     if x.is_cuda:
-        return rms_norm_triton(x, residual, weight, eps, ahead)
+        return rms_norm_triton(x, residual, weight, eps)
     return rms_norm_reference(x, residual, weight, eps)
 
 
@@ -49,16 +45,15 @@ def rms_norm_quantize(
     eps: float,
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
-    ahead: Ahead | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Like `rms_norm`, with the result quantized per row: ((`dtype` [n, size], float32 [n, 1]), sum). `dtype` and
     `scale` as in `row_quantization.quantize_rows`."""
     if isinstance(x, PartialSum):
         if residual is not None:
-            return x.rms_norm_quantize(residual, weight, eps, dtype, scale, ahead)
+            return x.rms_norm_quantize(residual, weight, eps, dtype, scale)
         x = x.materialize(x.dtype)
     if x.is_cuda:
-        return rms_norm_quantize_triton(x, residual, weight, eps, dtype, scale, ahead=ahead)
+        return rms_norm_quantize_triton(x, residual, weight, eps, dtype, scale)
     return rms_norm_quantize_reference(x, residual, weight, eps, dtype, scale)
 
 
@@ -153,11 +148,6 @@ def _rms_norm_kernel(
     residual_stride,
     size,
     eps,
-    ahead_ptr,
-    ahead_rows,
-    ahead_row_bytes,
-    ahead_piece,
-    ahead_behind,
     DEFERRED: tl.constexpr,
     BIASED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -167,14 +157,9 @@ def _rms_norm_kernel(
     WHOLE: tl.constexpr,
     STATIC: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one row, held in registers."""
-    if AHEAD:  # noqa: SIM102 - without it there is nothing to compare with
-        if tl.program_id(0) >= ahead_behind:
-            prefetch_ahead(ahead_ptr, ahead_rows, ahead_row_bytes, ahead_piece, ahead_behind)
-            return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -216,7 +201,6 @@ def _launch_rms_norm(
     scales: Tensor | None = None,
     dtype: torch.dtype = FP8,
     static_scale: Tensor | None = None,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """Returns the sum. With `scales` the result is rounded to `dtype`."""
     if isinstance(product, DeferredScale) and residual is None and not product.in_place:
@@ -227,8 +211,7 @@ def _launch_rms_norm(
     assert x.stride(-1) == 1 and (residual is None or residual.stride(-1) == 1)
     bias = None if deferred is None else deferred.bias
     block = triton.next_power_of_2(size)
-    grid, options = launch(ahead, (x.shape[0],), x.device)
-    _rms_norm_kernel[grid](
+    _rms_norm_kernel[(x.shape[0],)](
         x,
         None if deferred is None else deferred.row_scales,
         None if deferred is None else deferred.column_scales,
@@ -251,17 +234,15 @@ def _launch_rms_norm(
         **rounding(dtype),
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
-        **options,
+        **launch_options(x.device),
     )
     return x if residual is None else residual
 
 
-def rms_norm_triton(
-    x: Product, residual: Tensor | None, weight: Tensor, eps: float, ahead: Ahead | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_triton(x: Product, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`rms_norm` as one kernel."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return out, _launch_rms_norm(x, residual, weight, eps, out, ahead=ahead)
+    return out, _launch_rms_norm(x, residual, weight, eps, out)
 
 
 def rms_norm_quantize_triton(
@@ -272,11 +253,10 @@ def rms_norm_quantize_triton(
     dtype: torch.dtype = FP8,
     scale: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
-    ahead: Ahead | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """`rms_norm_quantize` as one kernel; `values_dtype` as in `row_quantization.quantize_rows_triton`."""
     values, scales = quantized_rows(x.shape, values_dtype or dtype, x.device)
-    return (values, scales), _launch_rms_norm(x, residual, weight, eps, values, scales, dtype, scale, ahead)
+    return (values, scales), _launch_rms_norm(x, residual, weight, eps, values, scales, dtype, scale)
 
 
 @triton.jit

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
-from appliance.kernels.weight_prefetch import Ahead
 
 T = TypeVar("T")
 
@@ -26,20 +25,11 @@ class Reducer(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks; may be written over x."""
 
-    def rms_norm(
-        self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`norm.rms_norm` of the sum over the ranks."""
 
     def rms_norm_quantize(
-        self,
-        x: Product,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        scale: Tensor | None,
-        ahead: Ahead | None = None,
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """`norm.rms_norm_quantize` of the sum over the ranks."""
 
@@ -77,25 +67,17 @@ class PartialSum(DeferredScale):
         assert self.reducer is not None
         return self.reducer.all_reduce(materialize(self.summand, self.dtype)).to(dtype)
 
-    def rms_norm(
-        self, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `norm.rms_norm` does with the sum over the ranks."""
         assert self.reducer is not None
-        return self.reducer.rms_norm(self.summand, residual, weight, eps, ahead)
+        return self.reducer.rms_norm(self.summand, residual, weight, eps)
 
     def rms_norm_quantize(
-        self,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        scale: Tensor | None,
-        ahead: Ahead | None = None,
+        self, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """As `norm.rms_norm_quantize` does with the sum over the ranks."""
         assert self.reducer is not None
-        return self.reducer.rms_norm_quantize(self.summand, residual, weight, eps, dtype, scale, ahead)
+        return self.reducer.rms_norm_quantize(self.summand, residual, weight, eps, dtype, scale)
 
 
 def dealt_rows(stream: Tensor, rank: int, size: int) -> Tensor:

@@ -19,7 +19,6 @@ constexpr int kBlocksPerSm = kThreadsPerSm / kThreads > 8 ? 8 : kThreadsPerSm / 
 constexpr int kParts = HIDDEN / 256;                  // warps that share a row
 constexpr uint32_t kMissing = 0x80008000u;            // two minus zeros: has not come
 constexpr int kLooksPerCheck = 256;                   // at what is not there, between looks at whether to give up
-constexpr int kLineBytes = 128;                       // of the cache
 constexpr float kLargest = RESULT == 1 ? 448.f : 127.f;
 constexpr float kSmallestAmax = 1e-12f;
 static_assert(HIDDEN % (256 * PIECES) == 0 && kThreads <= kThreadsPerSm, "a row is cut into whole warps");
@@ -414,19 +413,6 @@ __device__ __forceinline__ void dealt(Arguments& a, int slot, int slots) {
 
 // ---------------------------------------------------------------- kernel
 
-// Brings the first `piece` bytes of each row of the next product's weight into L2 (weight_prefetch.py): a word of each
-// line. `helpers` blocks do, this one being number `helper`.
-__device__ __forceinline__ void bring(int helper, int helpers, uint64_t ahead, int64_t rows, int64_t row_bytes, int64_t piece) {
-  const int64_t lines = piece / kLineBytes;
-  uint32_t seen = 0;
-  for (int64_t line = (int64_t)helper * kThreads + threadIdx.x; line < rows * lines; line += (int64_t)helpers * kThreads) {
-    uint32_t word;
-    asm volatile("ld.global.L2::128B.u32 %0, [%1];" : "=r"(word) : "l"(ahead + line / lines * row_bytes + line % lines * kLineBytes));
-    seen ^= word;
-  }
-  if (seen == 0x5f3759dfu) asm volatile("nanosleep.u32 1;");  // somebody wants what was loaded, or the loads are left out
-}
-
 #if PIECES > 1
 #define CLUSTER __cluster_dims__(PIECES, 1, 1)
 #else
@@ -437,15 +423,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(kThreads, kBlocksPerSm)
 sum_norm(const uint8_t* x, const float* row_scales, const float* column_scales, const uint16_t* bias, uint16_t* residual,
          const uint16_t* weight, const float* static_scale, uint8_t* out, float* scales, const uint64_t* addresses,
          uint32_t* counters, const uint32_t* stopped, int64_t rank, int64_t n, int64_t x_stride, int64_t residual_stride,
-         uint64_t results_at, uint64_t scales_at, uint64_t buffer_bytes, uint64_t eps_bits, uint64_t ahead, int64_t ahead_rows,
-         int64_t ahead_row_bytes, int64_t ahead_piece, int64_t workers) {
-  if (blockIdx.x >= workers) {
-    bring(blockIdx.x - (int)workers, gridDim.x - (int)workers, ahead, ahead_rows, ahead_row_bytes, ahead_piece);
-    return;
-  }
+         uint64_t results_at, uint64_t scales_at, uint64_t buffer_bytes, uint64_t eps_bits) {
   Arguments a{x, row_scales, column_scales, bias, residual, static_scale, out, scales, stopped, (int)rank, (int)n, x_stride,
               residual_stride, results_at, scales_at, __uint_as_float((uint32_t)eps_bits), buffer_bytes, counters};
-  const int slot = blockIdx.x / PIECES, slots = (int)workers / PIECES;
+  const int slot = blockIdx.x / PIECES, slots = gridDim.x / PIECES;
   a.column = (int)(piece_of_row() * kThreads + threadIdx.x) * 8;
   // Neither addresses nor weights change: they may be read while the kernel in front still runs.
 #pragma unroll
@@ -460,7 +441,7 @@ sum_norm(const uint8_t* x, const float* row_scales, const float* column_scales, 
   load_system((uint64_t)counters, a.epoch);
   if (MODE == kOneShot) one_shot(a, slot, slots);
   if (MODE == kDealt) dealt(a, slot, slots);
-  if (threadIdx.x == 0 && a.came_before == workers - 1) {  // all blocks have read the epoch
+  if (threadIdx.x == 0 && a.came_before == gridDim.x - 1) {  // all blocks have read the epoch
     counters[1] = 0;
     counters[0] = a.epoch + 1;
   }

@@ -52,14 +52,12 @@ from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.int4_launch import Kernel, load
 from appliance.kernels.row_quantization import FP8, quantized_rows
-from appliance.kernels.weight_prefetch import Ahead
 
 MISSING = 0x80008000 - (1 << 32)  # what has not come, as an int32
 _BUFFERS = 2
 _MESSAGE_BYTES = 16 << 20  # of the most numbers that are added up at once, and of their results
 _SCALES_BYTES = 64 << 10  # of as many rows' scales
 _MAX_BLOCKS = 8  # of a multiprocessor at once, as the kernel's registers have it
-_HELPERS = 128  # blocks that bring something into L2
 _ALIGNMENT = 16  # bytes of the widest load
 _RESULTS = {None: 0, FP8: 1, torch.int8: 2}
 MOST_ONE_SHOT = 16  # rows: beyond, sending all to all is slower everywhere (four H200s: 32 rows of 8192)
@@ -175,7 +173,6 @@ class Launch:
     way: Way
     blocks: int | None = None  # at most: the others are for what runs beside it
     pieces: int | None = None  # of a row
-    ahead: Ahead | None = None  # what to bring into L2 for the next product
 
 
 def sum_rms_norm(x: Product, residual: Tensor, weight: Tensor, eps: float, space: SumSpace, how: Launch) -> Tensor:
@@ -253,13 +250,11 @@ def _launch(
         None if scales is None else result.dtype,
         x.device.index or 0,
     )
-    dependent, ahead = launch_options(x.device)["PDL"], how.ahead
-    bringing = ahead is not None and dependent  # or somebody must wait for what is in front
     for other in _loaded:
         other.note()
     kernel.launch(
-        blocks + (_HELPERS if bringing else 0),
-        dependent,
+        blocks,
+        launch_options(x.device)["PDL"],
         (
             values.data_ptr(),
             0 if deferred is None else deferred.row_scales[rows].data_ptr(),
@@ -281,8 +276,6 @@ def _launch(
             2 * _MESSAGE_BYTES,
             _buffer_bytes(),
             struct.unpack("<I", struct.pack("<f", eps))[0],
-            *((ahead.weight.data_ptr(), len(ahead.weight), ahead.row_bytes, ahead.piece) if ahead else (0, 0, 0, 0)),
-            blocks,
         ),
     )
 

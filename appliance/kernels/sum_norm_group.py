@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,7 +31,6 @@ from appliance.kernels.sum_norm import (
     sum_rms_norm_quantize,
     takes_rows_of,
 )
-from appliance.kernels.weight_prefetch import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -134,23 +133,13 @@ class _Dealing:
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.sums.all_reduce(x)
 
-    def rms_norm(
-        self, x: Product, residual: Tensor, weight: Tensor, eps: float, ahead: Ahead | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.sums.rms_norm(replace(self.how, ahead=ahead), x, residual, weight, eps)
+    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self.sums.rms_norm(self.how, x, residual, weight, eps)
 
     def rms_norm_quantize(
-        self,
-        x: Product,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        scale: Tensor | None,
-        ahead: Ahead | None = None,
+        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        how = replace(self.how, ahead=ahead)
-        return self.sums.rms_norm_quantize(how, x, residual, weight, eps, dtype, scale)
+        return self.sums.rms_norm_quantize(self.how, x, residual, weight, eps, dtype, scale)
 
     def begin(self, x: Product, take: Callable[[Product], Any], *, soon: bool) -> Callable[[], Any] | None:
         return self.sums.begin(x, take, soon=soon)

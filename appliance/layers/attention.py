@@ -104,7 +104,6 @@ class Attention(nn.Module):
             self.window,
             self.kv_scales,
             norms,
-            self.o.ahead(ctx.metadata.num_tokens),
         ).flatten(1)
 
     def _heads(self, x: Activation) -> Product:

@@ -51,10 +51,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = ResidualRMSNorm(size, eps, self.mlp.gate_up.scheme, dtype)
 
     def forward(self, x: Product, residual: Tensor | None, ctx: ForwardContext) -> tuple[Product, Tensor]:
-        qkv, gate_up = self.attention.qkv, self.mlp.gate_up
-        normed, residual = self.input_norm(x, residual, qkv.prepared, qkv.ahead(x.shape[0]))
+        normed, residual = self.input_norm(x, residual, self.attention.qkv.prepared)
         x = self.attention(normed, ctx)
-        normed, residual = self.post_attention_norm(x, residual, gate_up.prepared, gate_up.ahead(x.shape[0]))
+        normed, residual = self.post_attention_norm(x, residual, self.mlp.gate_up.prepared)
         return self.mlp(normed), residual
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from appliance.distributed import TensorParallel
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
 from appliance.kernels.partial_sum import PartialSum
-from appliance.kernels.weight_prefetch import Ahead, chosen
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 _ORDER = "order"  # suffix of the stored tensor
@@ -76,12 +75,6 @@ class Linear(nn.Module):
     def prepared(self) -> dict[str, Tensor]:
         """What the scheme multiplies with, after `prepare`."""
         return self._prepared
-
-    def ahead(self, rows: int) -> Ahead | None:
-        """What of the weight to bring into L2 while the operations in front of this layer, with inputs of `rows`
-        tokens, leave memory idle: as it was timed, so nothing where it was not."""
-        weight = self._scheme.weight_read(self._prepared)
-        return None if weight is None else chosen(weight, self.out_features, self.in_features, rows)
 
     def forward(self, x: Activation) -> Product:
         return self._product(x, self.bias)

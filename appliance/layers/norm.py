@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from appliance.kernels import norm
 from appliance.kernels.deferred_scale import Product
-from appliance.kernels.weight_prefetch import Ahead
 from appliance.layers.linear import parameter
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
@@ -28,17 +27,12 @@ class ResidualRMSNorm(nn.Module):
         self._scheme = scheme
 
     def forward(
-        self,
-        x: Product,
-        residual: Tensor | None,
-        behind: Mapping[str, Tensor] | None = None,
-        ahead: Ahead | None = None,
+        self, x: Product, residual: Tensor | None, behind: Mapping[str, Tensor] | None = None
     ) -> tuple[Activation, Tensor]:
         """x [n, size], its scales applied if that is still to be done, is added to the residual stream (None: it starts
         with x). Returns what the next linear layer takes, and the stream; the residual passed in is overwritten.
-        `behind`: prepared tensors of that layer, among which may be the scale of its input. `ahead`: what of them to
-        bring into L2 meanwhile (`Linear.ahead`)."""
-        return self._scheme.rms_norm(x, residual, self.weight, self._eps, behind, ahead)
+        `behind`: prepared tensors of that layer, among which may be the scale of its input."""
+        return self._scheme.rms_norm(x, residual, self.weight, self._eps, behind)
 
 
 class FinalRMSNorm(nn.Module):

@@ -23,7 +23,6 @@ from appliance.kernels.invariant_linear import invariant_linear
 from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
-from appliance.kernels.weight_prefetch import Ahead
 from appliance.quantization.scheme import Activation, PrecisionScheme
 from appliance.quantization.weights import Fp8Weight, QuantizedWeight, round_to_nearest_fp8
 
@@ -134,9 +133,8 @@ class Scheme(PrecisionScheme):
         weight: Tensor,
         eps: float,
         behind: Mapping[str, Tensor] | None = None,
-        ahead: Ahead | None = None,
     ) -> tuple[Activation, Tensor]:
-        return rms_norm_quantize(x, residual, weight, eps, scale=(behind or {}).get("input_scale"), ahead=ahead)
+        return rms_norm_quantize(x, residual, weight, eps, scale=(behind or {}).get("input_scale"))
 
     def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
         return silu_mul_quantize(gate_up, scale=(behind or {}).get("input_scale"))

@@ -32,7 +32,6 @@ from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.row_quantization import quantize_rows
 from appliance.kernels.skinny_linear import MAX_ROWS, Config, likely, multiprocessors, shared_memory, skinny_linear
 from appliance.kernels.tactics import TABLE, Tactic, Tactics
-from appliance.kernels.weight_prefetch import Ahead
 from appliance.quantization.calibration import smoothquant
 from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
 from appliance.quantization.calibration.statistics import BlockStatistics
@@ -134,9 +133,8 @@ class Scheme(PrecisionScheme):
         weight: Tensor,
         eps: float,
         behind: Mapping[str, Tensor] | None = None,
-        ahead: Ahead | None = None,
     ) -> tuple[Activation, Tensor]:
-        return rms_norm_quantize(x, residual, weight, eps, torch.int8, ahead=ahead)
+        return rms_norm_quantize(x, residual, weight, eps, torch.int8)
 
     def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
         return silu_mul_quantize(gate_up, torch.int8)

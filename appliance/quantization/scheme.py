@@ -32,7 +32,6 @@ from appliance.errors import EngineBuildError, EngineDamagedError
 from appliance.kernels import activation, norm
 from appliance.kernels.deferred_scale import Product
 from appliance.kernels.tactics import Tactics
-from appliance.kernels.weight_prefetch import Ahead
 from appliance.quantization.calibration.block import BlockWeights, QuantizedBlock
 from appliance.quantization.calibration.statistics import BlockStatistics
 from appliance.quantization.weights import QuantizedWeight
@@ -138,11 +137,6 @@ class PrecisionScheme(ABC):
         gives a `DeferredScale` serves `apply` too, which applies the scales then."""
         return {}
 
-    def weight_read(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Of a layer's prepared tensors the one that its product reads from memory, [out, …]; None where several share
-        that or it is read in no order of rows."""
-        return tensors.get("weight")
-
     def tactic_input(self, x: Tensor) -> Activation:
         """x [n, in], in the model's dtype, as the tactics take it: quantized, where the products take that."""
         return x
@@ -154,11 +148,10 @@ class PrecisionScheme(ABC):
         weight: Tensor,
         eps: float,
         behind: Mapping[str, Tensor] | None = None,
-        ahead: Ahead | None = None,
     ) -> tuple[Activation, Tensor]:
         """The input of the next linear layer and the new residual stream; see `kernels.norm.rms_norm`. `behind`:
-        prepared tensors of that layer. `ahead`: what of them to bring into L2 meanwhile."""
-        return norm.rms_norm(x, residual, weight, eps, ahead)
+        prepared tensors of that layer."""
+        return norm.rms_norm(x, residual, weight, eps)
 
     def silu_mul(self, gate_up: Product, behind: Mapping[str, Tensor] | None = None) -> Activation:
         """silu(gate) * up of [n, 2 * size]: the input of the next linear layer; see `kernels.activation.silu_mul`.

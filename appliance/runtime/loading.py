@@ -136,7 +136,7 @@ class LoadedModel:
     config: ModelConfig
     engine_key: str
     member: Member = field(default_factory=Alone)  # this rank among the others
-    # How ranks add up and what else depends on more than a product, if it was timed at this load.
+    # How ranks add up and which decode steps our own attention serves, if that was timed at this load.
     reductions: tuple[TimedTactic, ...] = ()
     weight_bytes: int = field(init=False)  # on the device
 

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from appliance.batching.step import NewSequence, ScheduledSequence, StepPlan
 from appliance.distributed import PipelineStage
-from appliance.engines.manifest import TimedTactic
-from appliance.kernels.attention import Attention, fused_decode
+from appliance.kernels.attention import Attention
 from appliance.kernels.deferred_scale import Product, first_rows
 from appliance.layers.attention import ForwardContext
 from appliance.layers.decoder import Decoder
-from appliance.runtime import ahead_choice
 from appliance.runtime.cuda_graphs import DecodeGraphs, decode_buckets
 from appliance.runtime.input_batch import InputBatch, StepInputs
 from appliance.runtime.persistent_choice import choose
@@ -179,31 +177,6 @@ class ModelRunner:
             self._step_microseconds(self._logits_by_layers, inputs),
         )
 
-    @torch.inference_mode()
-    def choose_ahead(self) -> tuple[TimedTactic, ...]:
-        """Find out how much of products' weights decode steps should bring into L2 ahead, unless `TABLE` knows; it does
-        afterwards. By all ranks, with the same outcome. Before `capture_graphs`."""
-        if not isinstance(self._model, Decoder) or not self._cuda:
-            return ()
-        model, layers = self._model, ahead_choice.layers_timed(self._model)
-        if not ahead_choice.pays_to_time(layers[0], self._kv_caches[0].device):
-            return ()
-
-        def microseconds(rows: int) -> float:
-            inputs = self._dummy_decode(rows)
-            self._batch.gather_page_table(inputs)
-            ctx = self._context(inputs, self._attention)
-            stream = torch.randn(rows, model.config.hidden_size, device=inputs.positions.device).to(model.dtype)
-            ahead_choice.run(layers, stream, ctx)  # compiles and allocates what it needs
-            return ahead_choice.slowest(model.tp, time_in_graph([lambda: ahead_choice.run(layers, stream, ctx)], 2))
-
-        def attention_brings(rows: int) -> bool:
-            self._dummy_decode(rows)  # plans
-            return fused_decode(self._attention) is not None
-
-        rows = ahead_choice.rows_to_time(self._limits.max_num_seqs)
-        return ahead_choice.choose(layers[0], rows, microseconds, attention_brings)
-
     def _step_microseconds(self, step: Callable[[StepInputs], Product], inputs: StepInputs) -> float:
         step(inputs)  # compiles and allocates what it needs
         return time_in_graph([lambda: step(inputs)], launches=3)
@@ -285,19 +258,16 @@ class ModelRunner:
         return self._pieces.run(inputs.padded_tokens, inputs, self._attention)
 
     def _forward(self, inputs: StepInputs, attention: Attention) -> Tensor:
-        ctx = self._context(inputs, attention)
-        if not self._stage.is_first:
-            return self._model(None, ctx, self._received[: inputs.padded_tokens])
-        token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
-        return self._model(token_ids, ctx)
-
-    def _context(self, inputs: StepInputs, attention: Attention) -> ForwardContext:
-        return ForwardContext(
+        ctx = ForwardContext(
             positions=inputs.positions,
             kv_caches=self._kv_caches,
             metadata=inputs.metadata,
             attention=attention,
         )
+        if not self._stage.is_first:
+            return self._model(None, ctx, self._received[: inputs.padded_tokens])
+        token_ids = self._batch.token_table[inputs.token_slots, inputs.positions].long()
+        return self._model(token_ids, ctx)
 
     def _dummy_decode(self, size: int) -> StepInputs:
         """Inputs of `size` decodes of the padding slot: they read the first entry of page 0, whosever it is, and write

@@ -6,8 +6,7 @@ of warps, and what it replaces, `rope_and_write` and FlashInfer's (or XQA's) att
 rows: sequences x tokens in the cache; "256x~1040": of lengths from 10 to twice that. Each call has a cache of its own
 among as many as exceed the L2 cache several times; calls alternate with a kernel that writes the fused product anew, in
 one CUDA graph, and what that graph takes without attention is subtracted. The own kernel's output is compared with the
-other's. `--ahead`: MiB of a weight that
-the kernel also brings into L2. The last line is JSON.
+other's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from appliance.kernels.decode_attention.plan import Cutting, make_plan
 from appliance.kernels.flashinfer import FlashInferAttention
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.rope_cache import rope_and_write
-from appliance.kernels.weight_prefetch import Ahead, beginning
 
 PAGE, DIM = 16, 128
 SCALES = KvScales()
@@ -95,7 +93,7 @@ def now(step: Step, heads: int, kv_heads: int, kv_dtype: torch.dtype) -> Call:
     return call
 
 
-def own(step: Step, kernel: DecodeAttentionKernel, smallest: int, ahead: Ahead | None) -> tuple[Call, int]:
+def own(step: Step, kernel: DecodeAttentionKernel, smallest: int) -> tuple[Call, int]:
     shape, rows = kernel.shape, step.meta.num_seqs
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     cutting = Cutting(sms * shape.blocks_per_sm, shape.kv_heads, smallest or 32 * shape.warps)
@@ -110,9 +108,7 @@ def own(step: Step, kernel: DecodeAttentionKernel, smallest: int, ahead: Ahead |
 
     def call(qkv: Tensor, cache: Tensor, out: Tensor) -> Tensor:
         table, slots = step.meta.page_table, step.meta.slot_mapping
-        kernel.launch(
-            DecodeInputs(qkv, step.cos_sin, cache, table, slots, out, DIM**-0.5, SCALES, None, ahead), buffers, items
-        )
+        kernel.launch(DecodeInputs(qkv, step.cos_sin, cache, table, slots, out, DIM**-0.5, SCALES), buffers, items)
         return out
 
     return call, int((plan[:, 0] >= 0).sum())
@@ -157,14 +153,12 @@ def measure(
     qkv, out = torch.empty_like(source), torch.empty(rows, heads, DIM, device="cuda", dtype=torch.bfloat16)
     between = graphed([lambda: qkv.copy_(source)] * len(loops))
     floor = 2 * int(step.lens.sum()) * kv_heads * DIM * kv_dtype.itemsize / (args.bandwidth * 1e6)
-    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda")
-    ahead = beginning(weight, args.ahead << 20) if args.ahead else None
     calls: dict[str, Call] = {"flashinfer": now(step, heads, kv_heads, kv_dtype)}
     items = {}
     for kernel in kernels:
         for smallest in args.smallest:
             name = f"own {kernel.shape.warps} warps" + (f" from {smallest}" if smallest else "")
-            calls[name], items[name] = own(step, kernel, smallest, ahead)
+            calls[name], items[name] = own(step, kernel, smallest)
     found: list[dict[str, object]] = []
     wanted: Tensor | None = None
     for name, call in calls.items():
@@ -198,7 +192,6 @@ def main() -> None:
     parser.add_argument("--kv", default="bf16")
     parser.add_argument("--warps", default="4,8,16")
     parser.add_argument("--smallest", default="0", help="tokens below which no sequence is cut; 0: 32 a warp")
-    parser.add_argument("--ahead", type=int, default=0, help="MiB")
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s that a copy reaches")
     args = parser.parse_args()
     args.smallest = [int(number) for number in args.smallest.split(",")]

@@ -8,8 +8,7 @@
 //
 // Behind the kernel in front (griddepcontrol.wait) is only what may come from it: the product's heads. Older tokens' K and V, the
 // plan, the page table and the angles are older than it, and are read before. Rows of padding have an item without tokens, which
-// writes zeros; items beyond the plan's have row -1. The beginning of each row of a weight, of the product that follows, can be brought
-// into L2 meanwhile.
+// writes zeros; items beyond the plan's have row -1.
 //
 // Compiled with NVRTC for sm_80 and newer, behind persistent/primitives.cuh and the other files here.
 
@@ -33,8 +32,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     decode_attention(const void* qkv, const float* row_scales, const float* column_scales, const uint16_t* bias, const float* cos_sin,
                      uint8_t* cache, const int* page_table, const int64_t* slots, const int* plan, uint16_t* out, float* partial,
                      float* statistics, int* arrived, int64_t rows, int64_t qkv_stride, int64_t max_pages, int64_t score_factor, int64_t out_factor,
-                     int64_t inverse_k_scale, int64_t inverse_v_scale, const uint16_t* q_norm, const uint16_t* k_norm, int64_t eps,
-                     int64_t blocks, const uint8_t* ahead, int64_t ahead_rows, int64_t ahead_row_bytes, int64_t ahead_piece) {
+                     int64_t inverse_k_scale, int64_t inverse_v_scale, const uint16_t* q_norm, const uint16_t* k_norm, int64_t eps) {
   Scratch& s = *(Scratch*)dynamic_shared;
   const int item = (int)blockIdx.x / KV_HEADS, kv_head = (int)blockIdx.x % KV_HEADS, warp = threadIdx.x / 32;
   // Most often an item is the row of its number from its first token on: its pages are asked for together with the plan.
@@ -59,9 +57,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   Rotation rotation;
   rotation.load(token);
   const int64_t slot = span.newest >= 0 ? slots[work.row] : -1;
-  // Rows of a weight are dealt out so that neighbours in memory are different blocks'.
-  for (int64_t r = (int64_t)threadIdx.x * blocks + blockIdx.x; r < ahead_rows; r += blocks * kThreads)
-    fetch_into_l2(ahead + r * ahead_row_bytes, (uint32_t)ahead_piece);
   wait_for_kernel_in_front();
   let_next_kernel_start();
   if (work.row < 0) return;

@@ -25,7 +25,6 @@ from appliance.kernels.decode_attention.kernel import (
 from appliance.kernels.decode_attention.plan import FIELDS, Cutting, make_plan
 from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.kernels.tactics import TABLE
-from appliance.kernels.weight_prefetch import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,6 @@ class DecodeAttention:
         window: int | None,
         kv_scales: KvScales,
         norms: HeadNorms | None = None,
-        ahead: Ahead | None = None,
     ) -> Tensor:
         """`FusedDecode.attend` of the step that was planned: each sequence's new token is the last of its planned
         length. Zeros for rows of padding."""
@@ -148,7 +146,7 @@ class DecodeAttention:
             (rows, self._shape.heads, self._shape.head_dim), dtype=self._shape.dtype, device=values.device
         )
         slots = metadata.slot_mapping
-        inputs = DecodeInputs(qkv, cos_sin, kv_cache, metadata.page_table, slots, out, scale, kv_scales, norms, ahead)
+        inputs = DecodeInputs(qkv, cos_sin, kv_cache, metadata.page_table, slots, out, scale, kv_scales, norms)
         items = self._cutting(warps).capacity(rows)
         self.kernel(warps, form).launch(inputs, self._buffers[window], items)
         return out

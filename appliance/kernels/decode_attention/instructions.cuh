@@ -33,10 +33,3 @@ __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-// `bytes`: a multiple of 16, as is the address.
-__device__ __forceinline__ void fetch_into_l2(const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  bulk_prefetch_l2(from, bytes);
-#endif
-}

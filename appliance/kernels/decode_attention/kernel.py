@@ -23,7 +23,6 @@ from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8
-from appliance.kernels.weight_prefetch import Ahead
 
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 16  # query heads that share a K/V head
@@ -135,17 +134,12 @@ class DecodeInputs:
     scale: float
     kv_scales: KvScales
     norms: HeadNorms | None = None
-    ahead: Ahead | None = None  # of the product that follows: what to bring into L2 meanwhile
 
 
-def arguments(inputs: DecodeInputs, buffers: Buffers, blocks: int) -> tuple[int, ...]:
+def arguments(inputs: DecodeInputs, buffers: Buffers) -> tuple[int, ...]:
     """Of `decode_attention`, in order: pointers and numbers of eight bytes, floats as their bits."""
     deferred = inputs.qkv if isinstance(inputs.qkv, DeferredScale) else None
     values = inputs.qkv.values if isinstance(inputs.qkv, DeferredScale) else inputs.qkv
-    ahead = (0, 0, 0, 0)
-    if inputs.ahead is not None:
-        weight = inputs.ahead.weight
-        ahead = (weight.data_ptr(), weight.shape[0], inputs.ahead.row_bytes, inputs.ahead.piece)
     return (
         values.data_ptr(),
         0 if deferred is None else deferred.row_scales.data_ptr(),
@@ -170,8 +164,6 @@ def arguments(inputs: DecodeInputs, buffers: Buffers, blocks: int) -> tuple[int,
         0 if inputs.norms is None else inputs.norms.q_weight.data_ptr(),
         0 if inputs.norms is None else inputs.norms.k_weight.data_ptr(),
         0 if inputs.norms is None else _bits(inputs.norms.eps),
-        blocks,
-        *ahead,
     )
 
 
@@ -227,7 +219,7 @@ class DecodeAttentionKernel:
                 shmem_size=self.shape.shared_bytes,
                 programmatic_stream_serialization=dependent,
             )
-        cuda_core().launch(current_stream(), config, self._kernel, *arguments(inputs, buffers, blocks))
+        cuda_core().launch(current_stream(), config, self._kernel, *arguments(inputs, buffers))
 
 
 def _name(shape: DecodeAttentionShape) -> str:
