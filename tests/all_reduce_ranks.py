@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, distributed
 
@@ -13,7 +11,6 @@ from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.exchange import all_to_all_reference
-from appliance.kernels.norm import rms_norm_quantize
 from appliance.kernels.partial_sum import whole_stream
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sampling import score_blocks
@@ -50,7 +47,6 @@ def run(rank: int, size: int, address: str) -> None:
         if clusters:
             eager(own, rank, size, device)
             in_rounds(own, rank, size, device)
-            beside(own, rank, size, device)
         in_graphs(own, rank, size, device)
         with_scales(own, rank, size, device)
         exchanged(own, rank, size, device)
@@ -90,8 +86,11 @@ def eager(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
 
 def same_numbers(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     (values, scales), (want_values, want_scales) = found, want
+    """But for those that are rounded to the number beside, where sums of squares were added up in another order."""
     torch.testing.assert_close(scales, want_scales, rtol=1e-4, atol=0)
-    torch.testing.assert_close(values.float() * scales, want_values.float() * want_scales, rtol=0.14, atol=0.05)
+    apart = (values.float() - want_values.float()).abs()
+    beside = 1.01 if values.dtype == torch.int8 else 0.14 * want_values.float().abs() + 2**-9
+    assert bool((apart <= beside).all()) and float((apart > 0).float().mean()) < 1e-3
 
 
 def in_rounds(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
@@ -109,37 +108,6 @@ def in_rounds(own: AllReduce, rank: int, size: int, device: torch.device) -> Non
     assert torch.equal(whole_stream(stream), want_stream)
 
 
-def beside(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
-    """Sums begun one after the other beside products that fill the GPU, as halves of a prompt do: with many blocks and
-    with few, ranks slow in turns, memory that is given back as soon as it may be."""
-    rows, turns = 2500, 12
-    weight, left = partials(1, 1, 4096, device, 77)[0][0], torch.randn(4096, 4096, device=device).bfloat16()
-    every = [partials(size, 1, 4096, device, turn) for turn in range(turns)]
-    stream, want_stream = torch.zeros(rows, 4096, dtype=torch.bfloat16, device=device), None
-    waiting, got = None, []
-    for turn, xs in enumerate(every):
-        if turn % size == rank:
-            torch.cuda._sleep(2_000_000)
-        x = xs[rank].expand(rows, -1).contiguous()
-        if waiting is not None:
-            found, stream = waiting()
-            got.append(found)
-        take = partial(rms_norm_quantize, residual=stream, weight=weight, eps=1e-5)
-        waiting = own.begin(x, take, soon=bool(turn % 2))
-        del x
-        for _ in range(3):
-            left = (left @ left).clamp(-1, 1)
-    assert waiting is not None
-    found, stream = waiting()
-    got.append(found)
-    want_stream = torch.zeros(rows, 4096, dtype=torch.bfloat16, device=device)
-    for xs, found in zip(every, got, strict=True):
-        wide = [x.expand(rows, -1) for x in xs]
-        want, want_stream = all_reduce_rms_norm_reference(wide, want_stream, weight, 1e-5, FP8)
-        same_numbers(found, want)
-    assert torch.equal(whole_stream(stream), want_stream)
-
-
 def with_scales(own: AllReduce, rank: int, size: int, device: torch.device) -> None:
     """Products whose scales are still to be applied, with a bias and a scale given beforehand."""
     rows, columns = 37, 4096
@@ -153,9 +121,8 @@ def with_scales(own: AllReduce, rank: int, size: int, device: torch.device) -> N
         want, want_stream = all_reduce_rms_norm_reference(
             products, residual.clone(), weight[0], 1e-5, torch.int8, static
         )
-        for way in own.norm_ways(products[rank]):
-            copied = DeferredScale(xs[rank].clone(), *scales, bias[0], torch.bfloat16)
-            given = (copied, residual.clone(), weight[0], 1e-5, torch.int8, static)
+        for way in own.norm_ways(products[rank])[1:]:  # in one kernel
+            given = (products[rank], residual.clone(), weight[0], 1e-5, torch.int8, static)
             with own.by(way):
                 (values, got_scales), stream = own.rms_norm_quantize(*given)
             assert torch.equal(stream, want_stream) and torch.equal(got_scales, want[1]), f"{dtype}, {way}"

@@ -69,7 +69,7 @@ def test_every_rank_makes_all_norms_even_if_its_are_wrong(spoiled: int, monkeypa
     kernels = Kernels(monkeypatch, spoiled)
     nothing = torch.zeros(2, dtype=torch.int32)
     space = SumSpace(1, SIZE, nothing.long(), nothing, nothing[:1], 132)
-    reason = sum_norm_group.check(SumNorms(space, lambda x: x, lambda x: x), CPU, 512)
+    reason = sum_norm_group.check(SumNorms(space, lambda x: x), CPU, 512)
     assert kernels.calls == [Way.ONE_SHOT, Way.DEALT] * 3 + [Way.DEALT] * 6
     assert (reason is None) == (spoiled == 100)
     assert reason is None or "kernel gives wrong sums on rank 1" in reason

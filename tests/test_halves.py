@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +15,9 @@ from test_tensor_parallel import ARCHITECTURES
 from thread_ranks import Meeting
 
 from appliance.distributed import TensorParallel
-from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.tactics import TABLE
 from appliance.layers import halves
 from appliance.layers.linear import RowParallelLinear
-from appliance.quantization.scheme import Activation
 from appliance.quantization.unquantized import Scheme
 
 # Scheme, parameters, tolerance, as in test_tensor_parallel.py: 8-bit activations are rounded by a scale of the inputs
@@ -59,6 +57,9 @@ def test_what_goes_in_halves() -> None:
     several, rows = TensorParallel(0, 2), torch.zeros(halves.MIN_TOKENS + 1, 8193, dtype=torch.bfloat16)
     assert halves.pays(rows, several) and not halves.pays(rows, TensorParallel())
     assert not halves.pays(rows[1:], several) and not halves.pays(rows[:, :4096], several)
+    for fuses in (False, True):
+        collectives: Any = SimpleNamespace(own=SimpleNamespace(fuses=lambda x, fuses=fuses: fuses))
+        assert halves.pays(rows, TensorParallel(0, 2, collectives)) is not fuses, "the norm comes with the sum"
     TABLE.batch_invariant = True
     try:
         assert not halves.pays(rows, several), "the library's sums depend on how many rows there are"
@@ -73,7 +74,7 @@ def test_a_sum_in_the_background_counts_the_bias_once() -> None:
         layer = RowParallelLinear(8, 5, bias=True, scheme=Scheme(), dtype=torch.float32, tp=tp, defer=True)
         layer.load_state_dict({"weight": weight[:, 8 * tp.rank :][:, :8], "bias": bias})
         layer.prepare()
-        return layer.begin(x, lambda product: materialize(product, torch.float32), soon=True)()
+        return layer.begin(x)()
 
     for found in Meeting(2).run(act):
         torch.testing.assert_close(found, torch.cat([x, x], 1) @ weight.T + bias)
@@ -81,25 +82,4 @@ def test_a_sum_in_the_background_counts_the_bias_once() -> None:
     layer = RowParallelLinear(8, 5, bias=True, scheme=Scheme(), dtype=torch.float32, tp=replace(single), defer=True)
     layer.load_state_dict({"weight": weight[:, :8], "bias": bias})
     layer.prepare()
-    torch.testing.assert_close(
-        layer.begin(x, lambda product: materialize(product, torch.float32), soon=True)(), x @ weight[:, :8].T + bias
-    )
-
-
-def test_two_of_four_sums_are_wanted_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that have one product of the other half to hide behind: the first half's behind attention, the second's
-    behind the MLP."""
-    make_checkpoint(tmp_path / "m", ARCHITECTURES["llama"])
-    asked: list[bool] = []
-    begin = RowParallelLinear.begin
-
-    def noted(layer: RowParallelLinear, x: Activation, take: Callable[[Product], Any], *, soon: bool) -> Any:
-        asked.extend([soon] if layer._tp.rank == 0 else [])
-        return begin(layer, x, take, soon=soon)
-
-    monkeypatch.setattr(RowParallelLinear, "begin", noted)
-    monkeypatch.setattr(halves, "MIN_TOKENS", 4)
-    monkeypatch.setattr(halves, "MIN_BYTES", 0)
-    job = Job(tmp_path / "m", 2, "none", {})
-    Meeting(2).run(lambda tp: run_job(job, tp))
-    assert asked == [True, False, False, True] * ARCHITECTURES["llama"].num_hidden_layers
+    torch.testing.assert_close(layer.begin(x)(), x @ weight[:, :8].T + bias)

@@ -11,7 +11,7 @@ import gc
 import logging
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import torch
@@ -23,7 +23,9 @@ from appliance.kernels import all_reduce_group
 from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, ReferenceAttention
 from appliance.kernels.compiled import KERNELS, triton_key
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.sum_norm_group import Norms
 from appliance.kernels.tactics import TABLE
+from appliance.layers.decoder import Decoder, DecoderLayer
 from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor, make_executor
 from appliance.runtime.kv_scales import set_kv_scales
@@ -150,9 +152,20 @@ def _connect(loaded: LoadedModel, device: torch.device) -> None:
     if own is None:
         return
     group.own = own
+    norms = _norms(model)
+    own.connect_norms(norms)
     if not own.known(config.hidden_size, model.dtype):
-        choices = own.tune(config.hidden_size, model.dtype, time_in_graph)
+        choices = own.tune(norms.hidden, norms.dtype, time_in_graph, norms.quantized)
         loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
+
+
+def _norms(model: Decoder) -> Norms:
+    """Those behind sums, by what products take; layers that are not quantized are few beside others that are."""
+    row = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    layers = [cast(DecoderLayer, model.layers[index]) for index in model.own_layers]
+    given = [scheme.tactic_input(row) for scheme in {layer.mlp.gate_up.scheme for layer in layers}]
+    quantized = next((x[0].dtype for x in given if not isinstance(x, torch.Tensor)), None)
+    return Norms(model.config.hidden_size, model.dtype, quantized)
 
 
 def _tune_attention(loaded: LoadedModel, options: EngineOptions, device: torch.device) -> None:

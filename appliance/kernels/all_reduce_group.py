@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,13 +29,11 @@ from appliance.kernels.peer_access import no_access
 from appliance.kernels.peer_memory import agree, share
 from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
-from appliance.kernels.sum_norm import MOST_ONE_SHOT, Launch
+from appliance.kernels.sum_norm import MOST_ONE_SHOT, Launch, Way
 from appliance.kernels.sum_norm_group import CLUSTER_DEALT, CLUSTER_ONE_SHOT, WAYS, Norms, SumNorms
 from appliance.kernels.tactics import TABLE
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 ONE_SHOT, TWO_SHOT = "one-shot", "two-shot"
 LIBRARY = "library"  # as a tactic of all-reduces
@@ -127,9 +125,9 @@ class AllReduce:
             return norm.rms_norm_quantize(total, residual, weight, eps, dtype, scale)
         return all_reduce_rms_norm_quantize(x, residual, weight, eps, space, dtype, scale, two_shot=way == TWO_SHOT)
 
-    def begin(self, x: Product, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T] | None:
-        """`SumNorms.begin`, where there is one."""
-        return None if self._sums is None or TABLE.batch_invariant else self._sums.begin(x, take, soon=soon)
+    def fuses(self, x: Product) -> bool:
+        """As of `partial_sum.Reducer`."""
+        return self._sums is not None and not TABLE.batch_invariant and self._sums.space.fits(x, Way.DEALT)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
         """Two-shot, as many rows at a time as fit."""
@@ -181,7 +179,7 @@ class AllReduce:
     def connect_norms(self, norms: Norms) -> None:
         """Let norms be made by the kernels of `sum_norm.py`, where they can be. Called by all ranks."""
         group, device = self._group, self.device
-        self.use_sums(sum_norm_group.connect(group, self.rank, self.size, device, norms, self.gather, self.all_reduce))
+        self.use_sums(sum_norm_group.connect(group, self.rank, self.size, device, norms, self.gather))
 
     def use_sums(self, sums: SumNorms | None) -> None:
         """For norms, instead of the kernels that read their peers' memory."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from appliance.kernels.deferred_scale import DeferredScale, Product, materialize
-
-T = TypeVar("T")
 
 
 class Reducer(Protocol):
@@ -33,10 +31,8 @@ class Reducer(Protocol):
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """`norm.rms_norm_quantize` of the sum over the ranks."""
 
-    def begin(self, x: Product, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T] | None:
-        """What `take` gives for the sum over the ranks of x, which must not be used any more, made beside what is
-        enqueued next: call what is returned, once, to wait for it. `soon`: little else is done until then. None: this
-        is for the library's all-reduce."""
+    def fuses(self, x: Product) -> bool:
+        """Whether the norm behind the sum of x comes in one kernel with it, however many rows there are."""
 
 
 @dataclass(frozen=True, slots=True)

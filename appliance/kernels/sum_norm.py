@@ -151,15 +151,11 @@ def grid(
     way: Way,
     multiprocessors: int,
     pieces: int | None = None,
-    blocks: int | None = None,
 ) -> tuple[int, int]:
-    """(blocks, pieces): as many blocks as run at once at most, and no more than `blocks` (but a cluster), if that is
-    said. `pieces` None: `pieces_of`."""
+    """(blocks, pieces): as many blocks as run at once at most. `pieces` None: `pieces_of`."""
     pieces = pieces or pieces_of(rows, hidden, ranks)
     units = rows if way is Way.ONE_SHOT else -(-rows // ranks)
     at_once = multiprocessors * min(_MAX_BLOCKS, _threads(ranks) * 8 * pieces // hidden)
-    if blocks is not None:
-        at_once = max(min(at_once, blocks), pieces)
     return min(units, at_once // pieces) * pieces, pieces
 
 
@@ -168,11 +164,10 @@ def grid(
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a sum is launched. None: as many as serve it best."""
+    """How a sum is launched."""
 
     way: Way
-    blocks: int | None = None  # at most: the others are for what runs beside it
-    pieces: int | None = None  # of a row
+    pieces: int | None = None  # of a row; None: `pieces_of`
 
 
 def sum_rms_norm(x: Product, residual: Tensor, weight: Tensor, eps: float, space: SumSpace, how: Launch) -> Tensor:
@@ -240,7 +235,7 @@ def _launch(
     deferred = x if isinstance(x, DeferredScale) else None
     values = (x.values if isinstance(x, DeferredScale) else x)[rows]
     n, hidden = values.shape
-    blocks, pieces = grid(n, hidden, space.size, how.way, space.multiprocessors, how.pieces, how.blocks)
+    blocks, pieces = grid(n, hidden, space.size, how.way, space.multiprocessors, how.pieces)
     kernel = kernel_for(
         how.way,
         space.size,

@@ -1,5 +1,5 @@
-"""The ways of `sum_norm.py` as tactics of a group's norms, in a step or beside other work of a long prompt: their
-memory, what is tried of them before they are relied on, and which of them take what.
+"""The ways of `sum_norm.py` as tactics of a group's norms: their memory, what is tried of them before they are relied
+on, and which of them take what.
 
 Knows `sum_norm.py` and its reference; which way serves how many rows is `all_reduce_group.py`'s choice.
 """
@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.deferred_scale import Product
-from appliance.kernels.partial_sum import DealtStream, PartialSum, dealt_rows, whole_stream
+from appliance.kernels.partial_sum import DealtStream, dealt_rows, whole_stream
 from appliance.kernels.peer_memory import Agreement, agree, share
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.sum_norm import (
@@ -34,14 +33,9 @@ from appliance.kernels.sum_norm import (
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 CLUSTER_ONE_SHOT, CLUSTER_DEALT = "cluster one-shot", "cluster dealt"
 WAYS = {CLUSTER_ONE_SHOT: Way.ONE_SHOT, CLUSTER_DEALT: Way.DEALT}  # by tactic
 CAPABILITY = (9, 0)  # clusters, and the instructions that the kernel is made of
-# Of a sum beside long products: pushing takes few multiprocessors to fill the links, and products miss the others.
-BACKGROUND_BLOCKS = 48
-_PRIORITY = -1  # of its stream: its blocks go first where products' blocks end
 _CHECK_ROWS = (3, 70, 150)  # of each number of pieces
 _CHECK_EPS = 1e-5
 
@@ -49,16 +43,10 @@ _CHECK_EPS = 1e-5
 class SumNorms:
     """Sum over ranks, residual add and norm by one kernel, all ways. All ranks call the same in the same order."""
 
-    def __init__(
-        self, space: SumSpace, gather: Callable[[Tensor], Tensor], all_reduce: Callable[[Tensor], Tensor]
-    ) -> None:
-        """`gather`: x [m, hidden] of every rank: [size, m, hidden]. `all_reduce`: for who wants a sum alone."""
+    def __init__(self, space: SumSpace, gather: Callable[[Tensor], Tensor]) -> None:
+        """`gather`: x [m, hidden] of every rank: [size, m, hidden]."""
         self.space = space
         self._gather = gather
-        self.all_reduce = all_reduce
-        self._beside: torch.cuda.Stream | None = None
-
-    # -------------------------------------------------- in a step
 
     def tactics(self, x: Product) -> list[str]:
         """Those that take x and may serve it best."""
@@ -93,57 +81,6 @@ class SumNorms:
             return residual.rows, residual
         return residual, DealtStream.of(residual, self.space.rank, self.space.size, self._gather)
 
-    # -------------------------------------------------- beside other work
-
-    def begin(self, x: Product, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T] | None:
-        """As `partial_sum.Reducer.begin`: on a stream of its own. What is enqueued meanwhile on the current stream must
-        neither use the residual stream that `take` norms nor add up over ranks."""
-        if not self.space.fits(x, Way.DEALT):
-            return None
-        device = self.space.counters.device
-        if self._beside is None:
-            self._beside = torch.cuda.Stream(device, priority=_PRIORITY)
-        reducer = _Dealing(self, Launch(Way.DEALT, blocks=None if soon else BACKGROUND_BLOCKS))
-        self._beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._beside):
-            found = take(PartialSum.of(x, reducer))
-        return _Begun(found, self._beside.record_event(), x)
-
-
-class _Begun(Generic[T]):
-    """To be called once. Keeps what the other stream reads until the current one is behind it: the memory may be given
-    to others then, on either."""
-
-    def __init__(self, found: T, event: torch.cuda.Event, reads: object) -> None:
-        self._found, self._event, self._reads = found, event, reads
-
-    def __call__(self) -> T:
-        torch.cuda.current_stream().wait_event(self._event)
-        self._reads = None
-        return self._found
-
-
-@dataclass(frozen=True)
-class _Dealing:
-    """A `partial_sum.Reducer` that norms one way."""
-
-    sums: SumNorms
-    how: Launch
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return self.sums.all_reduce(x)
-
-    def rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return self.sums.rms_norm(self.how, x, residual, weight, eps)
-
-    def rms_norm_quantize(
-        self, x: Product, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return self.sums.rms_norm_quantize(self.how, x, residual, weight, eps, dtype, scale)
-
-    def begin(self, x: Product, take: Callable[[Product], Any], *, soon: bool) -> Callable[[], Any] | None:
-        return self.sums.begin(x, take, soon=soon)
-
 
 # ---------------------------------------------------------------- setting up
 
@@ -164,15 +101,15 @@ def connect(
     device: torch.device,
     norms: Norms,
     gather: Callable[[Tensor], Tensor],
-    all_reduce: Callable[[Tensor], Tensor],
 ) -> SumNorms | None:
-    """The group's, `gather` and `all_reduce` as of `SumNorms`; None, with a line in the log that says why, where other
+    """The group's, `gather` as of `SumNorms`; None, with a line in the log that says why, where other
     kernels have to do, and without one where the model is not for these. Called by all ranks, whose GPUs see each
     other's memory; waits for the device."""
     if norms.dtype != torch.bfloat16 or not takes_rows_of(norms.hidden, size):
         return None
-    reason = None
+    reason, level = None, logging.WARNING
     if torch.cuda.get_device_capability(device) < CAPABILITY:
+        level = logging.INFO  # nothing is wrong
         reason = f"they need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
     else:
         try:
@@ -184,7 +121,7 @@ def connect(
     reason = agree(group, rank, size, reason)
     if reason is None:
         try:
-            found = SumNorms(_space(group, rank, size, device), gather, all_reduce)
+            found = SumNorms(_space(group, rank, size, device), gather)
         except RuntimeError as error:  # the same on all ranks
             reason = f"torch gives no memory that GPUs share: {str(error).splitlines()[0]}"
         else:
@@ -192,7 +129,7 @@ def connect(
             if reason is None:
                 return found
     if reason:
-        log.warning("no norms by clusters of blocks: %s", reason)
+        log.log(level, "no norms by clusters of blocks: %s", reason)
     return None
 
 

@@ -164,14 +164,11 @@ class Decoder(nn.Module):
         x: Product = received
         residual: Tensor | None = None
         if halves.pays(received, self.tp):
-            return halves.forward(self._layers(), received, ctx, self._finish)
-        for layer in self._layers():
-            self.stage.progress()
-            x, residual = layer(x, residual, ctx)
-        return self._finish(x, residual)
-
-    def _finish(self, x: Product, residual: Tensor | None) -> Tensor:
-        """What `forward` returns, of what the last layer adds to the stream and of the stream."""
+            x, residual = halves.forward(self._layers(), received, ctx)
+        else:
+            for layer in self._layers():
+                self.stage.progress()
+                x, residual = layer(x, residual, ctx)
         if self.stage.is_last:
             hidden: Tensor = self.norm(x, residual)
             return hidden

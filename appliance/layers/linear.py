@@ -7,7 +7,6 @@ tensors: the scheme's suffixes, and `bias`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from appliance.kernels.partial_sum import PartialSum
 from appliance.quantization.scheme import Activation, PrecisionScheme
 
 _ORDER = "order"  # suffix of the stored tensor
-
-T = TypeVar("T")
 
 
 def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -137,16 +134,9 @@ class RowParallelLinear(Linear):
             return PartialSum.of(product, self._tp.own_reducer)  # added up by whoever takes it
         return self._tp.all_reduce(materialize(product, self._dtype))
 
-    def begin(self, x: Activation, take: Callable[[Product], T], *, soon: bool) -> Callable[[], T]:
-        """What `take` gives for the same, added up while what is enqueued next runs; call what is returned, once, to
-        wait for it. `soon`: as of `partial_sum.Reducer.begin`."""
-        product, own = self._summand(x), self._tp.own_reducer
-        if own is not None and self._tp.size > 1:
-            begun: Callable[[], T] | None = own.begin(product, take, soon=soon)
-            if begun is not None:
-                return begun
-        wait = self._tp.begin_all_reduce(materialize(product, self._dtype))
-        return lambda: take(wait())
+    def begin(self, x: Activation) -> Callable[[], Tensor]:
+        """The same, added up while what is enqueued next runs; call what is returned to wait for it."""
+        return self._tp.begin_all_reduce(materialize(self._summand(x), self._dtype))
 
     def _summand(self, x: Activation) -> Product:
         """This rank's, of several."""

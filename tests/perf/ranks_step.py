@@ -5,11 +5,9 @@
 - sampling, µs on the GPU and from call to result: from each rank's columns of the logits, rows shared out ("sharded");
   from logits that NCCL gathers first; as `ShardedSampler` does it, which gathers few rows ("served"). The tokens are
   compared.
-- decode, µs a layer in a CUDA graph: with sums as they are tuned, without pushed numbers, by the library only, and
-  without the other ranks; which kernels a layer launches.
-- prefill, ms a layer: in halves and in more parts, with sums in the background by NCCL and by copy engines (copies in
-  one stream, or in one for each peer), in one piece, without the other ranks; how far parts and one piece are apart.
-  What copies ran as. One sum in the background by itself, µs, GB/s into each GPU, and µs of the host.
+- decode, µs a layer in a CUDA graph: with sums as they are tuned, with norms by kernels that read their peers' memory,
+  by the library only, and without the other ranks; which kernels a layer launches.
+- prefill, ms a layer: see ranks_prefill.py.
 
 Attention is left out, products are not tuned. Times are those of the slowest rank; where ranks share a GPU they mean
 nothing. The last line is JSON.
@@ -38,12 +36,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from ranks_prefill import APART, NoSums, alone_in_the_background, prefill
+from ranks_prefill import APART, NoSums, prefill, sums_alone
 
 from appliance.distributed import GroupCollectives, TensorParallel
-from appliance.kernels import copy_engines
 from appliance.kernels.all_reduce_group import AllReduce, connect
 from appliance.kernels.attention import AttentionMetadata
+from appliance.kernels.row_quantization import FP8
+from appliance.kernels.sum_norm_group import Norms
 from appliance.kernels.tactics import TABLE
 from appliance.layers.attention import ForwardContext
 from appliance.layers.decoder import Decoder
@@ -95,11 +94,10 @@ class Ranks:
             raise SystemExit(f"rank {rank}: no own kernels here")
         self.own: AllReduce = own
         self.group.own = own
-        self.copies = own.copies or copy_engines.connect(self.group.library(), rank, size, self.device)
-        if self.copies is None:
-            self.say("no sums by copy engines")
         shape = SHAPES[arguments.model]
         self.hidden = shape["hidden_size"]
+        self.norms = Norms(self.hidden, torch.bfloat16, {"fp8": FP8, "bf16": None}[arguments.scheme])
+        own.connect_norms(self.norms)
         config = {"architecture": "LlamaForCausalLM", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB}
         config |= {"num_hidden_layers": LAYERS, "max_position_embeddings": 8192}
         scheme = {"fp8": "fp8", "bf16": "none"}[arguments.scheme]
@@ -204,9 +202,9 @@ def decode(ranks: Ranks, rows: int) -> dict[str, Any]:
     found: dict[str, Any] = {"tuned": per_layer()}
     stream = torch.empty(rows, ranks.hidden, dtype=torch.bfloat16, device="meta")
     found["way"] = ranks.own._norm_tactic(stream, stream)
-    push, ranks.own._push = ranks.own._push, None
-    found["no push"] = per_layer()
-    ranks.own._push = push
+    sums, ranks.own._sums = ranks.own._sums, None
+    found["reading peers"] = per_layer()
+    ranks.own._sums = sums
     with ranks.sums_by(None):
         found["library"] = per_layer()
     with ranks.sums_by(NoSums()):
@@ -231,7 +229,7 @@ def kernels(ranks: Ranks, rows: int) -> dict[str, float]:
 def measure(ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"ranks": ranks.tp.size, "model": arguments.model, "scheme": arguments.scheme}
     if not gpus_shared():
-        ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph)
+        ranks.own.tune(ranks.hidden, torch.bfloat16, time_in_graph, ranks.norms.quantized)
         ranks.say("sums are tuned")
     for part, act in (("sampling", None), ("decode", decode), ("prefill", prefill)):
         if part not in arguments.parts.split(","):
@@ -247,8 +245,8 @@ def measure(ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
                 ranks.say(part, rows, name, found[f"{name} x {rows}"])
     if "prefill" in arguments.parts:
         for rows in (1024, 2048, 4096):
-            result[f"background sum of {rows}"] = alone_in_the_background(ranks, rows)
-            ranks.say("background sum of", rows, "rows:", result[f"background sum of {rows}"])
+            result[f"sum of {rows}"] = sums_alone(ranks, rows)
+            ranks.say("sum of", rows, "rows:", result[f"sum of {rows}"])
     if "decode" in arguments.parts:
         result["kernels"] = kernels(ranks, 64)
         ranks.say("kernels a layer, 64 rows:", result["kernels"])

@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 4 tests/perf/sum_norm.py --rows 8,64,256 [--existing two-shot] [--hidden 8192]
 
-For each number of rows: the Triton kernels that `--existing` names; the ways of kernels/sum_norm.py by how many pieces
-a row is cut into (and blocks); and what the links alone take for as many bytes out of a rank as a trip of summands has,
-(ranks - 1) / ranks of the rows in bf16: pushed, pulled, or pushed by bulk copies, with GB/s a direction. Results are
-checked first, also in graphs while ranks are slow in turns. With fewer GPUs than ranks these share one: times mean
-nothing then, `--check` leaves them out. The last line is JSON.
+For each number of rows: the kernels of other files that `--existing` names; the ways of kernels/sum_norm.py by how many
+pieces a row is cut into (and blocks); and what the links alone take for as many bytes out of a rank as a trip of
+summands has, (ranks - 1) / ranks of the rows in bf16: pushed, pulled, or pushed by bulk copies, with GB/s a direction.
+Results are checked first, also in graphs while ranks are slow in turns. With fewer GPUs than ranks these share one:
+times mean nothing then, `--check` leaves them out. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from appliance.kernels.peer_memory import share
 from appliance.kernels.row_quantization import FP8
 from appliance.kernels.sum_norm import (
     MISSING,
+    Launch,
     SumSpace,
     Way,
     cuts,
@@ -91,10 +92,8 @@ class Bench:
 
         def run() -> Any:
             stream.copy_(before)
-            given = (xs[self.rank], stream, self.weight, _EPS, self.space, way)
-            if dtype is None:
-                return sum_rms_norm(*given, pieces=pieces)
-            return sum_rms_norm_quantize(*given, dtype, pieces=pieces)
+            given = (xs[self.rank], stream, self.weight, _EPS, self.space, Launch(way, pieces=pieces))
+            return sum_rms_norm(*given) if dtype is None else sum_rms_norm_quantize(*given, dtype)
 
         for _ in range(3):
             found = self._compare(run(), stream, want, want_stream, way)
@@ -136,12 +135,12 @@ class Bench:
         for way in Way:
             if not self.space.fits(x, way) or (way is Way.ONE_SHOT and rows > 64):
                 continue
-            for pieces in cuts(self.hidden, self.size, way):
+            for pieces in cuts(self.hidden, self.size):
                 blocks, _ = grid(rows, self.hidden, self.size, way, self.space.multiprocessors, pieces)
                 if blocks < min(rows, 64) or (pieces == 8 and rows > 256):
                     continue
-                given = (x, residual, self.weight, _EPS, self.space, way)
-                run = partial(sum_rms_norm_quantize, *given, pieces=pieces)
+                given = (x, residual, self.weight, _EPS, self.space, Launch(way, pieces=pieces))
+                run = partial(sum_rms_norm_quantize, *given)
                 found[f"{way.name.lower()}/{pieces} ({blocks})"] = self.slowest(run)
         return found
 
@@ -191,7 +190,7 @@ def main() -> int:
         for rows, dtype in _CHECKED:
             for way in Way:
                 probe = torch.empty(rows, arguments.hidden, dtype=torch.bfloat16, device=device)
-                for pieces in cuts(arguments.hidden, size, way) if bench.space.fits(probe, way) else ():
+                for pieces in cuts(arguments.hidden, size) if bench.space.fits(probe, way) else ():
                     found = bench.wrong(rows, dtype, way, pieces)
                     if found:
                         wrong.append(f"{way.name} {rows} rows {dtype} {pieces} pieces: {found}")
@@ -216,8 +215,8 @@ def main() -> int:
                 x = torch.zeros(rows, arguments.hidden, dtype=torch.bfloat16, device=device)
                 run = partial(own.rms_norm_quantize, x, torch.zeros_like(x), bench.weight, _EPS, FP8, None)
                 for way in arguments.existing.split(","):
-                    own._forced = way
-                    result.setdefault(f"{rows} existing", {})[way] = bench.slowest(run)
+                    with own.by(way):
+                        result.setdefault(f"{rows} existing", {})[way] = bench.slowest(run)
                 say(rows, result[f"{rows} existing"])
     if rank == 0:
         print(json.dumps({"ranks": size, "hidden": arguments.hidden, "wrong": wrong, "us": result}), flush=True)
