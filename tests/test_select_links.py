@@ -212,8 +212,8 @@ def test_a_network_costs_more_than_a_link() -> None:
 
 
 def test_auto_is_quick_where_that_costs_little() -> None:
-    """H200s: TP4 gives 70B its tokens in a third of the time, and a sixth fewer in all than TP2; TP2 gives 8B its tokens
-    in two thirds, and an eighth fewer in all. Over PCIe that is too dear."""
+    """H200s: TP4 gives 70B its tokens in a third of the time, and a sixth fewer in all than TP2; TP2 gives 8B its
+    tokens in two thirds, and an eighth fewer in all. Over PCIe that is too dear."""
     large, small = choose("h200-x4", LLAMA_70B, "auto", STAGES), choose("h200-x4", LLAMA_8B, "auto", STAGES)
     assert (names(large)[0], groups(large)) == ("fp8-tp4", "0+1+2+3")
     assert (names(small)[0], groups(small)) == ("fp8-tp2", "0+1 2+3")
