@@ -60,39 +60,38 @@ class Engine(NamedTuple):
 FP8, FP8_KV8, BF16 = Engine(), Engine(kv="fp8"), Engine(precision="bf16")
 INT8, INT4 = Engine(precision="int8"), Engine(precision="int4")
 TP2, TP4, TP4_70B, PP2 = Engine(tp=2), Engine(tp=4), Engine("70b", tp=4), Engine(pp=2)
-# Own measurements on H200s, appliance/bench/RESULTS.md: "Several GPUs", "Precisions"; "The CUDA engine, second round"
-# (FP8 at 2 and 4 sequences, FP8 K/V, full load, short prompts), "The baseline of issue 2" (full load in bf16). Each
-# stands in a row of `bench offline`, beside "predicted".
+# Own measurements on H200s (appliance/bench/RESULTS.md). FP8, BF16, INT4 on one GPU and TP4 of the 70B (8 sequences and
+# more, prompts of 128) as they are since decode steps have own attention and ranks deal out sums; the
+# rest is older, and would be some percent faster now. Each stands in a row of `bench offline`, beside "predicted".
 # Engine, prompt tokens, ms of a decode step by sequences. The bench gives each 128 tokens, so contexts are 64 longer
 # than prompts on average.
 MEASURED = [
-    (FP8, 128, {1: 2.25, 2: 2.62, 4: 2.74, 8: 3.05, 32: 3.31, 64: 3.80, 128: 4.61, 256: 6.96}),
-    (FP8, 1024, {1: 2.34, 8: 3.29, 32: 4.15, 64: 5.44, 128: 7.89, 256: 13.36}),
+    (FP8, 128, {1: 2.26, 2: 2.62, 4: 2.74, 8: 2.83, 32: 3.14, 64: 3.40, 128: 4.07, 256: 6.18}),
+    (FP8, 1024, {1: 2.35, 8: 3.23, 32: 4.44, 64: 5.18, 128: 7.49, 256: 12.99}),
     (FP8_KV8, 1024, {64: 4.55, 256: 9.64}),
-    (BF16, 128, {1: 3.84, 2: 3.97, 4: 4.07, 8: 4.49, 32: 4.88, 64: 5.44, 128: 6.65, 256: 10.06}),
+    (BF16, 128, {1: 3.88, 2: 3.97, 4: 4.07, 8: 4.23, 32: 4.60, 64: 5.18, 128: 6.24, 256: 9.32}),
     (INT8, 128, {1: 2.67, 8: 2.86, 32: 3.20, 64: 3.93, 128: 5.33, 256: 7.88}),
-    (INT4, 128, {1: 1.52, 8: 2.55, 32: 4.56, 64: 4.71, 128: 6.74, 256: 11.30}),
+    (INT4, 128, {1: 1.52, 8: 2.29, 32: 4.49, 64: 4.23, 128: 6.25, 256: 10.73}),
     (TP2, 128, {1: 1.472, 8: 2.353, 64: 2.819, 256: 5.009}),
     (TP4, 128, {1: 1.046, 8: 1.906, 64: 2.421, 256: 3.884}),
-    (TP4_70B, 128, {1: 5.658, 4: 7.042, 8: 8.125, 64: 9.835, 256: 16.667}),
+    (TP4_70B, 128, {1: 5.658, 4: 7.042, 8: 6.978, 64: 8.218, 256: 13.339}),
     (TP4_70B, 1024, {1: 5.778, 4: 7.397, 8: 8.428, 64: 11.050, 256: 21.138}),
     (PP2, 128, {1: 3.782, 64: 4.282, 256: 5.810}),
 ]
 STEPS = [(engine, n, prompt, ms) for engine, prompt, rows in MEASURED for n, ms in rows.items()]
 # Engine, prompts that come at once, tokens of each, ms until all have their first tokens.
 PROMPTS = [
-    *((FP8, 8, 4096, 480.1), (FP8, 64, 512, 458.1), (FP8, 1, 512, 9.9)),
-    *((BF16, 8, 4096, 799.9), (BF16, 64, 512, 744.0), (BF16, 1, 512, 14.6)),
-    *((INT8, 8, 4096, 523.3), (INT8, 1, 512, 11.5), (INT4, 8, 4096, 813.0), (INT4, 1, 512, 18.4)),
+    *((FP8, 8, 4096, 482.7), (FP8, 64, 512, 458.1), (FP8, 1, 512, 10.2)),
+    *((BF16, 8, 4096, 799.9), (BF16, 64, 512, 744.0), (BF16, 1, 512, 13.0)),
+    *((INT8, 8, 4096, 523.3), (INT8, 1, 512, 11.5), (INT4, 8, 4096, 813.0), (INT4, 1, 512, 16.8)),
     *((TP2, 8, 4096, 294.9), (TP4, 8, 4096, 193.9), (PP2, 8, 4096, 304.2)),
-    *((TP4_70B, 8, 4096, 1336.1), (TP4_70B, 1, 512, 28.6)),
+    *((TP4_70B, 8, 4096, 1290.2), (TP4_70B, 1, 512, 28.6)),
 ]
 # Engine, requests at once, prompt and output tokens of each, output tokens/s.
 LOADS = [
-    (FP8, 256, 1024, 1024, 12315),
+    (FP8, 256, 1024, 1024, 12842),
     (BF16, 256, 1024, 1024, 9912),
     (FP8_KV8, 1024, 1000, 1000, 17403),
-    (FP8, 1024, 128, 128, 24802),
     (TP4_70B, 256, 1024, 1024, 7664),
 ]
 # All-reduces in bf16, the best of NCCL and of own one-shot and two-shot kernels: ranks, numbers of a row, µs by rows.
@@ -177,7 +176,8 @@ BATCHES = [
     ("a100-80gb-x8", "fp16", 2, 64, 2048, 2048, 2 * 782),
     *(("l40s", "fp8", 1, *case) for case in ((64, 128, 128, 3240), (64, 128, 2048, 1622), (32, 2048, 128, 581))),
 ]
-MAX_DISTANCE = 0.28  # a plausibility
+# A plausibility: this engine may be quicker (sums of ranks and decode attention are), and should not be much slower.
+MOST_BELOW, MOST_ABOVE = 0.28, 0.45
 
 
 @pytest.mark.parametrize(("name", "gib", "model", "tp", "published"), LOADED)
@@ -189,7 +189,7 @@ def test_full_load_is_plausible_on_gpus_that_are_not_here(name: str, gib: int, m
     for (prompt, output), measured in published.items():
         num_seqs = min(1024, int(free / many.kv_per_token / (prompt + output // 2)))
         predicted = speed.tokens_per_second(many, num_seqs, 8192, prompt_tokens=prompt, output_tokens=output)
-        assert abs(predicted / measured - 1) < MAX_DISTANCE, (prompt, output, measured, predicted)
+        assert 1 - MOST_BELOW < predicted / measured < 1 + MOST_ABOVE, (prompt, output, measured, predicted)
 
 
 @pytest.mark.parametrize(("name", "kv", "tp", "num_seqs", "prompt", "output", "published"), BATCHES)
@@ -200,7 +200,7 @@ def test_batches_are_plausible_on_gpus_that_are_not_here(
     facts, capability = facts_of(gpu, FACTS), gpu.compute_capability
     some = ranks(LLAMA_2_7B, "fp8" if kv == "fp8" else "fp16", kv, tp=tp, facts=facts, capability=capability)
     predicted = speed.tokens_per_second(some, num_seqs, 8192, prompt_tokens=prompt, output_tokens=output)
-    assert abs(predicted / published - 1) < MAX_DISTANCE, predicted
+    assert 1 - MOST_BELOW < predicted / published < 1 + MOST_ABOVE, predicted
 
 
 def test_links_batch_and_ranks_cost_time() -> None:

@@ -23,6 +23,11 @@ def persistent_decode(precision: str, capability: Capability) -> bool:
     return capability >= _PERSISTENT and capability in MEASURED and precision in ("fp8", "bf16", "int4")
 
 
+def dealt(capability: Capability) -> bool:
+    """Whether ranks that reach each other's memory deal out the rows of a sum and of the norm behind it."""
+    return capability >= _PERSISTENT and capability in MEASURED
+
+
 def products(precision: str, activations: str, capability: Capability) -> str:
     """How linear layers are computed. `activations`: precision of what is not quantized."""
     sixteen = _NAMES[activations]

@@ -20,9 +20,9 @@ from appliance.profiles.predict import Product, Stored, rank_products, stage_lay
 from appliance.types import ModelConfig, Struct
 
 _PRODUCT_SECONDS = 3e-6  # of a product beyond its bytes and operations: 4 a layer
-_LAYER_SECONDS = 20e-6  # attention, norms, rotary embedding, activation: a dozen graphed kernels of 1 to 2 µs
-_SEQUENCE_SECONDS = 0.1e-6  # of a sequence in a layer's decode attention, of all heads
-_INT4_WEIGHTS = (8, 3.6e12)  # products of more rows than that first make 16-bit numbers of so many weights per second
+_LAYER_SECONDS = 17e-6  # attention, norms, activation: half a dozen graphed kernels of 1 to 5 µs
+_SEQUENCE_SECONDS = 0.02e-6  # of a sequence in a layer's decode attention, of all heads
+_INT4_WEIGHTS = (8, 3.9e12)  # products of more rows than that first make 16-bit numbers of so many weights per second
 _STEP_SECONDS = 80e-6  # embedding, last norm, sampling, and the gap between steps
 _PROMPT_PRODUCTS = 0.88  # of the rate of products: at thousands of rows the clock goes down; not on ranks
 _PROMPT_ATTENTION = 0.5  # of the rate of 16-bit products
@@ -46,6 +46,9 @@ _PERSISTENT_SUM = 0.2  # of a small all-reduce: one way over the link, and no ke
 # NVLink: measured on H200s (its facts file); the others are estimates: peer to peer, and NCCL through host memory.
 _ALL_REDUCE = {"nvlink": (3.9e-6, 1e-6), "pcie": (20e-6, 8e-6), "none": (35e-6, 15e-6)}
 _PCIE_SHARE = {"pcie": 0.65, "none": 0.3}
+# Where ranks deal out the rows of a sum, and of the norm behind it: fixed cost, in all-reduces of a small message; and
+# bandwidth of numbers that are pushed, in that of all-reduces. Measured at 4 ranks, 16 to 1024 rows of 8192.
+_DEALT = (1.25, 1.13)
 
 # No facts files for CPUs: a modest server with a few memory channels.
 _CPU_BANDWIDTH = 34e9  # bytes/s that are reached
@@ -66,6 +69,7 @@ class Device(Struct, frozen=True):
     link_seconds: float = 0.0  # of a small all-reduce
     link_bandwidth: float = 1.0  # bytes/s of a rank's traffic
     persistent: bool = False  # has the persistent decode kernel
+    dealt: int = 0  # bytes of a norm's result, of ranks that deal out sums with their norms; 0: they do not
 
 
 def cpu_device(cores: int, sharing: int = 1) -> Device:
@@ -90,6 +94,7 @@ def gpu_device(
     else:
         bandwidth = facts.pcie_gbs * 1e9 * _PCIE_SHARE[link]
     half = "fp32" if precision == "fp32" else "bf16"
+    result = 1 if precision in ("fp8", "int8") else 2
     return Device(
         bandwidth=facts.reached_bandwidth,
         flops=facts.reached_flops(precision),
@@ -98,6 +103,7 @@ def gpu_device(
         link_bandwidth=bandwidth,
         # Ranks of it have been measured over NVLink only; what cannot be told is not promised.
         persistent=kernels.persistent_decode(precision, compute_capability) and (tp_size == 1 or link == "nvlink"),
+        dealt=result if link == "nvlink" and kernels.dealt(compute_capability) else 0,
     )
 
 
@@ -127,6 +133,17 @@ def all_reduce_seconds(device: Device, tp_size: int, message: int) -> float:
     return min(device.link_seconds + traffic, 2 * device.link_seconds + 2 / tp_size * traffic)
 
 
+def norm_sum_seconds(device: Device, tp_size: int, numbers: int) -> float:
+    """Of a sum of `numbers` on each rank with the norm behind it, beyond what a norm takes without ranks: one-shot, or
+    each rank adds up its rows, norms them and gives the others what products read."""
+    whole = all_reduce_seconds(device, tp_size, numbers * device.element)
+    if not device.dealt or tp_size == 1:
+        return whole
+    fixed, pace = _DEALT
+    traffic = (tp_size - 1) / tp_size * numbers * (device.element + device.dealt)
+    return min(whole, fixed * device.link_seconds + traffic / (pace * device.link_bandwidth))
+
+
 def _product(product: Product, device: Device, rows: int, share: float = 1.0) -> float:
     weights = product.out_features * product.in_features
     read = product.nbytes / product.count
@@ -143,7 +160,7 @@ def _layer(ranks: Ranks, rows: int, share: float = 1.0) -> float:
     part = heads * ranks.model.num_attention_heads * ranks.model.head_dim + inner * ranks.model.intermediate_size
     moved = rows * device.element * (whole * hidden + part / ranks.tp_size)
     seconds = sum(_product(product, device, rows, share) for product in products) + moved / device.bandwidth
-    return seconds + 2 * all_reduce_seconds(device, ranks.tp_size, rows * hidden * device.element)
+    return seconds + 2 * norm_sum_seconds(device, ranks.tp_size, rows * hidden)
 
 
 def _persistent_layer(ranks: Ranks, num_seqs: int) -> float:
