@@ -197,7 +197,9 @@ async def test_an_engine_that_was_meant_to_end_costs_neither_the_budget_nor_its_
                 while len(rig.infos) <= number or not rig.lifecycle.is_ready:
                     await asyncio.sleep(0.01)
             assert len(await tokens) == 400
-    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    # A request that was on its way to the engine just then is a warning of its own.
+    warnings = [record for record in caplog.records if record.levelno > logging.INFO]
+    assert all("did not reach it" in record.getMessage() for record in warnings)
     assert caplog.text.count("the engine is started anew: node 1 has left") == 3
 
 
