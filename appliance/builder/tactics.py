@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from appliance.builder.timings import Timings
 from appliance.engines.manifest import TimedTactic
 from appliance.hardware.host import host
 from appliance.kernels.deferred_scale import as_float
-from appliance.kernels.tactics import ROW_BUCKETS, TABLE, Tactic, Tactics
+from appliance.kernels.tactics import ROW_BUCKETS, TABLE, Tactic, Tactics, Timer
 from appliance.layers.linear import Linear
 from appliance.quantization.scheme import PrecisionScheme
 from appliance.runtime.timing import time_in_graph
@@ -42,8 +42,6 @@ _TIMED_TWICE = 3  # tactics of a product that are timed again after all were
 _TOLERANCE = 2e-2  # relative difference between two ways to compute a product, both rounded to 16 bits
 _MOST_ROWS_BETWEEN = 256  # rows up to which products are timed between other kernels: beyond, a launch is not seen
 _MOST_LOGIT_ROWS = 512  # logits are computed for a token of each sequence, not for all of a prompt
-
-Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (one call per weight, launches) -> µs of a call
 
 
 class _Probe:

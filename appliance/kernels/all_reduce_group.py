@@ -21,7 +21,7 @@ from appliance.kernels import all_reduce_check, all_reduce_tuning, norm, sum_nor
 from appliance.kernels._triton import HAS_TRITON
 from appliance.kernels.all_reduce import FLAG_BYTES, MAX_SLOTS, SIZES, Workspace, all_reduce_, workspace_bytes
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm, all_reduce_rms_norm_quantize
-from appliance.kernels.all_reduce_tuning import TimedChoice, Timer, key
+from appliance.kernels.all_reduce_tuning import key
 from appliance.kernels.deferred_scale import Product, materialize
 from appliance.kernels.exchange import exchange, exchange_fits
 from appliance.kernels.partial_sum import whole_stream
@@ -31,7 +31,7 @@ from appliance.kernels.sharded_draw import best_tokens, best_tokens_fit
 from appliance.kernels.skinny_linear import multiprocessors
 from appliance.kernels.sum_norm import MOST_ONE_SHOT, Launch, Way
 from appliance.kernels.sum_norm_group import CLUSTER_DEALT, CLUSTER_ONE_SHOT, WAYS, Norms, SumNorms
-from appliance.kernels.tactics import TABLE
+from appliance.kernels.tactics import TABLE, TimedChoice, Timer
 
 log = logging.getLogger(__name__)
 

@@ -7,38 +7,20 @@ add up is for who has them (`all_reduce_group.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from appliance.kernels.tactics import ROW_BUCKETS, TABLE
+from appliance.kernels.tactics import ROW_BUCKETS, TABLE, TimedChoice, Timer
 
 log = logging.getLogger(__name__)
 
 _MEMORY_OF_PROBES = 64 << 20  # bytes; messages beyond are as the largest that was timed, or the library's
 _EPS = 1e-5
-
-Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls, launches) -> µs of a call, in a CUDA graph
-
-
-@dataclass(frozen=True)
-class TimedChoice:
-    """One row count's winner; µs are those of the slowest rank. Fields as of a manifest's tactic."""
-
-    product: str
-    scheme: str
-    out_features: int  # hidden size
-    in_features: int  # ranks
-    rows: int
-    tactic: str
-    microseconds: float
-    runner_up: str
-    runner_up_microseconds: float
 
 
 class Ways(Protocol):
@@ -79,8 +61,9 @@ def key(kind: str, dtype: torch.dtype) -> str:
 def tune(
     ways: Ways, hidden: int, dtype: torch.dtype, timer: Timer, quantized: torch.dtype | None = None
 ) -> list[TimedChoice]:
-    """All ways for rows of `hidden` numbers, norms with results in `quantized` if they are rounded. Takes a second or
-    two, and some seconds more where kernels are yet to be compiled."""
+    """All ways for rows of `hidden` numbers, norms with results in `quantized` if they are rounded. A choice's features
+    are the hidden size and the ranks; its µs are those of the slowest rank. Takes a second or two, and some seconds
+    more where kernels are yet to be compiled."""
     weight = torch.ones(hidden, dtype=dtype, device=ways.device)
     chosen = []
     for rows in ROW_BUCKETS:

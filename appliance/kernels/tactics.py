@@ -9,7 +9,8 @@ how a tactic computes or is timed.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ Tactics = Mapping[str, Tactic]  # by name; the first is what serves where nothin
 # (scheme, out_features, in_features, rows, all tactics for up to so many rows) -> the one to use
 Probe = Callable[[str, int, int, int, Callable[[int], Tactics]], Tactic | None]
 
+Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (calls in turn, launches) -> µs of a call, in a graph
+
 # Row counts that are timed; a product of another number of rows uses the next larger one.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -29,6 +32,21 @@ def row_bucket(rows: int) -> int | None:
     """The smallest of ROW_BUCKETS that holds `rows`; None above the largest."""
     at = bisect_left(ROW_BUCKETS, rows)
     return ROW_BUCKETS[at] if at < len(ROW_BUCKETS) else None
+
+
+@dataclass(frozen=True)
+class TimedChoice:
+    """One row count's winner among ways that are no products'. Fields as of a manifest's tactic."""
+
+    product: str  # for people
+    scheme: str
+    out_features: int
+    in_features: int
+    rows: int
+    tactic: str
+    microseconds: float
+    runner_up: str
+    runner_up_microseconds: float
 
 
 class TacticTable:

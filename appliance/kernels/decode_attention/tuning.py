@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,30 +21,13 @@ from appliance.kernels.attention import Attention, AttentionMetadata, KvScales
 from appliance.kernels.decode_attention.decode import OTHER, TIMED_ROWS, DecodeAttention, name_of, table_key
 from appliance.kernels.decode_attention.kernel import DecodeAttentionShape
 from appliance.kernels.rope_cache import rope_and_write
-from appliance.kernels.tactics import TABLE
+from appliance.kernels.tactics import TABLE, TimedChoice, Timer
 
 log = logging.getLogger(__name__)
 
 CONTEXTS = (192, 1536)  # tokens; less where memory has no room
 _CACHE_BYTES = 512 << 20  # of all caches that a timing goes through
 _CALLS = 12  # in a graph
-
-Timer = Callable[[Sequence[Callable[[], object]], int], float]  # (one call per cache, launches) -> µs of a call
-
-
-@dataclass(frozen=True)
-class TimedAttention:
-    """One row count's winner, µs over all contexts. Fields as of a manifest's tactic."""
-
-    product: str
-    scheme: str
-    out_features: int
-    in_features: int
-    rows: int
-    tactic: str
-    microseconds: float
-    runner_up: str
-    runner_up_microseconds: float
 
 
 def known(shape: DecodeAttentionShape) -> bool:
@@ -54,10 +36,10 @@ def known(shape: DecodeAttentionShape) -> bool:
 
 
 @torch.inference_mode()
-def tune(own: DecodeAttention, other: Attention, timer: Timer, device: torch.device) -> list[TimedAttention]:
-    """Time all ways for `TIMED_ROWS`; the choices are in `TABLE` afterwards. `other` must serve these numbers of rows
-    in graphs, contexts of up to max(CONTEXTS) tokens, without a window. Takes a second or two, and as much again where
-    kernels are yet to be compiled."""
+def tune(own: DecodeAttention, other: Attention, timer: Timer, device: torch.device) -> list[TimedChoice]:
+    """Time all ways for `TIMED_ROWS`; the choices are in `TABLE` afterwards, with the µs of all contexts together.
+    `other` must serve these numbers of rows in graphs, contexts of up to max(CONTEXTS) tokens, without a window. Takes a
+    second or two, and as much again where kernels are yet to be compiled."""
     with ThreadPoolExecutor() as pool:  # most of that is the compiler's
         able = [
             warps
@@ -99,7 +81,7 @@ def _attempt(make: Callable[[], list[Callable[[], Tensor]]], timer: Timer) -> fl
         return math.inf
 
 
-def _choose(own: DecodeAttention, rows: int, timed: dict[str, list[float]]) -> TimedAttention:
+def _choose(own: DecodeAttention, rows: int, timed: dict[str, list[float]]) -> TimedChoice:
     best = [min(times) for times in zip(*timed.values(), strict=True)]
     ranked = sorted(timed, key=lambda name: sum(us / least for us, least in zip(timed[name], best, strict=True)))
     first, second = ranked[0], ranked[1] if len(ranked) > 1 else ""
@@ -110,7 +92,7 @@ def _choose(own: DecodeAttention, rows: int, timed: dict[str, list[float]]) -> T
         ", ".join(f"{name} {' and '.join(f'{us:.1f}' for us in times)} µs" for name, times in timed.items()),
     )
     scheme, out_features, in_features = table_key(own.shape)
-    return TimedAttention(
+    return TimedChoice(
         product="decode_attention",
         scheme=scheme,
         out_features=out_features,
