@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from appliance.kernels import int4_launch
+from appliance.kernels import native_kernel
 
 HERE = Path(__file__).parent
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def emulated(source: str, macros: Mapping[str, int], library: Path) -> ctypes.CDLL:
     """`source`, a file of kernels/int4, compiled into `library` with int4_emulation.h in place of the GPU's
     instructions."""
-    kernel = Path(int4_launch.__file__).parent / "int4" / source
+    kernel = Path(native_kernel.__file__).parent / "int4" / source
     defines = [f"-D{name}={value}" for name, value in macros.items()]
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{kernel.parent}", f'-DKERNEL="{kernel}"', "-x", "c++"]
     subprocess.run(["g++", *flags, *defines, str(HERE / "int4_emulation.h"), "-o", str(library)], check=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
 from appliance.kernels.int4_native import unavailable
+from appliance.kernels.native_kernel import Kernel, load, read_sources
 
 _THREADS = 256  # as in the kernel
 _BLOCK_WORDS = _THREADS * 4
@@ -48,9 +48,9 @@ def macros(group: int, dtype: torch.dtype) -> dict[str, int]:
 
 @functools.cache
 def source() -> str:
-    return read_sources("primitives.cuh", "dequantize.cu")
+    return read_sources("dependent_launch.cuh", "int4/primitives.cuh", "int4/dequantize.cu")
 
 
 @functools.cache
 def _kernel(group: int, dtype: torch.dtype, index: int) -> Kernel:
-    return load(source(), macros(group, dtype), _THREADS, 0, index, entry="int4_dequantize")
+    return load("int4", source(), macros(group, dtype), _THREADS, 0, index, "int4_dequantize")

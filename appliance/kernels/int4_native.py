@@ -1,8 +1,8 @@
 """x @ weight.T with 4-bit weights, by own CUDA C++ (`int4/linear.cu`): streams the weight at memory bandwidth, for few
 rows of x. Compute capability 8.0 and newer.
 
-A kernel is compiled for each config, group size and dtype (`int4_launch.py`). Launches go to torch's current stream and
-can be captured; on Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first
+A kernel is compiled for each config, group size and dtype (`native_kernel.py`). Launches go to torch's current stream
+and can be captured; on Hopper they are programmatically dependent (`kernels/dependent_launch.py`) and read the first
 weights, which never change, while the kernel in front still computes x. A workspace of each launch and counters taken
 in turn keep several streams apart.
 """
@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from appliance.kernels.cuda_core import cuda_core
+from appliance.kernels import native_kernel
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
+from appliance.kernels.native_kernel import Kernel, load, read_sources
 from appliance.kernels.skinny_linear import arrival_counters, multiprocessors
 
 MOST_COLUMN_TILES = 8  # of 8 rows of x; with more rows, a tile of the weight is multiplied more than once
@@ -132,15 +132,9 @@ CONFIGS: Mapping[int, tuple[Config, ...]] = {
 @functools.cache
 def unavailable(index: int) -> str | None:
     """Why the kernel cannot run on the GPU of that index, or None."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "no CUDA GPU"
-    if torch.cuda.get_device_capability(index) < (8, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
         return "the kernel is made for compute capability 8.0 and newer"
-    try:
-        cuda_core()
-    except ImportError:
-        return "cuda-core is not installed"
-    return None
+    return native_kernel.unavailable()
 
 
 def takes(group: int, device: torch.device) -> bool:
@@ -258,7 +252,7 @@ def stream_linear(
 @functools.cache
 def _kernel(config: Config, group: int, dtype: torch.dtype, index: int) -> Kernel:
     shared = config.shared_bytes(8 * config.column_tiles, group)
-    return load(source(), macros(config, group, dtype), 32 * config.warps, shared, index)
+    return load("int4", source(), macros(config, group, dtype), 32 * config.warps, shared, index, "int4_linear")
 
 
 def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
@@ -279,4 +273,7 @@ def macros(config: Config, group: int, dtype: torch.dtype) -> dict[str, int]:
 
 @functools.cache
 def source() -> str:
-    return read_sources("primitives.cuh", "cluster.cuh", "shares.cuh", "linear.cu")
+    return read_sources(
+        "dependent_launch.cuh",
+        *(f"int4/{name}" for name in ("primitives.cuh", "cluster.cuh", "shares.cuh", "linear.cu")),
+    )

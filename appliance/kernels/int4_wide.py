@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.int4_launch import Kernel, load, read_sources
 from appliance.kernels.int4_layout import PER_WORD
 from appliance.kernels.int4_native import shared_limit, unavailable, usable_multiprocessors
+from appliance.kernels.native_kernel import Kernel, load, read_sources
 from appliance.kernels.skinny_linear import multiprocessors
 
 MOST_COLUMNS = 128  # rows of x of a tile: with more, a thread's registers do not hold the sums
@@ -170,10 +170,13 @@ def wide_linear(
 
 @functools.cache
 def source() -> str:
-    return read_sources("primitives.cuh", "cluster.cuh", "shares.cuh", "warpgroup.cuh", "wide.cu")
+    return read_sources(
+        "dependent_launch.cuh",
+        *(f"int4/{name}" for name in ("primitives.cuh", "cluster.cuh", "shares.cuh", "warpgroup.cuh", "wide.cu")),
+    )
 
 
 @functools.cache
 def _kernel(config: WideConfig, group: int, dtype: torch.dtype, index: int) -> Kernel:
     macros, threads = config.macros(group, dtype), 128 * config.warpgroups
-    return load(source(), macros, threads, config.shared_bytes(group), index, features="a")
+    return load("int4", source(), macros, threads, config.shared_bytes(group), index, "int4_linear", "a")

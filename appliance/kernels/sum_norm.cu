@@ -436,8 +436,8 @@ sum_norm(const uint8_t* x, const float* row_scales, const float* column_scales, 
   }
   load(weight + a.column, a.weight);
   cluster_arrive();
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_kernel_in_front();
+  let_next_kernel_start();
   load_system((uint64_t)counters, a.epoch);
   if (MODE == kOneShot) one_shot(a, slot, slots);
   if (MODE == kDealt) dealt(a, slot, slots);

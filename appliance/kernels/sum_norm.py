@@ -41,7 +41,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ from torch import Tensor
 from appliance.kernels.all_reduce import SIZES
 from appliance.kernels.deferred_scale import DeferredScale, Product
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.int4_launch import Kernel, load
+from appliance.kernels.native_kernel import Kernel, load, read_sources
 from appliance.kernels.row_quantization import FP8, quantized_rows
 
 MISSING = 0x80008000 - (1 << 32)  # what has not come, as an int32
@@ -300,7 +299,7 @@ _loaded: list[Kernel] = []  # of this process: all are in an engine if one is, s
 
 @functools.cache
 def source() -> str:
-    return (Path(__file__).parent / "sum_norm.cu").read_text()
+    return read_sources("dependent_launch.cuh", "sum_norm.cu")
 
 
 def macros(
@@ -323,6 +322,6 @@ def kernel_for(
 ) -> Kernel:
     """On the GPU of that index, which is current."""
     constants = macros(way, ranks, hidden, pieces, integers, result)
-    found = load(source(), constants, hidden // 8 // pieces, 0, index, "sum_norm", "a")
+    found = load("sum", source(), constants, hidden // 8 // pieces, 0, index, "sum_norm", "a")
     _loaded.append(found)
     return found

@@ -34,7 +34,7 @@ from appliance.distributed import GroupCollectives
 from appliance.kernels.all_reduce_group import connect
 from appliance.kernels.all_reduce_norm import all_reduce_rms_norm_reference
 from appliance.kernels.dependent_launch import launch_options
-from appliance.kernels.int4_launch import load
+from appliance.kernels.native_kernel import load
 from appliance.kernels.partial_sum import dealt_rows
 from appliance.kernels.peer_memory import share
 from appliance.kernels.row_quantization import FP8
@@ -159,7 +159,7 @@ class Bench:
 
 def transfer(name: str, size: int, threads: int, index: int) -> Any:
     source = Path(__file__).with_name("transfers.cu").read_text()
-    return load(source, {"RANKS": size, "BULK_BYTES": _BULK_BYTES}, threads, 0, index, name, "a")
+    return load("perf", source, {"RANKS": size, "BULK_BYTES": _BULK_BYTES}, threads, 0, index, name, "a")
 
 
 def main() -> int:

@@ -20,10 +20,10 @@ from appliance.kernels.decode_attention.kernel import (
     DecodeAttentionKernel,
     DecodeAttentionShape,
     DecodeInputs,
-    unavailable,
 )
 from appliance.kernels.decode_attention.plan import FIELDS, Cutting, make_plan
 from appliance.kernels.deferred_scale import DeferredScale, Product
+from appliance.kernels.native_kernel import unavailable
 from appliance.kernels.tactics import TABLE
 
 log = logging.getLogger(__name__)

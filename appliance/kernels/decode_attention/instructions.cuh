@@ -1,4 +1,4 @@
-// What decode attention needs of the GPU beside persistent/primitives.cuh, in assembly. tests/decode_attention_emulation.h is the
+// What decode attention needs of the GPU beside persistent/primitives.cuh and dependent_launch.cuh, in assembly. tests/decode_attention_emulation.h is the
 // same for a CPU. Knows nothing of attention.
 
 // Bytes of the cache, zeros unless `there`. They are read once: not by way of L1.
@@ -19,17 +19,4 @@ __device__ __forceinline__ void load_if(bool there, const void* p, uint32_t (&w)
       : "=&r"(w[0]), "=&r"(w[1])
       : "l"(p), "r"((int)there)
       : "memory");
-}
-
-// The kernel in front has ended, and what it wrote is visible. The next one may be set up.
-__device__ __forceinline__ void wait_for_kernel_in_front() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }

@@ -7,27 +7,29 @@ of warps; NVRTC compiles it in about a second, without headers, and the cubin go
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from appliance.kernels.attention import HeadNorms, KvScales
-from appliance.kernels.compiled import KERNELS
-from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream
 from appliance.kernels.deferred_scale import DeferredScale
 from appliance.kernels.dependent_launch import launch_options
 from appliance.kernels.fp8_linear import FP8
+from appliance.kernels.native_kernel import load, read_sources
 
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 16  # query heads that share a K/V head
-_HERE = Path(__file__).parent
-_SOURCES = ("instructions.cuh", "strip.cuh", "heads.cuh", "merge.cuh", "attention.cu")
+_SOURCES = (
+    "persistent/primitives.cuh",
+    "dependent_launch.cuh",
+    *(
+        f"decode_attention/{name}"
+        for name in ("instructions.cuh", "strip.cuh", "heads.cuh", "merge.cuh", "attention.cu")
+    ),
+)
+_ASSEMBLY = 3  # of them need a GPU's
 _SHARED_BYTES = {(8, 0): 163, (9, 0): 227, (10, 0): 227}  # KiB of a block, by compute capability
 _LEAST_SHARED_BYTES = 99 << 10  # of 8.6, 8.9 and 12.x
 _LOG2_E = 1.4426950408889634
@@ -104,11 +106,7 @@ class DecodeAttentionShape:
 
 def kernel_source(*, emulated: bool = False) -> str:
     """All of the kernel, to be compiled with a shape's `macros`; `emulated`: without what needs a GPU's assembly."""
-    names = _SOURCES[1:] if emulated else _SOURCES
-    sources = [(_HERE / name).read_text() for name in names]
-    if not emulated:
-        sources.insert(0, (_HERE.parent / "persistent" / "primitives.cuh").read_text())
-    return "\n".join(sources)
+    return read_sources(*_SOURCES[_ASSEMBLY if emulated else 0 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,69 +170,18 @@ def _bits(value: float) -> int:
     return found
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why this process cannot run such kernels at all, or None."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "no CUDA GPU"
-    try:
-        cuda_core()
-    except ImportError:
-        return "cuda-core is not installed"
-    return None
-
-
 class DecodeAttentionKernel:
     """One compiled kernel, loaded."""
 
     def __init__(self, shape: DecodeAttentionShape, device: torch.device) -> None:
         """RuntimeError where the compiler or the driver refuses."""
-        driver = cuda_bindings("driver")
         self.shape = shape
         self._device = device
-        self._name = _name(shape)
-        self._code, self._record = KERNELS.native(self._name, lambda: _compile(shape)), KERNELS.record
-        self._kernel = cuda_core().ObjectCode.from_cubin(self._code).get_kernel("decode_attention")
-        self._configs: dict[tuple[int, bool], Any] = {}
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         index = device.index if device.index is not None else torch.cuda.current_device()
-        (error,) = driver.cuKernelSetAttribute(
-            attribute, shape.shared_bytes, driver.CUkernel(int(self._kernel.handle)), driver.CUdevice(index)
-        )
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"decode attention cannot have {shape.shared_bytes} bytes of shared memory: {error}")
+        threads, shared = shape.warps * 32, shape.shared_bytes
+        self._kernel = load("attention", kernel_source(), shape.macros(), threads, shared, index, "decode_attention")
 
     def launch(self, inputs: DecodeInputs, buffers: Buffers, items: int) -> None:
         """Of the first `items` items of the plan, on torch's current stream; can be captured."""
-        if self._record != KERNELS.record:
-            self._record = KERNELS.record
-            KERNELS.used_native(self._name, self._code)
-        blocks = items * self.shape.kv_heads
         dependent = bool(launch_options(self._device)["PDL"])
-        config = self._configs.get((blocks, dependent))
-        if config is None:
-            config = self._configs[blocks, dependent] = cuda_core().LaunchConfig(
-                grid=blocks,
-                block=self.shape.warps * 32,
-                shmem_size=self.shape.shared_bytes,
-                programmatic_stream_serialization=dependent,
-            )
-        cuda_core().launch(current_stream(), config, self._kernel, *arguments(inputs, buffers))
-
-
-def _name(shape: DecodeAttentionShape) -> str:
-    """Of the cubin: a digest of all that it depends on but the architecture."""
-    _, major, minor = cuda_bindings("nvrtc").nvrtcVersion()
-    key = f"{kernel_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
-    return f"attention-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-
-
-def _compile(shape: DecodeAttentionShape) -> bytes:
-    major, minor = torch.cuda.get_device_capability()
-    options = cuda_core().ProgramOptions(
-        std="c++17",
-        arch=f"sm_{major}{minor}",
-        define_macro=list(shape.macros().items()),
-        use_fast_math=False,
-    )
-    return bytes(cuda_core().Program(kernel_source(), "c++", options).compile("cubin").code)
+        self._kernel.launch(items * self.shape.kv_heads, dependent, arguments(inputs, buffers))

@@ -38,8 +38,8 @@ def known(shape: DecodeAttentionShape) -> bool:
 @torch.inference_mode()
 def tune(own: DecodeAttention, other: Attention, timer: Timer, device: torch.device) -> list[TimedChoice]:
     """Time all ways for `TIMED_ROWS`; the choices are in `TABLE` afterwards, with the µs of all contexts together.
-    `other` must serve these numbers of rows in graphs, contexts of up to max(CONTEXTS) tokens, without a window. Takes a
-    second or two, and as much again where kernels are yet to be compiled."""
+    `other` must serve these numbers of rows in graphs, contexts of up to max(CONTEXTS) tokens, without a window. Takes
+    a second or two, and as much again where kernels are yet to be compiled."""
     with ThreadPoolExecutor() as pool:  # most of that is the compiler's
         able = [
             warps

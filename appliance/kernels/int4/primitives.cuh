@@ -93,21 +93,6 @@ __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
-// ---------------------------------------------------------------- dependent launch
-
-// Until all kernels in front have ended and can be seen. Nothing where the launch does not ask for it.
-__device__ __forceinline__ void wait_for_kernel_in_front() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // ---------------------------------------------------------------- numbers
 
 // (word & mask) | bits, one instruction.

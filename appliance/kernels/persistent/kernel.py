@@ -8,17 +8,15 @@ model: what the tables hold is `runtime/persistent_decode.py`'s.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from appliance.kernels.compiled import KERNELS
-from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream, load_kernel
+from appliance.kernels import native_kernel
+from appliance.kernels.cuda_core import cuda_core, current_stream, load_kernel
+from appliance.kernels.native_kernel import cubin, read_sources
 
 SHARED_BYTES = 227 * 1024  # that a block can have with compute capability 9.0 and 10.x; 12.x has less
 THREADS = 640
@@ -169,15 +167,9 @@ class DecodeShape:
 @functools.cache
 def unavailable() -> str | None:
     """Why this process cannot run such kernels at all, or None."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "no CUDA GPU"
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10):
         return "the kernel is made for compute capability 9.0 and 10.x"
-    try:
-        cuda_core()
-    except ImportError:
-        return "cuda-core is not installed"
-    return None
+    return native_kernel.unavailable()
 
 
 class DecodeKernel:
@@ -203,33 +195,10 @@ def compile_all(shapes: Iterable[DecodeShape]) -> None:
 
 
 def _cubin(shape: DecodeShape) -> bytes:
-    return KERNELS.native(_name(shape), lambda: _compile(shape))
+    # "a": instructions of exactly this architecture, here the dealing of registers among warps.
+    return cubin("decode", kernel_source(), shape.macros(), "a")[1]
 
 
 def kernel_source(*, emulated: bool = False) -> str:
     """All of the kernel, to be compiled with a shape's `macros`; `emulated`: without what needs a GPU's assembly."""
-    directory = Path(__file__).parent
-    return "\n".join((directory / name).read_text() for name in _SOURCES[1 if emulated else 0 :])
-
-
-def _options(shape: DecodeShape) -> Any:
-    major, minor = torch.cuda.get_device_capability()
-    # The suffix allows instructions of exactly this architecture, here the dealing of registers among warps.
-    return cuda_core().ProgramOptions(
-        std="c++17",
-        arch=f"sm_{major}{minor}a",
-        define_macro=list(shape.macros().items()),
-        use_fast_math=False,
-    )
-
-
-def _name(shape: DecodeShape) -> str:
-    """Of the cubin: a digest of all that it depends on but the architecture."""
-    _, major, minor = cuda_bindings("nvrtc").nvrtcVersion()
-    key = f"{kernel_source()}\n{sorted(shape.macros().items())}\nNVRTC {major}.{minor}"
-    return f"decode-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-
-
-def _compile(shape: DecodeShape) -> bytes:
-    code = cuda_core().Program(kernel_source(), "c++", _options(shape)).compile("cubin").code
-    return bytes(code)
+    return read_sources(*(f"persistent/{name}" for name in _SOURCES[1 if emulated else 0 :]))

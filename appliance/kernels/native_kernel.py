@@ -1,4 +1,4 @@
-"""Own CUDA C++ of INT4 products: compiled by NVRTC, loaded, launched to torch's current stream.
+"""Own CUDA C++: compiled by NVRTC, loaded, launched to torch's current stream.
 
 NVRTC compiles a kernel in about a second, without headers; the cubin goes the way of all compiled kernels
 (`kernels/compiled.py`). Knows nothing of what a kernel computes or how it is cut up.
@@ -6,6 +6,7 @@ NVRTC compiles a kernel in about a second, without headers; the cubin goes the w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,32 @@ import torch
 from appliance.kernels.compiled import KERNELS
 from appliance.kernels.cuda_core import cuda_bindings, cuda_core, current_stream, load_kernel
 
+_HERE = Path(__file__).parent
 
-def read_sources(*names: str) -> str:
-    """Files of `int4/`, one after the other."""
-    directory = Path(__file__).parent / "int4"
-    return "\n".join((directory / name).read_text() for name in names)
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this process cannot run such kernels at all, or None."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no CUDA GPU"
+    try:
+        cuda_core()
+    except ImportError:
+        return "cuda-core is not installed"
+    return None
+
+
+def read_sources(*paths: str) -> str:
+    """Files of `kernels/`, one after the other."""
+    return "\n".join((_HERE / path).read_text() for path in paths)
+
+
+def cubin(family: str, source: str, macros: Mapping[str, int | str], features: str = "") -> tuple[str, bytes]:
+    """A cubin's name, as `KERNELS` calls it, and its code, for the current GPU: `source` with compile-time constants
+    `macros`. `family` begins the name; `features`: "a" for instructions of this architecture alone. RuntimeError or
+    ImportError where it has to be compiled and cannot be."""
+    name = _name(family, source, macros)
+    return name, KERNELS.native(name, lambda: _compile(source, macros, features))
 
 
 class Kernel:
@@ -53,30 +75,28 @@ class Kernel:
 
 
 def load(
+    family: str,
     source: str,
-    macros: Mapping[str, int],
+    macros: Mapping[str, int | str],
     threads: int,
     shared: int,
     index: int,
-    entry: str = "int4_linear",
+    entry: str,
     features: str = "",
 ) -> Kernel:
-    """The kernel `entry` in `source` with compile-time constants `macros`, on the GPU of that index, which is current:
-    blocks of so many threads and bytes of shared memory. `features`: "a" for instructions of this architecture alone.
-    """
-    name = _name(source, macros)
-    code = KERNELS.native(name, lambda: _compile(source, macros, features))
-    return Kernel(name, code, entry, threads, shared, index)
+    """The kernel `entry` of a `cubin`, on the GPU of that index, which is current: blocks of so many threads and bytes
+    of shared memory."""
+    return Kernel(*cubin(family, source, macros, features), entry, threads, shared, index)
 
 
-def _name(source: str, macros: Mapping[str, int]) -> str:
+def _name(family: str, source: str, macros: Mapping[str, int | str]) -> str:
     """Of the cubin: a digest of all that it depends on but the architecture."""
     _, major, minor = cuda_bindings("nvrtc").nvrtcVersion()
     key = f"{source}\n{sorted(macros.items())}\nNVRTC {major}.{minor}"
-    return f"int4-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    return f"{family}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
-def _compile(source: str, macros: Mapping[str, int], features: str) -> bytes:
+def _compile(source: str, macros: Mapping[str, int | str], features: str) -> bytes:
     major, minor = torch.cuda.get_device_capability()
     options = cuda_core().ProgramOptions(
         std="c++17",
