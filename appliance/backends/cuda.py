@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +25,7 @@ from appliance.kernels.attention import FP8_CACHE_CAPABILITY, Attention, Referen
 from appliance.kernels.compiled import KERNELS, triton_key
 from appliance.kernels.fp8_linear import FP8
 from appliance.kernels.sum_norm_group import Norms
-from appliance.kernels.tactics import TABLE
+from appliance.kernels.tactics import TABLE, TimedChoice
 from appliance.layers.decoder import Decoder, DecoderLayer
 from appliance.runtime.cuda_graphs import decode_buckets
 from appliance.runtime.executor import LocalExecutor, make_executor
@@ -156,7 +157,12 @@ def _connect(loaded: LoadedModel, device: torch.device) -> None:
     own.connect_norms(norms)
     if not own.known(config.hidden_size, model.dtype):
         choices = own.tune(norms.hidden, norms.dtype, time_in_graph, norms.quantized)
-        loaded.reductions = tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
+        _keep(loaded, choices)
+
+
+def _keep(loaded: LoadedModel, choices: Iterable[TimedChoice]) -> None:
+    """Let the engine have what was timed."""
+    loaded.reductions += tuple(TimedTactic(**dataclasses.asdict(choice)) for choice in choices)
 
 
 def _norms(model: Decoder) -> Norms:
@@ -205,7 +211,7 @@ def _tune_attention(loaded: LoadedModel, options: EngineOptions, device: torch.d
     except Exception as error:  # no compiler, no memory
         log.warning("decode attention: not timed, the library's serves: %s", str(error).partition("\n")[0])
         return
-    loaded.reductions = (*loaded.reductions, *(TimedTactic(**dataclasses.asdict(choice)) for choice in choices))
+    _keep(loaded, choices)
     del own, other
     torch.cuda.empty_cache()
 

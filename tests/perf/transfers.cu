@@ -9,14 +9,20 @@ using int64_t = long long;
 constexpr int kBulk = BULK_BYTES;
 __shared__ __align__(128) uint8_t buffer[kBulk];
 
-// Local memory -> registers -> the same place in every peer's.
-extern "C" __global__ void push(const uint64_t* addresses, int64_t rank, int64_t offset, int64_t count) {
-  uint64_t at[RANKS];
+// Where every rank's memory is, and this one's; the kernel in front has ended then.
+__device__ __forceinline__ uint64_t places(const uint64_t* addresses, int64_t rank, uint64_t (&at)[RANKS]) {
   for (int r = 0; r < RANKS; r++) at[r] = addresses[r];
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
   uint64_t own = at[0];
 #pragma unroll
   for (int r = 1; r < RANKS; r++) own = r == rank ? at[r] : own;
+  return own;
+}
+
+// Local memory -> registers -> the same place in every peer's.
+extern "C" __global__ void push(const uint64_t* addresses, int64_t rank, int64_t offset, int64_t count) {
+  uint64_t at[RANKS];
+  const uint64_t own = places(addresses, rank, at);
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
     uint4 v[RANKS];
 #pragma unroll
@@ -34,11 +40,7 @@ extern "C" __global__ void push(const uint64_t* addresses, int64_t rank, int64_t
 // Every peer's memory -> registers -> local memory.
 extern "C" __global__ void pull(const uint64_t* addresses, int64_t rank, int64_t offset, int64_t count) {
   uint64_t at[RANKS];
-  for (int r = 0; r < RANKS; r++) at[r] = addresses[r];
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-  uint64_t own = at[0];
-#pragma unroll
-  for (int r = 1; r < RANKS; r++) own = r == rank ? at[r] : own;
+  const uint64_t own = places(addresses, rank, at);
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
     uint4 v[RANKS];
 #pragma unroll
