@@ -69,9 +69,8 @@ class NodeHub:
         self._own = wire.common_settings(settings)
         self._address = bind_address(settings.master_addr)
         self._agents: dict[int, _Agent] = {}
-        self._left: dict[
-            int, str
-        ] = {}  # nodes that were told to end since they joined, and why: no engine lost them yet
+        # Nodes that were told to end since they joined, and why: no engine lost them yet.
+        self._left: dict[int, str] = {}
         self._job: Obtain | None = None
         self._wanted: RunRanks | None = None
         self._failed: ApplianceError | None = None

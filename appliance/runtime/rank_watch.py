@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 FROZEN_SECONDS = 10.0  # without a beat; while it loads libraries a process may not get to beat
 START_SECONDS = 300.0  # until its first beat, for which it imports what rank 0 has imported before it
-LOADING_SECONDS = (
-    300.0  # while others wait for it a rank reads no weights and begins no operation: it may compile kernels
-)
+# While others wait for it a rank reads no weights and begins no operation: it may compile kernels.
+LOADING_SECONDS = 300.0
 STUCK_SECONDS = 20.0  # no rank gets on with a step: longer than a layer takes on a CPU, or a step on a GPU
 _SETTLE_SECONDS = 0.3  # when one ends, others may follow: which was first is seen from how they end
 _EXIT_SECONDS = 5.0  # between closing its end of the pipe and having ended
